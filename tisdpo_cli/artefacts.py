@@ -1,0 +1,132 @@
+"""Model directories on disk: found, checked and hashed before anything heavy is imported. Knows no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from tisdpo_cli.errors import ModelError, UsageFault
+from tisdpo_cli.files import CONFIG_FILE, RUN_FILE, near_matches, sha256
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_TIMEOUT_SECONDS = 1.5
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Path:
+    """The directory of a model given by path or hub id, checked as far as its files tell.
+
+    Raises:
+        UsageFault: nothing there, or it needs code of its own and `trust_remote_code` is off.
+        ModelError: a file is missing, damaged or of a kind that is never loaded.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        path = _from_hub(name, option)
+    _refuse_unfinished(path)
+    config = _read_json(path / "config.json", "a model directory has a config.json", adapter=path)
+    if "auto_map" in config and not trust_remote_code:
+        raise UsageFault(
+            "this model comes with code of its own", where=f"{option} {name}", fix="allow it with --trust-remote-code"
+        )
+    for weights in _weight_files(path):
+        check_safetensors(weights)
+    return path
+
+
+def _from_hub(name: str, option: str) -> Path:
+    near = near_matches(Path(name).expanduser(), directories=True)
+    where = f"{option} {name}"
+    if Path(name).expanduser().exists():
+        raise UsageFault("is a file; a model is a directory or a hub id", where=where)
+    if near or not _HUB_ID.match(name) or ("/" in name and Path(name.split("/")[0]).is_dir()):
+        raise UsageFault(f"no such directory{near}", where=where)
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except Exception:
+        pass  # not in the cache: ask the hub, once and briefly, before any retrying download starts
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception as fault:
+        reason = f"the hub says: {type(fault).__name__}"
+        raise UsageFault(f"no such directory here, and no model that can be fetched ({reason})", where=where) from fault
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+
+def _refuse_unfinished(path: Path) -> None:
+    if (path / CONFIG_FILE).is_file() and not (path / RUN_FILE).is_file():
+        raise ModelError(
+            "an output that is not finished", where=str(path), fix="run the command that makes it again; it goes on"
+        )
+
+
+def _read_json(path: Path, otherwise: str, adapter: Path | None = None) -> dict[str, Any]:
+    if not path.is_file():
+        if adapter is not None and (adapter / "adapter_config.json").is_file():
+            raise ModelError(
+                "an adapter, not a whole model", where=str(adapter), fix="merge it into its base model first"
+            )
+        raise ModelError("not found", where=str(path), fix=otherwise)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as fault:
+        raise ModelError("damaged: cannot be read as JSON", where=str(path), fix="copy the model again") from fault
+    if not isinstance(content, dict):
+        raise ModelError("damaged: not a JSON object", where=str(path), fix="copy the model again")
+    return content
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_read_json(index, "").get("weight_map", {}).values()))
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise ModelError(
+                "not found, though the index names it", where=str(path / missing[0]), fix="copy the model again"
+            )
+        return [path / shard for shard in shards]
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
+        raise ModelError(
+            "only pickled weights, which can run code and are never loaded", where=str(path),
+            fix="convert them: load the model with transformers where you trust it, then save_pretrained",
+        )  # fmt: skip
+    raise ModelError("no model.safetensors", where=str(path), fix="a model directory has its weights in safetensors")
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare the header of a safetensors file with its size.
+
+    Raises:
+        ModelError: empty, truncated or not a safetensors file.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length < size else None
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]  # type: ignore[union-attr]
+        whole = 8 + length + max(ends, default=0) == size
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ModelError("damaged: the file is truncated or no safetensors file", where=str(path), fix="copy it again")
+
+
+def hash_model(path: Path) -> str:
+    """SHA-256 over the names and bytes of everything a model is made of: configuration, weights, tokenizer."""
+    names = ["config.json", *_TOKENIZER_FILES]
+    files = [path / name for name in names if (path / name).is_file()] + _weight_files(path)
+    return sha256(*files, named=True)

@@ -1,0 +1,1 @@
+"""The command line: thin and lazy. It knows no tensors, and imports nothing heavy before a command runs."""

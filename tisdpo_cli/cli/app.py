@@ -1,0 +1,259 @@
+"""The program `tisdpo`: commands, what they print on stdout, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, Optional
+
+import typer
+
+from tisdpo_cli import __version__
+from tisdpo_cli.cli.console import TerminalReporter, print_error
+from tisdpo_cli.cli.faults import explain
+from tisdpo_cli.cli.options import Common, command_function
+from tisdpo_cli.cli.text import visible
+from tisdpo_cli.errors import Interrupted, TisdpoError
+from tisdpo_cli.settings.commands import COMMANDS, Command
+from tisdpo_cli.settings.sources import load, to_yaml
+
+_METHOD, _AROUND = "The method", "Around it"
+
+app = typer.Typer(
+    name="tisdpo",
+    help="Token-level Importance Sampling for Direct Preference Optimization (TIS-DPO): train two contrastive "
+    "models, score every token with them, and train with the scores as token weights.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+_EXAMPLES = {
+    "train-dpo": "tisdpo train-dpo -m MODEL -d pairs.jsonl -o out/dpo --max-steps 200",
+    "train-reverse": "tisdpo train-reverse -m MODEL -d pairs.jsonl -o out/reverse --max-steps 200",
+    "estimate": "tisdpo estimate --forward out/dpo --reverse out/reverse -d pairs.jsonl -o out/scored",
+    "train": "tisdpo train -m MODEL -d out/scored -o out/tisdpo --transform rank_based",
+    "inspect-weights": "tisdpo inspect-weights out/scored --index 3 --transform exp",
+    "run": "tisdpo run --config examples/quickstart.yaml",
+    "train-sft": "tisdpo train-sft --init -d pairs.jsonl -o out/sft",
+}
+
+
+def _prepare(command: type[Command], flags: dict[str, Any], common: Common) -> Command | None:
+    """Settings of a command, checked as far as nothing heavy is needed; None where only they were asked for."""
+    loaded = load(command, flags, config=common.config, sets=common.sets, environ=os.environ)
+    if common.print_config:
+        _stdout(to_yaml(loaded.settings, loaded.origins).rstrip("\n"))
+        return None
+    from tisdpo_cli.engine.preflight import check
+
+    check(loaded.settings)
+    return loaded.settings
+
+
+def _make(engine: Callable[[Any], Callable[[Any, Any], Any]], name: str) -> Callable[[dict[str, Any], Common], None]:
+    """The body of a command that makes a directory and prints its path."""
+
+    def body(flags: dict[str, Any], common: Common) -> None:
+        settings = _prepare(COMMANDS[name], flags, common)
+        if settings is None:
+            return
+        reporter = TerminalReporter()
+        made = engine(None)(settings, reporter)
+        if not made.record:
+            return  # a dry run made nothing
+        if _first_rank():
+            reporter.note(f"next: {_next(name, settings)}")
+        _result({"path": str(made.path), **made.record}, str(made.path), common.as_json)
+
+    return body
+
+
+def _next(name: str, settings: Any) -> str:
+    """The command that usually follows, ready to paste."""
+    out, data = shlex.quote(settings.output_dir), shlex.quote(settings.dataset)
+    model = shlex.quote(str(getattr(settings, "model", None)))
+    return {
+        "train-sft": f"tisdpo train-dpo --model {out} --dataset {data} --output-dir out/dpo",
+        "train-dpo": f"tisdpo train-reverse --model {model} --dataset {data} --output-dir out/reverse",
+        "train-reverse": f"tisdpo estimate --forward out/dpo --reverse {out} --dataset {data} --output-dir out/scored",
+        "estimate": f"tisdpo train --model SFT --dataset {out} --output-dir out/tisdpo",
+        "train": f"tisdpo inspect-weights {data}",
+    }[name]
+
+
+def _pairs_engine(_: Any) -> Callable[[Any, Any], Any]:
+    from tisdpo_cli.engine.pairs import train_pairs
+
+    return train_pairs
+
+
+def _sft_engine(_: Any) -> Callable[[Any, Any], Any]:
+    from tisdpo_cli.engine.sft import train_sft
+
+    return train_sft
+
+
+def _estimate_engine(_: Any) -> Callable[[Any, Any], Any]:
+    from tisdpo_cli.engine.estimate import estimate
+
+    return estimate
+
+
+def _inspect(flags: dict[str, Any], common: Common) -> None:
+    settings = _prepare(COMMANDS["inspect-weights"], flags, common)
+    if settings is None:
+        return
+    from tisdpo_cli.cli.view import render
+    from tisdpo_cli.engine.inspect import inspect_weights
+
+    inspection = inspect_weights(settings)  # type: ignore[arg-type]
+    if common.as_json:
+        _stdout(json.dumps(inspection.as_dict(), ensure_ascii=True))
+    else:
+        _stdout(render(inspection))
+
+
+def _run(flags: dict[str, Any], common: Common) -> None:
+    settings = _prepare(COMMANDS["run"], flags, common)
+    if settings is None:
+        return
+    from tisdpo_cli.cli.view import pair_view, stage_table
+    from tisdpo_cli.engine.pipeline import run
+
+    reporter = TerminalReporter()
+    made = run(settings, reporter)  # type: ignore[arg-type]
+    if _first_rank():
+        reporter.stage("what the weights say")
+        reporter.show(pair_view(made.inspection))
+        reporter.stage("what was made")
+        reporter.show(stage_table(made))
+        reporter.note(f"next: tisdpo inspect-weights {shlex.quote(made.inspection.source)}")
+    _result(made.as_dict(), str(made.path), common.as_json)
+
+
+def _env() -> None:
+    """Show versions, machine and settings from the environment, for bug reports."""
+    import platform
+
+    from tisdpo_cli.outputs import versions
+
+    for name, version in versions().items():
+        _stdout(f"{name}: {version}")
+    _stdout(f"machine: {platform.platform()}, {os.cpu_count()} cores")
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    _stdout(f"devices: {', '.join(gpus) or 'cpu'}; {torch.get_num_threads()} threads")
+    for name in sorted(n for n in os.environ if n.startswith("TISDPO_")):
+        _stdout(visible(f"{name}={os.environ[name]}"))
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _result(record: dict[str, Any], line: str, as_json: bool) -> None:
+    if _first_rank():
+        _stdout(json.dumps(record) if as_json else line)
+
+
+def _stdout(text: str) -> None:
+    """Write the result.
+
+    Raises:
+        TisdpoError: stdout is closed or full; what was made is not lost.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError) as fault:
+        # Python would try to flush once more at exit, and complain.
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        raise TisdpoError(
+            "stdout cannot be written", fix="what was made is whole; run again to see its path"
+        ) from fault
+
+
+def _version(show: bool) -> None:
+    if show:
+        _stdout(f"tisdpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Optional[bool] = typer.Option(  # noqa: UP045
+        None, "--version", help="Show the version and stop.", callback=_version, is_eager=True
+    ),
+) -> None:
+    """Nothing happens without a command."""
+
+
+def _register() -> None:
+    bodies: dict[str, Callable[[dict[str, Any], Common], None]] = {
+        "train-dpo": _make(_pairs_engine, "train-dpo"),
+        "train-reverse": _make(_pairs_engine, "train-reverse"),
+        "estimate": _make(_estimate_engine, "estimate"),
+        "train": _make(_pairs_engine, "train"),
+        "inspect-weights": _inspect,
+        "run": _run,
+        "train-sft": _make(_sft_engine, "train-sft"),
+    }
+    for name, command in COMMANDS.items():
+        positional = "scored" if name == "inspect-weights" else None
+        function = command_function(command, bodies[name], positional)
+        panel = _AROUND if name == "train-sft" else _METHOD
+        app.command(name, help=command.__doc__, epilog=f"Example: {_EXAMPLES[name]}", rich_help_panel=panel)(function)
+    app.command("env", help=_env.__doc__, rich_help_panel=_AROUND)(_env)
+
+
+_register()
+
+
+def _underscores(argument: str) -> str:
+    """`--learning_rate` is `--learning-rate`; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def main() -> NoReturn:
+    """Run the program and exit with the code of DESIGN: 0, 1, 2, 130 or 143."""
+    arguments = [_underscores(argument) for argument in sys.argv[1:]]
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(args=arguments, prog_name="tisdpo", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except BaseException as fault:
+        if isinstance(fault, SystemExit):
+            raise
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        _fail(fault)
+
+
+def _terminated(number: int, _frame: Any) -> None:
+    raise Interrupted(number, "stopped", fix="run the same command again")
+
+
+def _fail(fault: BaseException) -> NoReturn:
+    told = explain(fault)
+    # The other ranks meet the same fault in the same data; a fault of their own they must tell themselves.
+    if _first_rank() or type(told) is TisdpoError:
+        for line in told.details:
+            print(visible(line), file=sys.stderr)
+        if isinstance(told, Interrupted):
+            print(f"go on with: {shlex.join(['tisdpo', *sys.argv[1:]])}", file=sys.stderr)
+        print_error(str(told))
+    # The other processes of a run may wait for this one in a collective call; leaving at once ends them too.
+    sys.stdout.flush()
+    os._exit(told.exit_code) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(told.exit_code)

@@ -1,0 +1,32 @@
+"""One table from exceptions to a sentence and an exit code."""
+
+from __future__ import annotations
+
+import signal
+
+import typer
+
+from tisdpo_cli.errors import Interrupted, TisdpoError, UsageFault
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def explain(fault: BaseException) -> TisdpoError:
+    """The fault in the program's own terms."""
+    if isinstance(fault, TisdpoError):
+        return fault
+    if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
+        return Interrupted(signal.SIGINT, "stopped", fix="run the same command again")
+    if isinstance(fault, typer.TyperException):
+        return UsageFault(fault.format_message().rstrip("."), fix="see --help")
+    if isinstance(fault, MemoryError) or any(words in str(fault).lower() for words in _OUT_OF_MEMORY):
+        return TisdpoError(
+            "out of memory",
+            fix="lower --micro-batch-size (estimate: --batch-size) or --max-length, or use --gradient-checkpointing "
+            "(estimate: --sequential); the last checkpoint is whole",
+        )
+    if isinstance(fault, OSError):
+        where = str(fault.filename) if fault.filename else ""
+        return TisdpoError(fault.strerror or str(fault), where=where, fix="see --debug for where it happened")
+    first = (str(fault).strip().splitlines() or [""])[0]
+    return TisdpoError(f"{type(fault).__name__}: {first}", fix="this is a fault of the program; --debug shows where")

@@ -1,0 +1,71 @@
+"""Rows become examples for supervised fine-tuning: pairs, or instruction rows. Knows no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tisdpo_cli.data.pairs import Columns, read_pairs, text_problem
+from tisdpo_cli.data.reader import BadRow, Row, read_rows, stop_or_skip
+
+Target = Literal["chosen", "rejected", "both"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and a response to learn."""
+
+    where: str
+    prompt: str
+    response: str
+
+
+def read_examples(
+    path: Path, columns: Columns, target: Target, instruction_template: str, on_bad_row: str
+) -> tuple[list[Example], list[str]]:
+    """Examples of a split, and notices. A file whose first row has an `instruction` holds instruction rows.
+
+    Args:
+        path: the file of the split.
+        columns: names of the columns of pairs.
+        target: which responses of a pair become examples.
+        instruction_template: prompt of an instruction row, with `{instruction}` in it.
+        on_bad_row: `error` or `skip`.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    if not _holds_instructions(path, columns):
+        read = read_pairs(path, columns, on_bad_row)
+        sides = ("chosen", "rejected") if target == "both" else (target,)
+        examples = [Example(p.row.where, p.prompt, getattr(p, side)) for p in read.pairs for side in sides]
+        return examples, read.notices
+    examples, bad = [], []
+    for row in read_rows(path):
+        made = row if isinstance(row, BadRow) else _instruction(row, instruction_template)
+        bad.append(made) if isinstance(made, BadRow) else examples.append(made)
+    return examples, stop_or_skip(bad, len(examples) + len(bad), on_bad_row)
+
+
+def _holds_instructions(path: Path, columns: Columns) -> bool:
+    first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
+    return first is not None and "instruction" in first.columns and columns.chosen not in first.columns
+
+
+def _instruction(row: Row, template: str) -> Example | BadRow:
+    """An Alpaca-shaped row: `instruction`, optional `input`, `output`."""
+    fields: Mapping[str, Any] = row.columns
+    for name in ("instruction", "output"):
+        if name not in fields:
+            return BadRow(row.where, f"column {name!r} is missing")
+        problem = text_problem(fields[name])
+        if problem:
+            return BadRow(row.where, f"{name!r} {problem}")
+    extra = fields.get("input")
+    if extra is not None and not isinstance(extra, str):
+        return BadRow(row.where, "'input' must be a string")
+    instruction = fields["instruction"] + (f"\n{extra}" if extra else "")
+    response = fields["output"] if fields["output"][:1].isspace() else f" {fields['output']}"
+    return Example(row.where, template.replace("{instruction}", instruction), response)

@@ -1,0 +1,109 @@
+"""The scored dataset: the one place that knows the columns and the sign of its files.
+
+A file holds `−r_t = log π⁻ − log π⁺` in both columns, for every token of the uncut response without its EOS (null
+where it was not scored), and the EOS scores in columns of their own. Everything else speaks of r_t.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tisdpo_cli.data.reader import BadRow, Row
+from tisdpo_cli.errors import DataError
+
+MANIFEST = "estimate.json"
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores r of one response in nats: of its tokens (None where not scored), and of its EOS where there is one."""
+
+    tokens: list[float | None]
+    eos: float | None
+
+
+def read_scores(row: Row, side: str, tokens: int, shown: str) -> Scores | BadRow:
+    """The scores of one side of a row, checked against the number of tokens of its response.
+
+    Args:
+        row: the row as read.
+        side: `chosen` or `rejected`.
+        tokens: tokens of the uncut response under the tokenizer in use, the EOS not counted.
+        shown: what to call the tokenizer in a message.
+    """
+    column = f"{side}_weight"
+    if column not in row.columns:
+        return BadRow(row.where, f"no column {column!r}: this dataset is not scored; make it with `tisdpo estimate`")
+    values = row.columns[column]
+    if not isinstance(values, list):
+        return BadRow(row.where, f"{column!r} must be a list of numbers")
+    for position, value in enumerate(values):
+        if value is not None and not _is_number(value):
+            return BadRow(
+                row.where, f"{column!r} holds {json.dumps(value)[:20]} at position {position}; a number is needed"
+            )
+    if len(values) != tokens:
+        return BadRow(row.where, f"{column!r} has {len(values)} values, but the response has {tokens} tokens ({shown})")
+    eos = row.columns.get(f"{side}_eos_weight")
+    if eos is not None and not _is_number(eos):
+        return BadRow(row.where, f"'{side}_eos_weight' must be a number")
+    return Scores([None if v is None else -float(v) for v in values], None if eos is None else -float(eos))
+
+
+def has_eos_scores(row: Row) -> bool:
+    """Whether a row comes from a file with EOS scores."""
+    return all(f"{side}_eos_weight" in row.columns for side in SIDES)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def scored_columns(row: Row, chosen: Scores, rejected: Scores) -> dict[str, Any]:
+    """The columns of a row with its scores in the file's sign; a float32 keeps its full precision."""
+    columns = dict(row.columns)
+    for side, scores in zip(SIDES, (chosen, rejected), strict=True):
+        columns[f"{side}_weight"] = [_stored(r) for r in scores.tokens]
+        columns[f"{side}_eos_weight"] = _stored(scores.eos)
+    return columns
+
+
+def _stored(r: float | None) -> float | None:
+    # The shortest decimal that reads back as the same float32; 0.0 − r so that no −0.0 is written.
+    return None if r is None else float(str(np.float32(0.0 - r)))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a split as JSON Lines."""
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        for columns in rows:
+            stream.write(json.dumps(columns, ensure_ascii=False) + "\n")
+
+
+def read_manifest(dataset: Path) -> dict[str, Any] | None:
+    """`estimate.json` beside a scored dataset, or None where there is none."""
+    path = (dataset if dataset.is_dir() else dataset.parent) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise DataError("damaged: not JSON", where=str(path), fix="run `tisdpo estimate` again") from fault
+
+
+def unscored_needed(scores: Scores, kept: int, needs_eos: bool) -> str | None:
+    """Which score a training under its settings would need and does not have, or None."""
+    missing: Sequence[int] = [t for t, r in enumerate(scores.tokens[:kept]) if r is None]
+    if missing:
+        return f"token {missing[0]} was cut away when the file was scored"
+    if needs_eos and scores.eos is None:
+        return "the end-of-sequence token was cut away when the file was scored"
+    return None

@@ -1,0 +1,256 @@
+"""estimate: every response token of every split under both contrastive models, written back as a scored dataset.
+
+The rows are cut into batches once, by length; a batch is always computed alone, whoever computes it, so that the
+file has the same bytes on one process or several, in one go or after an interruption. What is done is kept in
+parts, one for some batches under one model, until the dataset is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tisdpo_cli.artefacts import locate_model
+from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.data.scored import MANIFEST, Scores, scored_columns, write_rows
+from tisdpo_cli.data.tokens import EncodedPair
+from tisdpo_cli.engine.reporter import Progress, Reporter
+from tisdpo_cli.engine.runtime import Runtime, StopRequest
+from tisdpo_cli.engine.splits import Split, limits_of, read_split
+from tisdpo_cli.engine.training import Made, claim_output, describe, finished
+from tisdpo_cli.errors import Interrupted, ModelError, TrainingError
+from tisdpo_cli.files import PARTIAL, write_json
+from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
+from tisdpo_cli.outputs import Output, settle_permissions, versions
+from tisdpo_cli.scoring import TokenScorer, collate, score
+from tisdpo_cli.settings.commands import Estimate
+from tisdpo_cli.settings.sources import to_yaml
+
+# Batches in a part: what an interruption costs at most, for each model.
+_BATCHES_PER_PART = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some batches of one split: the unit of work, of keeping and of sharing between ranks."""
+
+    split: str
+    number: int
+    batches: list[list[int]]
+
+    def name(self, model: str) -> str:
+        """Its file for one of the models."""
+        return f"{self.split}-{self.number:06d}-{model}.safetensors"
+
+
+def estimate(settings: Estimate, reporter: Reporter) -> Made:
+    """Run estimate.
+
+    Raises:
+        TisdpoError: anything the user can do something about; see the subclasses in `errors`.
+    """
+    paths = {
+        name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code)
+        for name in ("forward", "reverse")
+    }
+    files = find_splits(settings.dataset)
+    runtime = Runtime(reporter)
+    output = claim_output(runtime, settings, describe(settings), paths, files)
+    if output.state == "finished":
+        return finished(runtime, output)
+    tokenizer = _shared_tokenizer(settings, paths)
+    splits = {name: read_split(path, settings.data, tokenizer) for name, path in files.items()}
+    for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
+        runtime.reporter.note(notice)
+    began = time.time()
+    if runtime.main:
+        output.start(to_yaml(settings))
+        output.parts.mkdir(exist_ok=True)
+    runtime.wait()
+    parts = [part for name, split in splits.items() for part in _parts(name, split.encoded, settings.batch_size)]
+    scorer = _Scorer(settings, runtime, tokenizer.pad, output.parts, splits)
+    tokens = scorer.run(paths, parts)
+    runtime.wait()
+    runtime.on_main(lambda: _write(settings, output, tokenizer, splits, parts, began, tokens))
+    made = Made(output.path, output.record(), fresh=True)
+    for name, counts in made.record["counts"].items():
+        runtime.reporter.note(f"{name}: {counts['scored_tokens']} tokens of {counts['rows']} pairs scored, "
+                              f"{counts['unscored_tokens']} beyond the cut (null)")  # fmt: skip
+    runtime.wait()
+    output.release()
+    return made
+
+
+def _shared_tokenizer(settings: Estimate, paths: dict[str, Path]) -> Tokenizer:
+    """The tokenizer of both models, which must be one.
+
+    Raises:
+        ModelError: the two turn text into other ids, or have other vocabularies.
+    """
+    forward, reverse = (load_tokenizer(paths[name], settings.trust_remote_code) for name in ("forward", "reverse"))
+    if forward.digest != reverse.digest:
+        raise ModelError(
+            "forward and reverse model have different tokenizers, their scores cannot be compared",
+            where=str(paths["reverse"]), fix="train both from the same model",
+        )  # fmt: skip
+    for path in paths.values():
+        check_fit(path, forward, settings.data.max_length, settings.trust_remote_code)
+    return forward
+
+
+def _parts(split: str, encoded: Sequence[EncodedPair], batch_size: int) -> list[Part]:
+    """Batches of like length, longest first (what does not fit into memory shows at once), in parts."""
+    order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [Part(split, i, batches[i : i + _BATCHES_PER_PART]) for i in range(0, len(batches), _BATCHES_PER_PART)]
+
+
+class _Scorer:
+    """Computes what is not there yet, on this rank's share of the parts."""
+
+    def __init__(self, settings: Estimate, runtime: Runtime, pad: int, folder: Path, splits: dict[str, Split]) -> None:
+        self.settings, self.runtime, self.pad, self.folder, self.splits = settings, runtime, pad, folder, splits
+
+    def run(self, paths: dict[str, Path], parts: list[Part]) -> int:
+        """Score all parts under both models; returns the number of tokens that went through a model now."""
+        todo = [(model, part) for part in parts for model in paths if not (self.folder / part.name(model)).is_file()]
+        if len(todo) < 2 * len(parts):
+            self.runtime.reporter.note(
+                f"going on: {2 * len(parts) - len(todo)} of {2 * len(parts)} parts are scored already"
+            )
+        mine = [item for i, item in enumerate(todo) if i // 2 % self.runtime.world == self.runtime.rank]
+        groups = [[m] for m in paths] if self.settings.sequential else [list(paths)]
+        total = sum(len(batch) for _, part in mine for batch in part.batches)
+        tokens = 0
+        with StopRequest() as stop, self.runtime.reporter.progress("scoring", total, 0, "pair") as progress:
+            for group in groups:
+                work = [item for item in mine if item[0] in group]
+                if not work:
+                    continue
+                models = {name: self._load(paths[name]) for name in group}
+                for name, part in work:
+                    tokens += self._part(models[name], name, part, progress, stop)
+                del models
+                gc.collect()
+        return tokens
+
+    def _load(self, path: Path) -> TokenScorer:
+        model = load_model(path, self.settings.trust_remote_code).to(self.runtime.device).requires_grad_(False)
+        return TokenScorer(model, self.runtime.autocast(self.settings.dtype, scoring=True))
+
+    def _part(self, scorer: TokenScorer, name: str, part: Part, progress: Progress, stop: StopRequest) -> int:
+        tensors, tokens = {}, 0
+        encoded = self.splits[part.split].encoded
+        for number, batch in enumerate(part.batches):
+            if stop.signal:
+                raise Interrupted(stop.signal, "stopped while scoring; finished parts are kept", fix="the same command "
+                                  "goes on from there")  # fmt: skip
+            began = time.perf_counter()
+            logps, count = self._batch(scorer, [encoded[i] for i in batch])
+            if not torch.isfinite(logps).all():
+                raise TrainingError(
+                    "a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32"
+                )
+            tensors[str(number)] = logps
+            tokens += count
+            progress.advance(len(batch), {"tokens_per_second": count / (time.perf_counter() - began)})
+        partial = self.folder / f"{PARTIAL}{part.name(name)}"
+        try:
+            save_file(tensors, partial)
+        except (OSError, SafetensorError) as fault:
+            raise TrainingError(f"scores cannot be written: {fault}", where=str(self.folder), fix="make room; the same "
+                                "command goes on") from fault  # fmt: skip
+        partial.replace(self.folder / part.name(name))
+        return tokens
+
+    def _batch(self, scorer: TokenScorer, pairs: list[EncodedPair]) -> tuple[Tensor, int]:
+        """Log-probs [N] of all response tokens of some pairs (chosen and rejected of one after the other)."""
+        rows = [(pair.prompt, side.ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        batch = collate(rows, self.pad).to(self.runtime.device)
+        with torch.inference_mode():
+            return score(scorer, batch).cpu().clone(), batch.real_tokens
+
+
+def _scores_of(split: Split, parts: Sequence[Part], folder: Path) -> list[tuple[Scores, Scores]]:
+    """r = log π⁺ − log π⁻ of every row of a split, in the order of the rows."""
+    scores: list[tuple[Scores, Scores]] = [(Scores([], None), Scores([], None))] * len(split.encoded)
+    for part in parts:
+        forward, reverse = (load_file(folder / part.name(model)) for model in ("forward", "reverse"))
+        for number, batch in enumerate(part.batches):
+            r = iter((forward[str(number)] - reverse[str(number)]).tolist())
+            for i in batch:
+                pair = split.encoded[i]
+                chosen, rejected = (_take(r, side) for side in (pair.chosen, pair.rejected))
+                scores[i] = (chosen, rejected)
+    return scores
+
+
+def _take(r: Iterator[float], side: Any) -> Scores:
+    values: list[float | None] = [next(r) for _ in range(side.kept)]
+    return Scores(values + [None] * (side.uncut - side.kept), next(r) if side.has_eos else None)
+
+
+def _write(
+    settings: Estimate,
+    output: Output,
+    tokenizer: Tokenizer,
+    splits: dict[str, Split],
+    parts: list[Part],
+    began: float,
+    tokens: int,
+) -> None:
+    """Write the scored dataset, its manifest and its tokenizer, and mark it as finished."""
+    staged, counts = output.staging(), {}
+    try:
+        for name, split in splits.items():
+            scores = _scores_of(split, [part for part in parts if part.split == name], output.parts)
+            rows = (scored_columns(p.row, *both) for p, both in zip(split.pairs, scores, strict=True))
+            write_rows(staged / f"{name}.jsonl", rows)
+            counts[name] = _counts(scores)
+        tokenizer.backend.save_pretrained(staged)
+        write_json(staged / MANIFEST, _manifest(settings, output, tokenizer, counts))
+    except OSError as fault:
+        raise TrainingError(f"cannot be written: {fault.strerror}", where=str(output.path), fix="make room; the same command "
+                            "goes on") from fault  # fmt: skip
+    settle_permissions(list(staged.iterdir()))
+    files = output.publish(staged)
+    seconds = time.time() - began
+    output.finish(
+        {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1), "counts": counts}, files
+    )
+
+
+def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, int]:
+    sides = [side for both in scores for side in both]
+    return {
+        "rows": len(scores),
+        "scored_tokens": sum(r is not None for side in sides for r in side.tokens),
+        "unscored_tokens": sum(r is None for side in sides for r in side.tokens),
+        "scored_eos": sum(side.eos is not None for side in sides),
+    }
+
+
+def _manifest(
+    settings: Estimate, output: Output, tokenizer: Tokenizer, counts: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    limits = limits_of(settings.data)
+    return {
+        "models": {name: {"path": getattr(settings, name), "sha256": output.made_from[f"content of {name}"]} for name in ("forward", "reverse")},
+        "templates": None,
+        "dataset": {"path": settings.dataset, "sha256": output.made_from["content of dataset"]},
+        "tokenizer": tokenizer.digest,
+        "dtype": settings.dtype,
+        "lengths": {"max_length": limits.max_length, "max_prompt_length": limits.max_prompt_length, "keep_prompt": limits.keep_prompt},
+        "counts": counts,
+        "sign": "files hold -r = log pi_reverse - log pi_forward",
+        "versions": versions(),
+    }  # fmt: skip

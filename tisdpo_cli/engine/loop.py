@@ -1,0 +1,315 @@
+"""The training loop of every training: updates, metrics, evaluation, checkpoints, interruption.
+
+It knows no pairs and no loss: a `Task` says what a forward pass computes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tisdpo_cli.checkpoints import Checkpoint, newest_checkpoint, open_checkpoint, save_checkpoint
+from tisdpo_cli.engine.plan import Microbatching, Plan, learning_rate
+from tisdpo_cli.engine.runtime import Runtime, StopRequest
+from tisdpo_cli.errors import Interrupted, TrainingError, UsageFault
+from tisdpo_cli.outputs import MetricsFile, read_metrics
+
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "rmsprop": torch.optim.RMSprop,
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+
+
+class Task(Protocol):
+    """What is trained: examples, and what a forward pass over some of them gives.
+
+    Attributes:
+        metrics: names of the metrics; the first is `loss`.
+        unit: what is counted, `pairs` or `examples`.
+        costs: tokens of each example.
+    """
+
+    metrics: tuple[str, ...]
+    unit: str
+    costs: Sequence[int]
+
+    def normaliser(self, examples: Sequence[int]) -> float:
+        """What sums over these examples are divided by to give the loss and the metrics."""
+
+    def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The summed loss, with gradient, and the sums of all metrics [M] in float64, without."""
+
+    def where(self, example: int) -> str:
+        """FILE:LINE of an example."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the weights move."""
+
+    optimizer: str
+    learning_rate: float
+    lr_scheduler: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept while training, and what is gone on from."""
+
+    directory: Path
+    every: int | None
+    keep: int
+    resume: str
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The examples that are evaluated."""
+
+    task: Task
+    every: int | None
+    batch_size: int
+
+
+class Trainer:
+    """One training from its first update, or from a checkpoint, to its last."""
+
+    def __init__(
+        self, runtime: Runtime, scorer: nn.Module, task: Task, plan: Plan, cutting: Microbatching, schedule: Schedule
+    ) -> None:
+        self.runtime, self.task, self.plan, self.cutting, self.schedule = runtime, task, plan, cutting, schedule
+        self.scorer = runtime.accelerator.prepare_model(scorer)
+        self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
+        self.optimizer = OPTIMIZERS[schedule.optimizer](
+            self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+        )
+        self.step = 0
+
+    def train(
+        self, metrics_file: Path, keeping: Keeping, held: Held | None, check: Callable[[float], None]
+    ) -> dict[str, Any]:
+        """Train to the end.
+
+        Args:
+            metrics_file: gets one line per update.
+            keeping: checkpoints.
+            held: what is evaluated before, during and after, or None.
+            check: is given the loss before the first update and may stop the run.
+
+        Returns:
+            The last line of the metrics.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; nothing of that update reaches the weights.
+            Interrupted: by a signal, after a checkpoint.
+        """
+        runtime = self.runtime
+        resumed = self._resume(keeping)
+        file = MetricsFile(metrics_file, self.step if resumed else None) if runtime.main else None
+        record: dict[str, Any] = {}
+        title = f"{self.plan.updates} updates"
+        with (
+            StopRequest() as stop,
+            runtime.reporter.progress(title, self.plan.updates, self.step, "update") as progress,
+        ):
+            if not resumed:
+                record = {**self._before(), **self._evaluate(held)}
+                check(record["loss"])
+                _write(file, record)
+                progress.advance(0, record)
+            while self.step < self.plan.updates:
+                record = self._update()
+                last = self.step == self.plan.updates
+                if held is not None and (last or (held.every and self.step % held.every == 0)):
+                    record.update(self._evaluate(held))
+                _write(file, record)
+                progress.advance(1, record)
+                self._keep_or_stop(keeping, stop, last)
+        return record or runtime.on_main(lambda: read_metrics(metrics_file)[-1])
+
+    def _before(self) -> dict[str, Any]:
+        """Step 0: the objective on the first batch, before any update."""
+        batch = self.plan.batch(0)
+        sums = self._sums(self.task, batch, self.cutting)
+        return {"step": 0, "epoch": 0.0, **self._averages(self.task, sums, batch)}
+
+    def _update(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        batch = self.plan.batch(self.step)
+        sums = self._backward(batch)
+        norm = self._clip(batch)
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        averages = self._averages(self.task, sums, batch)
+        seconds = time.perf_counter() - began
+        return {
+            "step": self.step,
+            "epoch": round(self.step / self.plan.batches_per_epoch, 4),
+            **averages,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": round(sum(self.task.costs[i] for i in batch) / seconds, 1),
+            f"{self.task.unit}_per_second": round(len(batch) / seconds, 2),
+        }
+
+    def _learning_rate(self) -> float:
+        s = self.schedule
+        return learning_rate(self.step, s.learning_rate, s.warmup_steps, self.plan.updates, s.lr_scheduler)
+
+    def _backward(self, batch: Sequence[int]) -> Tensor:
+        """Gradients of a batch in which every example counts once; the summed metrics of all ranks."""
+        runtime, passes = self.runtime, self._passes(batch)
+        # DDP averages over ranks, the loss is a mean over the whole batch.
+        scale = runtime.world / self.task.normaliser(batch)
+        total = torch.zeros(len(self.task.metrics), dtype=torch.float64, device=runtime.device)
+        bad: list[int] = []
+        for k, examples in enumerate(passes):
+            last = k == len(passes) - 1
+            with nullcontext() if last else runtime.accelerator.no_sync(self.scorer):
+                # An empty pass runs on some example and counts nothing: every rank must take part in every pass.
+                loss, sums = self.task.forward(self.scorer, examples or batch[:1])
+                weight = 1.0 if examples else 0.0
+                runtime.accelerator.backward(loss * (scale * weight))
+            if examples and not torch.isfinite(loss.detach()):
+                bad += examples
+            total += sums * weight
+        total = runtime.total(total)
+        if not torch.isfinite(total[0]):
+            raise self._not_finite("loss", runtime.gather(bad))
+        return total
+
+    def _passes(self, batch: Sequence[int]) -> list[list[int]]:
+        return self.cutting.split(batch, self.task.costs, self.runtime.world)[self.runtime.rank]
+
+    def _clip(self, batch: Sequence[int]) -> float:
+        norm = float(self.runtime.accelerator.clip_grad_norm_(self.scorer.parameters(), self.schedule.max_grad_norm))
+        if not math.isfinite(norm):
+            raise self._not_finite("gradient", list(batch))
+        return norm
+
+    def _not_finite(self, what: str, examples: Sequence[int]) -> TrainingError:
+        rows = ", ".join(self.task.where(i) for i in examples[:4]) + (" …" if len(examples) > 4 else "")
+        return TrainingError(
+            f"the {what} of step {self.step + 1} is not finite; no weight was changed by it (rows: {rows})",
+            fix="lower --learning-rate, or use --dtype float32; checkpoints before it are whole",
+        )
+
+    def _sums(self, task: Task, examples: Sequence[int], cutting: Microbatching) -> Tensor:
+        """Summed metrics over examples, shared among the ranks, without gradients."""
+        runtime = self.runtime
+        total = torch.zeros(len(task.metrics), dtype=torch.float64, device=runtime.device)
+        with torch.no_grad():
+            for some in cutting.split(examples, task.costs, runtime.world)[runtime.rank]:
+                if some:
+                    total += task.forward(self.model_scorer, some)[1]
+        return runtime.total(total)
+
+    @property
+    def model_scorer(self) -> nn.Module:
+        """The scorer without DDP around it: a forward pass alone needs no agreement between ranks."""
+        return self.runtime.accelerator.unwrap_model(self.scorer)
+
+    @staticmethod
+    def _averages(task: Task, sums: Tensor, examples: Sequence[int]) -> dict[str, float]:
+        means = (sums / task.normaliser(examples)).tolist()
+        return dict(zip(task.metrics, means, strict=True))
+
+    def _evaluate(self, held: Held | None) -> dict[str, float]:
+        if held is None:
+            return {}
+        examples = range(len(held.task.costs))
+        sums = self._sums(held.task, examples, Microbatching(held.batch_size))
+        return {f"eval/{name}": value for name, value in self._averages(held.task, sums, examples).items()}
+
+    # Checkpoints ------------------------------------------------------------------------------------------
+
+    def _keep_or_stop(self, keeping: Keeping, stop: StopRequest, last: bool) -> None:
+        signalled = stop.agreed(self.runtime)
+        due = keeping.every is not None and self.step % keeping.every == 0
+        if due or (signalled and not last):
+            self.runtime.on_main(lambda: self._save(keeping))
+        if signalled and not last:
+            raise Interrupted(
+                signalled, f"stopped after update {self.step} of {self.plan.updates}; a checkpoint is saved",
+                fix="the same command goes on from there",
+            )  # fmt: skip
+
+    def _save(self, keeping: Keeping) -> None:
+        tensors = {"model": _weights(self.model), "optimizer": _optimizer_tensors(self.optimizer)}
+        save_checkpoint(keeping.directory, self.step, tensors, {"made_from": keeping.made_from}, keeping.keep)
+
+    def _resume(self, keeping: Keeping) -> bool:
+        """Go on from a checkpoint where there is one and it was asked for; whether there was."""
+        checkpoint = self.runtime.on_main(lambda: self._find(keeping))
+        if checkpoint is None:
+            return False
+        if checkpoint.step > self.plan.updates:
+            raise UsageFault(f"this checkpoint is beyond the {self.plan.updates} updates", where=str(checkpoint.path))
+        weights = checkpoint.tensors("model")
+        for name, tensor in _weights(self.model).items():
+            tensor.data.copy_(weights[name])
+        _restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
+        self.step = checkpoint.step
+        self.runtime.reporter.note(
+            f"going on from {checkpoint.path}: {self.step} of {self.plan.updates} updates are done"
+        )
+        return True
+
+    def _find(self, keeping: Keeping) -> Checkpoint | None:
+        if keeping.resume == "never":
+            return None
+        if keeping.resume == "auto":
+            return newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
+        checkpoint = open_checkpoint(Path(keeping.resume))
+        changed = [k for k, v in keeping.made_from.items() if checkpoint.state["made_from"].get(k) != v]
+        if changed:
+            raise UsageFault(f"made with other settings: {', '.join(changed)}", where=f"--resume {keeping.resume}")
+        return checkpoint
+
+
+def _write(file: MetricsFile | None, record: Mapping[str, Any]) -> None:
+    if file is not None:
+        file.write(record)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once."""
+    saved = model.state_dict()
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,62 @@
+"""run: every stage of the method, one after the other. A finished stage is recognised by what it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tisdpo_cli.engine.estimate import estimate
+from tisdpo_cli.engine.inspect import Inspection, inspect_weights
+from tisdpo_cli.engine.pairs import train_pairs
+from tisdpo_cli.engine.reporter import Reporter
+from tisdpo_cli.engine.sft import train_sft
+from tisdpo_cli.engine.training import Made
+from tisdpo_cli.settings.commands import Command, Estimate, Run, TrainPairs, TrainSft
+
+_TITLES = {
+    "train_sft": "starting model (SFT)",
+    "train_dpo": "forward contrastive model π⁺ (DPO)",
+    "train_reverse": "reverse contrastive model π⁻ (DPO, pairs swapped)",
+    "estimate": "token scores r = log π⁺ − log π⁻",
+    "train": "policy with the token-weighted loss (TIS-DPO)",
+}
+
+
+@dataclass(frozen=True)
+class PipelineMade:
+    """What `run` made: each stage, and the inspection of the scores."""
+
+    path: Path
+    stages: dict[str, Made]
+    inspection: Inspection
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values for JSON."""
+        stages = {
+            name: {"path": str(made.path), "made": made.fresh, **made.record} for name, made in self.stages.items()
+        }
+        return {"path": str(self.path), "stages": stages}
+
+
+def run(settings: Run, reporter: Reporter) -> PipelineMade:
+    """Run the pipeline; finished stages are skipped, an interrupted one goes on.
+
+    Raises:
+        TisdpoError: what stopped a stage.
+    """
+    stages: dict[str, Made] = {}
+    todo = [name for name in _TITLES if getattr(settings, name) is not None]
+    for number, name in enumerate(todo, start=1):
+        reporter.stage(f"{number}/{len(todo)} {name.replace('_', '-')}: {_TITLES[name]}")
+        stages[name] = _stage(getattr(settings, name), reporter)
+    return PipelineMade(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights))
+
+
+def _stage(settings: Command, reporter: Reporter) -> Made:
+    if isinstance(settings, TrainSft):
+        return train_sft(settings, reporter)
+    if isinstance(settings, Estimate):
+        return estimate(settings, reporter)
+    assert isinstance(settings, TrainPairs)
+    return train_pairs(settings, reporter)

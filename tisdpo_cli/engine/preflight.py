@@ -1,0 +1,29 @@
+"""Checks that need nothing heavy: are the models and datasets there? A mistyped path is told in a moment."""
+
+from __future__ import annotations
+
+from tisdpo_cli.artefacts import locate_model
+from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.settings.commands import Command, Run
+
+_MODELS = ("model", "ref_model", "forward", "reverse")
+_DATASETS = ("dataset", "scored")
+
+
+def check(settings: Command) -> None:
+    """Look at every model and dataset that a command names.
+
+    Raises:
+        UsageFault, ModelError, DataError: what is wrong with the first that cannot be used.
+    """
+    trust = getattr(settings, "trust_remote_code", False)
+    if isinstance(settings, Run):
+        trust = (settings.train_sft or settings.train_dpo).trust_remote_code
+    for name in _DATASETS:
+        dataset = getattr(settings, name, None)
+        if dataset is not None:
+            find_splits(dataset)
+    for name in _MODELS:
+        model = getattr(settings, name, None)
+        if model is not None:
+            locate_model(model, f"--{name.replace('_', '-')}", trust)

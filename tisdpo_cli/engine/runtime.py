@@ -1,0 +1,142 @@
+"""The processes of a run, on accelerate: ranks, device, precision, agreement between ranks, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor
+
+from tisdpo_cli.engine.reporter import Reporter, Silent
+from tisdpo_cli.errors import TisdpoError, UsageFault
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """This process among those of the run."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        """Join the other processes, if there are any.
+
+        Raises:
+            TisdpoError: launched for several processes but running alone, or with a sharding that is not supported.
+        """
+        _deterministic()
+        # Precision is the scorer's business; accelerate's own would wrap the model a second time.
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator.gradient_accumulation_steps = 1
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.main: bool = self.accelerator.is_main_process
+        self.reporter: Reporter = reporter if self.main else Silent()
+        self._check_launch()
+
+    def _check_launch(self) -> None:
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if wanted != self.world:
+            raise TisdpoError(
+                f"launched for {wanted} processes but running as {self.world}",
+                fix="on CPUs set ACCELERATE_USE_CPU=1 for torchrun, or use accelerate launch --multi_gpu",
+            )
+        kind = self.accelerator.distributed_type
+        sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            raise TisdpoError(
+                "sharded training (FSDP, DeepSpeed) is not supported", fix="launch with plain data parallelism"
+            )
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on the first process and give its result, or its fault, to all."""
+        if self.world == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                box[0] = work()
+            except TisdpoError as fault:
+                box[1] = fault
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        return self.accelerator.reduce(values, "sum") if self.world > 1 else values
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Lists of all processes, one after the other."""
+        return gather_object(items) if self.world > 1 else items
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def autocast(self, dtype: str, scoring: bool = False) -> torch.dtype | None:
+        """The dtype to compute in; None for float32.
+
+        Args:
+            dtype: `auto`, `float32` or `bf16`.
+            scoring: whether scores are made, which `auto` keeps in float32 on a CPU.
+
+        Raises:
+            UsageFault: bf16 was asked for on a GPU that does not compute in it.
+        """
+        gpu = self.device.type == "cuda"
+        capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True
+        if dtype == "bf16" and not capable:
+            raise UsageFault("this GPU does not compute in bf16", where="--dtype bf16", fix="use float32")
+        if dtype == "bf16" or (dtype == "auto" and gpu and capable):
+            if scoring and not gpu:
+                self.reporter.note("scores in bf16: about 2e-2 nats off on average; float32 is the default on CPUs")
+            return torch.bfloat16
+        return None
+
+
+def _deterministic() -> None:
+    """The same bytes every time: deterministic kernels, or a warning from torch where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling fresh memory with NaN is for debugging and costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a request that the loop answers between two updates.
+
+    A second signal ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def agreed(self, runtime: Runtime) -> int:
+        """The signal that any process has received, 0 for none; the same answer on all of them."""
+        if runtime.world == 1:
+            return self.signal
+        return int(runtime.accelerator.gather(torch.tensor([self.signal], device=runtime.device)).max())

@@ -1,0 +1,152 @@
+"""train-sft: supervised fine-tuning on responses, from a model or from nothing but the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tisdpo_cli.artefacts import locate_model
+from tisdpo_cli.data.examples import Example, read_examples
+from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.data.tokens import cut
+from tisdpo_cli.engine.reporter import Reporter
+from tisdpo_cli.engine.runtime import Runtime
+from tisdpo_cli.engine.splits import columns_of, limits_of
+from tisdpo_cli.engine.training import Made, claim_output, describe, finished, plan_training, run_training
+from tisdpo_cli.errors import DataError
+from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer, make_model, make_tokenizer
+from tisdpo_cli.scoring import collate, score
+from tisdpo_cli.settings.commands import TrainSft
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A tokenised example: given tokens, and learned tokens."""
+
+    where: str
+    given: list[int]
+    learned: list[int]
+
+
+class SftTask:
+    """Mean cross-entropy per learned token."""
+
+    unit = "examples"
+    metrics: tuple[str, ...] = ("loss", "token_probability")
+
+    def __init__(self, examples: Sequence[EncodedExample], pad: int, device: torch.device) -> None:
+        self.examples, self.pad, self.device = examples, pad, device
+        self.costs: list[int] = [len(e.given) + len(e.learned) for e in examples]
+
+    def where(self, example: int) -> str:
+        """FILE:LINE of an example."""
+        return self.examples[example].where
+
+    def normaliser(self, examples: Sequence[int]) -> float:
+        """The number of learned tokens."""
+        return float(sum(len(self.examples[i].learned) for i in examples))
+
+    def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy, and the sums of the metrics."""
+        rows = [(self.examples[i].given, self.examples[i].learned) for i in examples]
+        batch = collate(rows, self.pad).to(self.device)
+        logps = score(scorer, batch)
+        loss = -logps.sum()
+        return loss, torch.stack([loss.detach().double(), logps.detach().double().exp().sum()])
+
+
+def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
+    """Run train-sft.
+
+    Raises:
+        TisdpoError: anything the user can do something about; see the subclasses in `errors`.
+    """
+    path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
+    files = find_splits(settings.dataset)
+    runtime = Runtime(reporter)
+    output = None
+    if not settings.dry_run:
+        output = claim_output(runtime, settings, describe(settings), {"model": path}, files)
+        if output.state == "finished":
+            return finished(runtime, output)
+    train = _read(settings, files["train"], runtime.reporter)
+    tokenizer = _tokenizer(settings, path, train, runtime.reporter)
+    tasks = [
+        SftTask(_encode(settings, train, tokenizer, files["train"], runtime.reporter), tokenizer.pad, runtime.device)
+    ]
+    if "test" in files and settings.evaluation.eval_pairs:
+        held = _read(settings, files["test"], runtime.reporter)[: settings.evaluation.eval_pairs]
+        encoded = _encode(settings, held, tokenizer, files["test"], runtime.reporter)
+        tasks.append(SftTask(encoded, tokenizer.pad, runtime.device))
+    ready = plan_training(runtime, settings, tasks[0], tasks[1] if len(tasks) > 1 else None)
+    if output is None:
+        reporter.note("dry run: nothing was trained")
+        return Made(Path(settings.output_dir), {}, fresh=False)
+    model = _model(settings, path, tokenizer)
+    size = sum(p.numel() for p in model.parameters())
+    runtime.reporter.note(f"model = {settings.model or 'new'} ({size / 1e6:.1f} M parameters), dropout off")
+    return run_training(
+        runtime, settings, output, ready, model, tokenizer, settings.learning_rate(),
+        lambda loss: runtime.reporter.note(f"step-0 loss {loss:.4f}"),
+    )  # fmt: skip
+
+
+def _read(settings: TrainSft, path: Path, reporter: Reporter) -> list[Example]:
+    examples, notices = read_examples(
+        path, columns_of(settings.data), settings.target, settings.data.instruction_template, settings.data.on_bad_row
+    )
+    for notice in notices:
+        reporter.note(notice)
+    return examples
+
+
+def _tokenizer(settings: TrainSft, path: Path | None, examples: Sequence[Example], reporter: Reporter) -> Tokenizer:
+    if path is None:
+        texts = (text for example in examples for text in (example.prompt, example.response))
+        tokenizer = make_tokenizer(texts, settings.vocab_size)
+        reporter.note(f"new byte-level BPE tokenizer with {len(tokenizer.backend)} tokens")
+        return tokenizer
+    tokenizer = load_tokenizer(path, settings.trust_remote_code)
+    check_fit(path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+    for notice in tokenizer.notices:
+        reporter.note(notice)
+    return tokenizer
+
+
+def _model(settings: TrainSft, path: Path | None, tokenizer: Tokenizer) -> nn.Module:
+    if path is not None:
+        return load_model(path, settings.trust_remote_code)
+    positions = max(2048, settings.data.max_length)
+    return make_model(
+        tokenizer, hidden_size=settings.hidden_size, layers=settings.layers, heads=settings.heads,
+        positions=positions, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _encode(
+    settings: TrainSft, examples: Sequence[Example], tokenizer: Tokenizer, path: Path, reporter: Reporter
+) -> list[EncodedExample]:
+    prompts = tokenizer.encode([example.prompt for example in examples])
+    responses = tokenizer.encode([example.response for example in examples])
+    limits, encoded, dropped = limits_of(settings.data), [], 0
+    for example, prompt, ids in zip(examples, prompts, responses, strict=True):
+        given, (response,) = cut(prompt, [ids], tokenizer.bos, tokenizer.eos, limits)
+        if not response.kept:
+            dropped += 1
+        elif settings.train_on_prompt:
+            encoded.append(EncodedExample(example.where, given[:1], given[1:] + response.ids))
+        else:
+            encoded.append(EncodedExample(example.where, given, response.ids))
+    if dropped:
+        reporter.note(f"{path.name}: {dropped} examples dropped, the cut left no response token")
+    if not encoded:
+        raise DataError(
+            f"none of {len(examples)} examples has a response token left", where=str(path), fix="raise --max-length"
+        )
+    tokens = sum(len(e.learned) for e in encoded)
+    reporter.note(f"{path.name}: {len(encoded)} examples, {tokens} learned tokens")
+    return encoded

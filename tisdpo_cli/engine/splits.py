@@ -1,0 +1,95 @@
+"""Splits of a preference dataset, read, tokenised and sorted into what can be trained and what cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
+from tisdpo_cli.data.tokens import EncodedPair, Limits, Vocabulary, encode_pairs
+from tisdpo_cli.errors import DataError
+from tisdpo_cli.models import Tokenizer
+from tisdpo_cli.settings.groups import Data
+
+
+@dataclass
+class Split:
+    """One split: its pairs as text and as tokens, side by side, and what there is to say."""
+
+    path: Path
+    pairs: list[Pair]
+    encoded: list[EncodedPair]
+    notices: list[str] = field(default_factory=list)
+
+
+def columns_of(data: Data) -> Columns:
+    """The column names of the settings."""
+    return Columns(data.prompt_column, data.chosen_column, data.rejected_column)
+
+
+def limits_of(data: Data) -> Limits:
+    """The length limits of the settings."""
+    return Limits(data.max_length, data.max_prompt_length, data.keep_prompt)
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """What tokenisation needs of a tokenizer."""
+    return Vocabulary(tokenizer.encode, tokenizer.bos, tokenizer.eos, tokenizer.pad)
+
+
+def read_split(path: Path, data: Data, tokenizer: Tokenizer, first: int | None = None) -> Split:
+    """Read and tokenise a split, every usable row of it.
+
+    Args:
+        path: its file.
+        data: column names, limits and what to do with bad rows.
+        tokenizer: of the model in use.
+        first: only that many rows from the start, where given.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    read = read_pairs(path, columns_of(data), data.on_bad_row)
+    pairs = read.pairs[:first] if first is not None else read.pairs
+    limits = limits_of(data)
+    encoded, cuts = encode_pairs(
+        [pair.prompt for pair in pairs],
+        [pair.chosen for pair in pairs],
+        [pair.rejected for pair in pairs],
+        [pair.row.where for pair in pairs],
+        vocabulary_of(tokenizer),
+        limits,
+    )
+    unprompted = next((pair for pair in encoded if not pair.prompt), None)
+    if unprompted is not None:
+        raise DataError(
+            "the prompt has no tokens, so the first response token cannot be scored", where=unprompted.where
+        )
+    said = [f"{path.name}: {sentence}" for sentence in cuts.sentences(limits)]
+    return Split(path, pairs, encoded, [*read.notices, *said])
+
+
+def trainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
+    """The pairs that teach something, and sentences that count the others.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    equal = [p for p in split.encoded if p.chosen.ids == p.rejected.ids]
+    empty = [p for p in split.encoded if p.chosen.ids != p.rejected.ids and not (p.chosen.kept and p.rejected.kept)]
+    dropped = {p.index for p in equal} | {p.index for p in empty}
+    kept = [p for p in split.encoded if p.index not in dropped]
+    said = []
+    if equal:
+        said.append(
+            f"{split.path.name}: {len(equal)} pairs dropped, their responses are equal (after tokenising and cutting)"
+        )
+    if empty:
+        said.append(f"{split.path.name}: {len(empty)} pairs dropped, the cut left no response token")
+    if not kept:
+        raise DataError(
+            f"none of {len(split.encoded)} pairs can be trained: {len(equal)} have equal responses, {len(empty)} no "
+            "response token after the cut",
+            where=str(split.path), fix="look at the data, or raise --max-length",
+        )  # fmt: skip
+    return kept, said

@@ -1,0 +1,171 @@
+"""What every training command does around its loop: the model made ready, the output claimed, finished, told."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tisdpo_cli.artefacts import hash_model
+from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Task, Trainer
+from tisdpo_cli.engine.plan import Microbatching, Plan, make_plan, microbatching
+from tisdpo_cli.engine.runtime import Runtime
+from tisdpo_cli.files import sha256
+from tisdpo_cli.models import Tokenizer, save_model
+from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
+from tisdpo_cli.scoring import TokenScorer
+from tisdpo_cli.settings.commands import Command, TrainPairs, TrainSft
+from tisdpo_cli.settings.groups import Optim
+from tisdpo_cli.settings.sources import to_yaml
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a command made.
+
+    Attributes:
+        path: the output directory.
+        record: its `run.json`; empty after a dry run.
+        fresh: whether it was made now, and not found finished.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    fresh: bool
+
+
+def claim_output(
+    runtime: Runtime, settings: Any, command: str, models: Mapping[str, Path | None], files: Mapping[str, Path]
+) -> Output:
+    """Claim the output directory of a command on the first process and say to all how it stands.
+
+    Args:
+        runtime: this process.
+        settings: the command's settings.
+        command: its name.
+        models: option name to directory of the models it reads.
+        files: split to file of the dataset it reads.
+
+    Raises:
+        UsageFault: the directory is in use, or was made with other settings or inputs.
+    """
+    held: list[Output] = []
+
+    def take() -> Output:
+        made_from = dict(settings.fingerprint())
+        made_from.update({f"content of {name}": hash_model(path) for name, path in models.items() if path is not None})
+        made_from["content of dataset"] = sha256(*files.values(), named=True)
+        resume = settings.resume if hasattr(settings, "resume") else settings.checkpoints.resume
+        path = Path(settings.output_dir)
+        held.append(claim(path, command, made_from, overwrite=settings.overwrite, restart=resume == "never"))
+        return held[0].without_lock()
+
+    told = runtime.on_main(take)
+    return held[0] if held else told
+
+
+def finished(runtime: Runtime, output: Output) -> Made:
+    """An output that was found finished."""
+    runtime.reporter.note(f"{output.path} is finished and was made with these settings; nothing to do")
+    record = output.record()
+    output.release()
+    return Made(output.path, record, fresh=False)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A training that is ready to start."""
+
+    task: Task
+    held: Task | None
+    plan: Plan
+    cutting: Microbatching
+
+
+def plan_training(runtime: Runtime, settings: TrainPairs | TrainSft, task: Task, held: Task | None) -> Ready:
+    """Number the updates of a training and say what they are."""
+    optim, memory = settings.optim, settings.memory
+    given = optim.batch_size if "batch_size" in optim.model_fields_set else None
+    size, cutting = microbatching(
+        given, memory.micro_batch_size, memory.gradient_accumulation, runtime.world, optim.batch_size
+    )
+    plan = make_plan(len(task.costs), size, optim.epochs, optim.max_steps, settings.seed)
+    passes = len(cutting.split(plan.batch(0), task.costs, runtime.world)[0])
+    note, warn = runtime.reporter.note, runtime.reporter.warn
+    note(
+        f"{plan.updates} updates of {min(size, plan.examples)} {task.unit} ({passes} forward passes on each of "
+        f"{runtime.world} processes), {plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {task.unit}"
+    )
+    if optim.warmup_steps >= plan.updates:
+        warn(
+            f"the warm-up of {optim.warmup_steps} updates is not shorter than the run ({plan.updates}): the learning "
+            f"rate ends at {plan.updates / (optim.warmup_steps + 1):.0%}; see --warmup-steps"
+        )
+    return Ready(task, held, plan, cutting)
+
+
+def schedule_of(optim: Optim, rate: float) -> Schedule:
+    """The optimiser's part of the settings."""
+    return Schedule(
+        optim.optimizer, rate, optim.lr_scheduler, optim.warmup_steps, optim.weight_decay, optim.max_grad_norm
+    )
+
+
+def run_training(
+    runtime: Runtime,
+    settings: TrainPairs | TrainSft,
+    output: Output,
+    ready: Ready,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rate: float,
+    check: Callable[[float], None],
+) -> Made:
+    """Train, save, and mark the output as finished."""
+    began = time.time()
+    if runtime.main:
+        output.start(to_yaml(settings))
+    runtime.wait()
+    if settings.memory.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.train()
+    scorer = TokenScorer(model, runtime.autocast(settings.memory.dtype))
+    trainer = Trainer(runtime, scorer, ready.task, ready.plan, ready.cutting, schedule_of(settings.optim, rate))
+    kept = settings.checkpoints
+    keeping = Keeping(output.checkpoints, kept.save_every, kept.keep_checkpoints, kept.resume, output.made_from)
+    evaluation = settings.evaluation
+    held = Held(ready.held, evaluation.eval_every, evaluation.eval_batch_size) if ready.held is not None else None
+    metrics = output.path / METRICS_FILE
+    last = trainer.train(metrics, keeping, held, check)
+    record = {
+        "seed": settings.seed,
+        "seconds": round(time.time() - began, 1),
+        "updates": ready.plan.updates,
+        ready.task.unit: ready.plan.examples,
+        "final_metrics": {name: value for name, value in last.items() if math.isfinite(value)},
+    }
+    runtime.on_main(lambda: _publish(output, trainer.model, tokenizer, record))
+    made = Made(output.path, output.record(), fresh=True)
+    runtime.wait()
+    output.release()
+    return made
+
+
+def _publish(output: Output, model: nn.Module, tokenizer: Tokenizer, record: Mapping[str, Any]) -> None:
+    staged = output.staging()
+    save_model(model, tokenizer, staged)
+    settle_permissions(list(staged.iterdir()))
+    files = output.publish(staged)
+    output.finish(record, files)
+
+
+def describe(settings: Command) -> str:
+    """Name of the command that a settings model belongs to."""
+    from tisdpo_cli.settings.commands import COMMANDS
+
+    return next(name for name, model in COMMANDS.items() if type(settings) is model)

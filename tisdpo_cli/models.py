@@ -1,0 +1,242 @@
+"""Models and tokenizers: loaded with every check that loading itself leaves out, made from data, saved.
+
+Knows transformers; it knows no dataset rows, no settings and no training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tisdpo_cli.errors import ModelError, UsageFault
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+# Tokenisation is fast enough in one process; the warning about forks would reach the user otherwise.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and what the program needs to know of it.
+
+    Attributes:
+        backend: the transformers tokenizer.
+        bos: id that the tokenizer itself puts in front, or None.
+        digest: SHA-256 of what decides how text becomes ids.
+        notices: what to tell the user about it.
+    """
+
+    backend: Any
+    bos: int | None
+    eos: int
+    pad: int
+    digest: str
+    notices: tuple[str, ...] = ()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, without special tokens: text that spells a special token stays text."""
+        if not texts:
+            return []
+        encoded = self.backend(
+            list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; tokens that share a character get U+FFFD in the place of their part."""
+        return [self.backend.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """Load a tokenizer.
+
+    Raises:
+        ModelError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    try:
+        backend = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as fault:
+        raise ModelError(f"the tokenizer cannot be loaded: {_first_line(fault)}", where=str(path), fix="a model "
+                         "directory needs its tokenizer files") from fault  # fmt: skip
+    return describe_tokenizer(backend, str(path))
+
+
+def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
+    """Find out how a tokenizer begins and ends a text, and what pads it."""
+    eos = backend.eos_token_id
+    if eos is None:
+        raise ModelError("the tokenizer has no end-of-sequence token", where=where, fix="set eos_token in "
+                         "tokenizer_config.json")  # fmt: skip
+    begins = backend("a", add_special_tokens=True)["input_ids"][:1]
+    bos = backend.bos_token_id if backend.bos_token_id is not None and begins == [backend.bos_token_id] else None
+    pad, notices = backend.pad_token_id, ()
+    if pad is None:
+        pad, notices = eos, (f"the tokenizer has no padding token; {backend.eos_token!r} pads (masked by length)",)
+    return Tokenizer(backend, bos, eos, pad, _digest(backend, bos, eos), notices)
+
+
+def _digest(backend: Any, bos: int | None, eos: int) -> str:
+    fast = getattr(backend, "backend_tokenizer", None)
+    body = fast.to_str() if fast is not None else repr(sorted(backend.get_vocab().items()))
+    return hashlib.sha256(f"{bos}/{eos}/{body}".encode()).hexdigest()
+
+
+def check_fit(path: Path, tokenizer: Tokenizer, max_length: int, trust_remote_code: bool = False) -> None:
+    """Compare a tokenizer and a maximal length with a model's configuration, before its weights are read.
+
+    Raises:
+        ModelError: ids of the tokenizer have no row in the embedding.
+        UsageFault: `max_length` is beyond the positions that the model has.
+    """
+    config = _config(path, trust_remote_code).get_text_config()
+    highest = max(tokenizer.backend.get_vocab().values())
+    rows = getattr(config, "vocab_size", None)
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {highest}, the model's embedding {rows} rows",
+            where=str(path), fix="use the model's own tokenizer, or resize its embedding",
+        )  # fmt: skip
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UsageFault(
+            f"max_length {max_length} is beyond the {positions} positions of this model",
+            where=f"--max-length {max_length}", fix=f"lower it to {positions}",
+        )  # fmt: skip
+
+
+def _config(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as fault:
+        raise ModelError(
+            f"the configuration cannot be used: {_first_line(fault)}", where=str(path / "config.json")
+        ) from fault
+
+
+def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
+    """Load a causal LM in float32 with dropout off; every weight must be there, fit and be finite.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape or holds NaN; or the architecture is no causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    config = _config(path, trust_remote_code)
+    kept = _dropout_off(config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except Exception as fault:
+        raise ModelError(f"the model cannot be loaded: {_first_line(fault)}", where=str(path), fix="copy it again, or "
+                         "name a causal language model") from fault  # fmt: skip
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(f"{len(missing)} tensors are missing from the weights, {missing[0]} first", where=str(path), fix="copy "
+                         "the model again; it would train from random values")  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"tensor {name} holds NaN or infinity", where=str(path), fix="take an earlier checkpoint of it"
+            )
+    model._tisdpo_dropout = kept
+    return model.eval()
+
+
+def _dropout_off(config: Any) -> dict[str, float]:
+    """Set every dropout rate of a configuration to zero; returns what was set before."""
+    names = [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float) and value > 0]
+    kept = {name: getattr(config, name) for name in names}
+    for name in names:
+        setattr(config, name, 0.0)
+    return kept
+
+
+def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:
+    """Save model and tokenizer in the layout of `save_pretrained`; the dropout rates of the configuration come back."""
+    kept = getattr(model, "_tisdpo_dropout", {})
+    for name, value in kept.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(directory)  # type: ignore[operator]
+    tokenizer.backend.save_pretrained(directory)
+    for name in kept:
+        setattr(model.config, name, 0.0)
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; all 256 bytes are in it, so that any text can be encoded.
+
+    It is of the class that belongs to the architecture of `make_model`: transformers rebuilds a tokenizer by the
+    type of the model beside it, and any other pre-tokenisation would be lost silently on reload.
+    """
+    from transformers import Qwen2Tokenizer
+
+    _quiet()
+    blank = Qwen2Tokenizer(vocab={}, merges=[], eos_token=EOS, pad_token=PAD, unk_token=None)
+    trained = blank.train_new_from_iterator(texts, vocab_size, show_progress=False)
+    return describe_tokenizer(trained, "--init")
+
+
+def make_model(
+    tokenizer: Tokenizer, *, hidden_size: int, layers: int, heads: int, positions: int, seed: int
+) -> nn.Module:
+    """A small random causal LM of the Qwen2 architecture with tied embeddings.
+
+    Args:
+        tokenizer: decides the vocabulary and the special ids.
+        hidden_size: width; the feed-forward layers are 8/3 of it, rounded up to a multiple of 32.
+        layers: depth.
+        heads: attention heads.
+        positions: longest sequence.
+        seed: of the initial weights.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    _quiet()
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer.backend),
+        hidden_size=hidden_size,
+        intermediate_size=-(-hidden_size * 8 // 96) * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos,
+        pad_token_id=tokenizer.pad,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _first_line(fault: BaseException) -> str:
+    lines = str(fault).strip().splitlines()
+    return lines[0][:160] if lines else type(fault).__name__

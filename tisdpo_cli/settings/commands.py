@@ -1,0 +1,270 @@
+"""One settings model per command; the registry `COMMANDS` is what the CLI is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tisdpo_cli.settings.fields import Group, NonNegativeInt, PositiveInt, group_of, meta, setting
+from tisdpo_cli.settings.groups import (
+    Checkpoints,
+    Data,
+    Dtype,
+    Evaluation,
+    Memory,
+    Method,
+    Optim,
+    SftData,
+    SftOptim,
+    WeightChoice,
+    Weights,
+)
+
+_MODEL = "Model"
+_RUNTIME = "Runtime"
+
+
+class Command(BaseSettings):
+    """Settings of a command. Values come from layers (see `sources`), the first layer that has one wins."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, hide_input_in_errors=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take `layers=[{...}, ...]` as the sources, highest priority first; plain keywords go before them."""
+        layers = init_settings.init_kwargs.pop("layers", ())
+        return (init_settings, *(_Layer(settings_cls, layer) for layer in layers))
+
+    def leaves(self) -> Iterator[tuple[str, FieldInfo, Any]]:
+        """(dotted name, field, value) of every single setting."""
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Group):
+                for inner, inner_info in type(value).model_fields.items():
+                    yield f"{name}.{inner}", inner_info, getattr(value, inner)
+            else:
+                yield name, info, value
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that shape the result, by dotted name."""
+        return {name: value for name, info, value in self.leaves() if meta(info).get("shapes_result", True)}
+
+
+class _Layer(PydanticBaseSettingsSource):
+    """One source of values, as a nested dict."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+def output_setting() -> Any:
+    """`--output-dir`, the same for every command that makes something."""
+    return setting(..., "directory to make", _RUNTIME, "-o", shapes_result=False)
+
+
+def _path_input(help_text: str, panel: str, *flags: str, default: Any = ...) -> Any:
+    # Paths are compared by the content they hold, not by their name.
+    return setting(default, help_text, panel, *flags, shapes_result=False, metavar="PATH")
+
+
+def _seed() -> Any:
+    return setting(0, "seed of everything that is drawn", _RUNTIME)
+
+
+def _overwrite() -> Any:
+    return setting(False, "remove an output that was made with other settings", _RUNTIME, shapes_result=False)
+
+
+def _remote_code() -> Any:
+    return setting(False, "run code that comes with the model", _MODEL)
+
+
+def _dry_run() -> Any:
+    return setting(
+        False, "check everything, show the plan and the first row, train nothing", _RUNTIME, shapes_result=False
+    )
+
+
+class TrainPairs(Command):
+    """What train-dpo, train-reverse and train have in common."""
+
+    model: str = _path_input("model to train: directory or hub id", _MODEL, "-m")
+    ref_model: str | None = _path_input("reference (the model itself as it starts)", _MODEL, default=None)
+    trust_remote_code: bool = _remote_code()
+    dataset: str = _path_input("preference pairs: JSONL file or directory", "Data", "-d")
+    output_dir: str = output_setting()
+    seed: NonNegativeInt = _seed()
+    data: Data = Data()
+    method: Method = Method()
+    optim: Optim = Optim()
+    memory: Memory = Memory()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    overwrite: bool = _overwrite()
+    dry_run: bool = _dry_run()
+
+
+class TrainDpo(TrainPairs):
+    """Train the forward contrastive model π⁺: DPO on the pairs as they are."""
+
+
+class TrainReverse(TrainPairs):
+    """Train the reverse contrastive model π⁻: DPO with chosen and rejected swapped."""
+
+
+class Train(TrainPairs):
+    """Train with the token-weighted DPO loss on a scored dataset: TIS-DPO itself."""
+
+    dataset: str = _path_input("scored dataset, from `tisdpo estimate`", "Data", "-d")
+    weights: Weights = Weights()  # type: ignore[valid-type]
+
+
+class TrainSft(Command):
+    """Train a starting model by supervised fine-tuning, or make one from the data with --init."""
+
+    model: str | None = _path_input("model to train: directory or hub id (not with --init)", _MODEL, "-m", default=None)
+    init: bool = setting(False, "make a small tokenizer and model from the dataset itself", _MODEL)
+    vocab_size: PositiveInt = setting(2048, "tokens of the new tokenizer, with --init", _MODEL)
+    hidden_size: PositiveInt = setting(192, "width of the new model, with --init", _MODEL)
+    layers: PositiveInt = setting(4, "depth of the new model, with --init", _MODEL)
+    heads: PositiveInt = setting(6, "attention heads of the new model, with --init", _MODEL)
+    trust_remote_code: bool = _remote_code()
+    dataset: str = _path_input("pairs, or instruction rows: JSONL file or directory", "Data", "-d")
+    target: Literal["chosen", "rejected", "both"] = setting("chosen", "which responses of pairs to learn", "Data")
+    train_on_prompt: bool = setting(False, "learn the prompt tokens too", "Data")
+    output_dir: str = output_setting()
+    seed: NonNegativeInt = _seed()
+    data: SftData = SftData()
+    optim: SftOptim = SftOptim()
+    memory: Memory = Memory()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    overwrite: bool = _overwrite()
+    dry_run: bool = _dry_run()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> TrainSft:
+        if self.init == (self.model is not None):
+            raise ValueError("give either --model PATH or --init")
+        if self.init and self.vocab_size < 258:
+            raise ValueError("vocab_size must be at least 258: 256 bytes, end-of-sequence and padding")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 2 · heads ({self.heads})")
+        return self
+
+    def learning_rate(self) -> float:
+        """The learning rate in force: 2e-5, or 3e-3 for a new model, unless one is given."""
+        given = self.optim.learning_rate
+        return given if given is not None else (3e-3 if self.init else 2e-5)
+
+
+class Estimate(Command):
+    """Score every response token under both contrastive models and write the dataset back with the scores."""
+
+    forward: str = _path_input("forward contrastive model π⁺, from `tisdpo train-dpo`", _MODEL)
+    reverse: str = _path_input("reverse contrastive model π⁻, from `tisdpo train-reverse`", _MODEL)
+    trust_remote_code: bool = _remote_code()
+    dataset: str = _path_input("preference pairs to score: JSONL file or directory", "Data", "-d")
+    output_dir: str = output_setting()
+    data: Data = Data()
+    batch_size: PositiveInt = setting(
+        16, "pairs per forward pass and process", "Memory", "--per-device-eval-batch-size"
+    )
+    sequential: bool = setting(False, "hold one model in memory at a time", "Memory", shapes_result=False)
+    dtype: Dtype = setting("auto", "compute in bf16 or float32 (auto: float32 on CPUs)", "Memory")
+    resume: Literal["auto", "never"] = setting(
+        "auto", "go on where an interrupted run stopped", _RUNTIME, shapes_result=False
+    )
+    overwrite: bool = _overwrite()
+
+
+class InspectWeights(Command):
+    """Show what the weights say: a summary of the file, and a pair token by token."""
+
+    scored: str = _path_input("scored dataset, from `tisdpo estimate`", "Data", "--dataset", "-d")
+    tokenizer: str | None = _path_input("tokenizer, where none lies beside the data", _MODEL, default=None)
+    split: str = setting("train", "split to show", "Data")
+    data: Data = Data()
+    index: NonNegativeInt | None = setting(
+        None, "pair to show (0 is the first; the one with the largest spread)", "View", "-i"
+    )
+    show: Literal["weights", "scores"] = setting("weights", "colour tokens by weight or by score r", "View")
+    top: PositiveInt = setting(8, "tokens in the lists of highest and lowest", "View")
+    min_count: PositiveInt = setting(5, "occurrences a token needs to be in these lists", "View")
+    seed: NonNegativeInt = _seed()
+    weights: Weights = Weights()  # type: ignore[valid-type]
+
+
+class Stages(Command):
+    """The settings of `run` that are no stage's own."""
+
+    model: str | None = _path_input("starting model (without a train_sft section)", _MODEL, "-m", default=None)
+    dataset: str = _path_input("preference pairs: JSONL file or directory", "Data", "-d")
+    output_dir: str = output_setting()
+    overwrite: bool = setting(
+        False, "make stages again whose settings or inputs have changed", _RUNTIME, shapes_result=False
+    )
+
+
+class Run(Stages):
+    """The whole pipeline from one file: finished stages are skipped, an interrupted one goes on."""
+
+    max_steps: PositiveInt | None = setting(None, "updates of every training", "Stages")
+    seed: NonNegativeInt = setting(0, "seed of every stage", "Stages")
+    dtype: Dtype = setting("auto", "precision of every stage", "Stages")
+    train_sft: TrainSft | None = None
+    train_dpo: TrainDpo
+    train_reverse: TrainReverse
+    estimate: Estimate
+    train: Train
+    inspect_weights: InspectWeights
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "train-dpo": TrainDpo,
+    "train-reverse": TrainReverse,
+    "estimate": Estimate,
+    "train": Train,
+    "inspect-weights": InspectWeights,
+    "run": Run,
+    "train-sft": TrainSft,
+}
+
+# The stages of `run`, in order.
+STAGES: tuple[str, ...] = ("train_sft", "train_dpo", "train_reverse", "estimate", "train", "inspect_weights")
+
+
+def stage_command(stage: str) -> type[Command]:
+    """The settings model of a stage of `run`."""
+    return COMMANDS[stage.replace("_", "-")]
+
+
+def leaf_paths(command: type[Command]) -> dict[str, FieldInfo]:
+    """Every single setting of a command by dotted name (`optim.batch_size`)."""
+    paths: dict[str, FieldInfo] = {}
+    for name, info in command.model_fields.items():
+        group = group_of(info)
+        if group is None:
+            if name not in STAGES:
+                paths[name] = info
+        else:
+            paths.update({f"{name}.{inner}": field for inner, field in group.model_fields.items()})
+    return paths
+
+
+__all__ = ["COMMANDS", "STAGES", "Command", "Run", "WeightChoice", "leaf_paths", "stage_command"]

@@ -1,0 +1,387 @@
+"""Where values come from: flags, `--set`, the environment, a file. Each source becomes a layer of dotted names.
+
+Every setting has one name, that of its flag with underscores; groups are for reading. `beta`, `method.beta` and
+`method: {beta: …}` are the same setting, in every source.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from tisdpo_cli.errors import UsageFault
+from tisdpo_cli.settings.commands import COMMANDS, STAGES, Command, Run, Stages, leaf_paths, stage_command
+from tisdpo_cli.settings.fields import group_of
+
+ENV_PREFIX = "TISDPO_"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values of one source by dotted name, and what to call the source."""
+
+    origin: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings, and the source of every value that is not a default."""
+
+    settings: Command
+    origins: dict[str, str]
+
+
+def load(
+    command: type[Command],
+    flags: Mapping[str, Any],
+    *,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Resolve the settings of a command: flags over `--set` over environment over file over defaults.
+
+    Raises:
+        UsageFault: an unknown key, a value out of range, an unreadable file; all faults are told at once.
+    """
+    faults: list[str] = []
+    layers = [
+        Layer("flag", _flatten(command, flags, "", faults)),
+        Layer("--set", _from_sets(command, sets, faults)),
+        Layer("environment", _from_environment(command, environ or {}, faults)),
+    ]
+    if config is not None:
+        layers.append(Layer(str(config), _flatten(command, read_yaml(config), f"{config}: ", faults)))
+    _stop_at(faults)
+    if issubclass(command, Run):
+        return _load_run(layers)
+    return _build(command, layers)
+
+
+def _build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
+    try:
+        settings = command(layers=[_nest(layer.values) for layer in layers])  # type: ignore[call-arg]
+    except ValidationError as fault:
+        _stop_at(_sentences(command, fault))
+    return Loaded(settings, _origins(layers))
+
+
+def _origins(layers: Sequence[Layer]) -> dict[str, str]:
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for name in layer.values:
+            origins.setdefault(name, layer.origin)
+    return origins
+
+
+# The pipeline -----------------------------------------------------------------------------------------------
+
+_DIRECTORIES = {
+    "train_sft": "sft",
+    "train_dpo": "dpo",
+    "train_reverse": "reverse",
+    "estimate": "scored",
+    "train": "tisdpo",
+}
+
+
+def _load_run(layers: Sequence[Layer]) -> Loaded:
+    """Build `Run` with the settings of each stage: its own section first, then what stands at the top."""
+    own = leaf_paths(Run)
+    tops = [Layer(layer.origin, {k: v for k, v in layer.values.items() if k in own}) for layer in layers]
+    head = _build(
+        Stages, [Layer(t.origin, {k: v for k, v in t.values.items() if k in leaf_paths(Stages)}) for t in tops]
+    )
+    assert isinstance(head.settings, Stages)
+    with_sft = head.settings.model is None or any(k.split(".")[0] == "train_sft" for la in layers for k in la.values)
+    wiring = _wiring(head.settings, with_sft)
+    stages: dict[str, Command] = {}
+    origins = _origins(tops)
+    faults: list[str] = []
+    for stage in STAGES:
+        if stage not in wiring:
+            continue
+        stage_layers = [Layer("run", wiring[stage]), *(_stage_layer(stage, la, wiring[stage], faults) for la in layers)]
+        try:
+            loaded = _build(stage_command(stage), stage_layers)
+        except UsageFault as fault:
+            faults += [f"{stage}: {line}" for line in (fault.details or (fault.what,))]
+            continue
+        stages[stage] = loaded.settings
+        origins.update({f"{stage}.{name}": origin for name, origin in loaded.origins.items()})
+    _stop_at(faults)
+    try:
+        settings = Run(layers=[*(_nest(t.values) for t in tops)], **stages)  # type: ignore[arg-type, call-arg]
+    except ValidationError as fault:
+        _stop_at(_sentences(Run, fault))
+    return Loaded(settings, origins)
+
+
+def _wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
+    """What the pipeline itself decides in each stage: which output is whose input."""
+    at = {stage: str(Path(head.output_dir) / name) for stage, name in _DIRECTORIES.items()}
+    start = at["train_sft"] if with_sft else head.model
+    common = {"dataset": head.dataset, "overwrite": head.overwrite}
+    wiring: dict[str, dict[str, Any]] = {}
+    if with_sft:
+        wiring["train_sft"] = {**common, "model": head.model, "init": head.model is None, "output_dir": at["train_sft"]}
+    for stage in ("train_dpo", "train_reverse"):
+        wiring[stage] = {**common, "model": start, "output_dir": at[stage]}
+    models = {"forward": at["train_dpo"], "reverse": at["train_reverse"]}
+    wiring["estimate"] = {**common, **models, "output_dir": at["estimate"]}
+    wiring["train"] = {**common, "model": start, "dataset": at["estimate"], "output_dir": at["train"]}
+    wiring["inspect_weights"] = {"scored": at["estimate"]}
+    return wiring
+
+
+def _stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: list[str]) -> Layer:
+    """What a layer says of a stage. Its own section wins over the top of the same layer."""
+    command = stage_command(stage)
+    values: dict[str, Any] = {}
+    for name, value in layer.values.items():
+        first, _, rest = name.partition(".")
+        path = None if first in STAGES else _resolve(command, name)
+        if path is not None and path not in wired:
+            values[path] = value
+    for name, value in layer.values.items():
+        first, _, rest = name.partition(".")
+        if first != stage or not rest:
+            continue
+        if rest in wired and not (rest == "init" and value in (True, "true")):
+            faults.append(f"{stage}.{rest} is decided by run; set it at the top or run the stage by itself")
+        elif rest not in wired:
+            values[rest] = value
+    return Layer(layer.origin, values)
+
+
+# One source at a time ---------------------------------------------------------------------------------------
+
+
+def _resolve(command: type[Command], name: str) -> str | None:
+    """The dotted name of a setting given by its dotted or its bare name; None where the command has no such."""
+    paths = leaf_paths(command)
+    if name in paths:
+        return name
+    return next((path for path in paths if path.rpartition(".")[2] == name), None)
+
+
+def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
+    """Dotted names of nested values; unknown and repeated names are added to the faults."""
+    flat: dict[str, Any] = {}
+    for name, value in _walk(command, values, ""):
+        path = _locate(command, name)
+        if path is None:
+            faults.append(f"{where}unknown setting {name!r}{_did_you_mean(name, _names(command))}")
+        elif path in flat:
+            faults.append(f"{where}{path} is given twice, once as {name!r}")
+        else:
+            flat[path] = value
+    return flat
+
+
+def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{str(key).replace('-', '_')}"
+        if isinstance(value, Mapping):
+            yield from _walk(command, value, f"{name}.")
+        elif not (value is None and _is_section(command, name)):
+            yield name, value
+        elif name in STAGES:
+            # An empty section still says that the stage is wanted.
+            yield f"{name}.", None
+
+
+def _is_section(command: type[Command], name: str) -> bool:
+    return name in STAGES or (name in command.model_fields and group_of(command.model_fields[name]) is not None)
+
+
+def _locate(command: type[Command], name: str) -> str | None:
+    """Like `_resolve`; in `run`, also the settings of stages, and at the top those that any stage has."""
+    path = _resolve(command, name)
+    if path is not None or not issubclass(command, Run):
+        return path
+    stage, _, rest = name.partition(".")
+    if stage in STAGES:
+        inner = _resolve(stage_command(stage), rest) if rest else ""
+        return None if inner is None else f"{stage}.{inner}"
+    return name if any(_resolve(stage_command(s), name) for s in STAGES) else None
+
+
+def _from_sets(command: type[Command], sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in sets:
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            faults.append(f"--set {item!r}: write --set name=value")
+            continue
+        values[name.strip()] = _scalar(text)
+    return _flatten(command, values, "--set ", faults)
+
+
+def _from_environment(command: type[Command], environ: Mapping[str, str], faults: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
+        known = [_case(c, name) for c in COMMANDS.values()]
+        if not any(known):
+            names = {f"{ENV_PREFIX}{n.upper().replace('.', '__')}" for c in COMMANDS.values() for n in _names(c)}
+            faults.append(f"unknown environment variable {variable}{_did_you_mean(variable, names)}")
+        mine = _case(command, name)
+        if mine is not None:
+            values[mine] = _scalar(text)
+    return _flatten(command, values, "environment: ", faults)
+
+
+def _case(command: type[Command], lowered: str) -> str | None:
+    """The name of a setting whatever its case: variables are upper case, and L and U are names."""
+    for candidate in (lowered, *(n for n in leaf_paths(command) if n.lower().endswith(lowered))):
+        located = _locate(command, candidate)
+        if located is not None and (candidate == lowered or candidate.lower().split(".")[-1] == lowered.split(".")[-1]):
+            return located
+    return None
+
+
+def _scalar(text: str) -> Any:
+    return None if text.strip().lower() in ("null", "none", "~") else text
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a fault."""
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        UsageFault: no such file, not YAML, a key given twice, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = getattr(fault, "strerror", None) or "not UTF-8 text"
+        raise UsageFault(f"cannot read the config: {reason}", where=str(path)) from fault
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UsageFault(getattr(fault, "problem", None) or "not YAML", where=f"{path}{line}") from fault
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageFault("a config is a mapping of settings to values", where=str(path))
+    return values
+
+
+# Telling what is wrong --------------------------------------------------------------------------------------
+
+
+def _names(command: type[Command]) -> set[str]:
+    names = set(leaf_paths(command)) | {path.rpartition(".")[2] for path in leaf_paths(command)}
+    if issubclass(command, Run):
+        for stage in STAGES:
+            inner = _names(stage_command(stage))
+            names |= inner | {f"{stage}.{name}" for name in inner}
+    return names
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _sentences(command: type[Command], fault: ValidationError) -> list[str]:
+    """One sentence per fault, naming the setting and its flag. Values are not repeated: they may be private."""
+    sentences = []
+    for error in fault.errors(include_url=False, include_input=False, include_context=False):
+        path = ".".join(str(part) for part in error["loc"])
+        message = error["msg"].removeprefix("Value error, ")
+        if message[1:2].islower():
+            message = message[0].lower() + message[1:]
+        if error["type"] == "missing":
+            sentences.append(f"--{path.replace('_', '-')} is needed")
+        elif path in leaf_paths(command):
+            sentences.append(f"--{path.rpartition('.')[2].replace('_', '-')} ({path}): {message}")
+        else:
+            sentences.append(f"{path}: {message}" if path else message)
+    return sentences
+
+
+def _stop_at(faults: Sequence[str]) -> None:
+    if not faults:
+        return
+    if len(faults) == 1:
+        raise UsageFault(faults[0])
+    raise UsageFault(f"{len(faults)} settings cannot be used: " + "; ".join(faults), details=tuple(faults))
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        group, dot, name = path.partition(".")
+        if dot and name:
+            nested.setdefault(group, {})[name] = value
+        elif not dot:
+            nested[path] = value
+    return nested
+
+
+# Writing settings down --------------------------------------------------------------------------------------
+
+
+def to_yaml(settings: Command, origins: Mapping[str, str] | None = None) -> str:
+    """Settings as YAML that `--config` reads back, with the origin of each value as a comment where given."""
+    lines: list[str] = []
+    _write(lines, settings, "", 0, origins)
+    return "\n".join(lines) + "\n"
+
+
+def _write(lines: list[str], settings: Any, prefix: str, depth: int, origins: Mapping[str, str] | None) -> None:
+    wired = set(_wiring_names(prefix.rstrip(".")))
+    for name in type(settings).model_fields:
+        value, path = getattr(settings, name), f"{prefix}{name}"
+        indent = "  " * depth
+        if name in wired:
+            continue
+        if hasattr(type(value), "model_fields"):
+            lines.append(f"{indent}{name}:")
+            _write(lines, value, f"{path}.", depth + 1, origins)
+        elif not (value is None and path in STAGES):
+            comment = f"  # {origins.get(path, 'default')}" if origins is not None else ""
+            lines.append(f"{indent}{name}: {_yaml_scalar(value)}{comment}")
+
+
+def _wiring_names(stage: str) -> Iterable[str]:
+    if stage not in STAGES:
+        return ()
+    head = Stages(dataset="", output_dir="")
+    return _wiring(head, with_sft=True)[stage]
+
+
+def _yaml_scalar(value: Any) -> str:
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

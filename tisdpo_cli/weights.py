@@ -1,0 +1,315 @@
+"""From token scores r_t to token weights w_t: every transform, the presets, normalisation and the EOS.
+
+Pure maths on one response at a time; it knows no file, no sign convention of a file and no model. It never
+imports torch itself (it works on the tensors it is given), so that the settings can read names, parameters and
+defaults from here: a new transform is one function and one entry in `TRANSFORMS`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["chosen", "rejected"]
+EosWeight = Literal["zero", "one", "score"]
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of a transform: its default, what it means, and the parameter it must stay below."""
+
+    default: float
+    help: str
+    below: str | None = None
+    above_zero: bool = False
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a random transform draws from: the same numbers on every machine and rank."""
+
+    seed: int = 0
+    row: int = 0
+    side: Side = "chosen"
+
+    def derived_seed(self) -> int:
+        """A 63-bit seed that depends on all three parts."""
+        digest = hashlib.sha256(f"{self.seed}/{self.row}/{self.side}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+
+Function = Callable[["Tensor", Side, Mapping[str, float], Stream], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One way from scores to weights.
+
+    Attributes:
+        function: takes the scores r [n] of a response, its side, the parameters and a random stream.
+        params: its parameters by name.
+        clamp: the names of the parameters that clamp, where some do, and what they clamp.
+        positive: whether all its weights are above zero under given parameters, so that a mean of 1 can be
+            asked for.
+    """
+
+    function: Function
+    help: str
+    params: Mapping[str, Param] = field(default_factory=dict)
+    clamp: tuple[str, str, Literal["r", "signed"]] | None = None
+    positive: Callable[[Mapping[str, float]], bool] = lambda _params: False
+
+
+def signed(scores: Tensor, side: Side) -> Tensor:
+    """s = r for a chosen response and −r for a rejected one: large means that the token carries the preference."""
+    return scores if side == "chosen" else -scores
+
+
+def _exp(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+    return p["k"] * (p["mu"] * signed(r.clamp(p["L"], p["U"]), side)).exp()
+
+
+def _rank_based(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+    if r.numel() == 1:
+        return r.new_ones(1)
+    _values, group, sizes = signed(r, side).unique(sorted=True, return_inverse=True, return_counts=True)
+    mean_rank = sizes.cumsum(0) - (sizes + 1) / 2
+    fraction = mean_rank[group].to(r.dtype) / (r.numel() - 1)
+    return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
+
+
+def _threshold_and_scale(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+    fraction = (signed(r, side).clamp(p["min_val"], p["max_val"]) - p["min_val"]) / (p["max_val"] - p["min_val"])
+    return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
+
+
+def _threshold(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+    return signed(r, side).clamp(p["lower_threshold"], p["upper_threshold"])
+
+
+def _binary(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+    s = signed(r, side)
+    # Rounded before the floor: 18.4 % of 375 tokens is 69, and 68.99… in floating point.
+    kept = max(1, int(round(s.numel() * p["top_percent"] / 100, 9)))
+    return (s >= s.topk(kept).values[-1]).to(r.dtype)
+
+
+def _random(r: Tensor, _side: Side, p: Mapping[str, float], stream: Stream) -> Tensor:
+    import random
+
+    draw = random.Random(stream.derived_seed()).random
+    fractions = r.new_tensor([draw() for _ in range(r.numel())])
+    return p["min_val"] + (p["max_val"] - p["min_val"]) * fractions
+
+
+def _origin(r: Tensor, side: Side, _p: Mapping[str, float], _s: Stream) -> Tensor:
+    return signed(r, side)
+
+
+def _scales(low: float, high: float) -> dict[str, Param]:
+    return {
+        "min_scale": Param(low, "weight of the lowest token", below="max_scale"),
+        "max_scale": Param(high, "weight of the highest token"),
+    }
+
+
+def _values(low: float, high: float) -> dict[str, Param]:
+    return {
+        "min_val": Param(low, "lower end of the range", below="max_val"),
+        "max_val": Param(high, "upper end of the range"),
+    }
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "exp": Transform(
+        _exp,
+        "k·exp(±μ·clamp(r, L, U)), the paper's",
+        {
+            "k": Param(1.0, "factor of exp", above_zero=True),
+            "mu": Param(1.0, "slope μ of exp"),
+            "L": Param(-0.5, "lower clamp of r in exp", below="U"),
+            "U": Param(1.5, "upper clamp of r in exp"),
+        },
+        clamp=("L", "U", "r"),
+        positive=lambda p: True,
+    ),
+    "rank_based": Transform(
+        _rank_based, "ranks scaled to a range", _scales(0.7, 1.3), positive=lambda p: p["min_scale"] > 0
+    ),
+    "threshold_and_scale": Transform(
+        _threshold_and_scale,
+        "clamped, then scaled to a range",
+        _values(-1.5, 1.5) | _scales(0.7, 1.3),
+        clamp=("min_val", "max_val", "signed"),
+        positive=lambda p: p["min_scale"] > 0,
+    ),
+    "threshold": Transform(
+        _threshold,
+        "clamped scores",
+        {
+            "lower_threshold": Param(-1.0, "lower clamp of the signed score", below="upper_threshold"),
+            "upper_threshold": Param(1.0, "upper clamp of the signed score"),
+        },
+        clamp=("lower_threshold", "upper_threshold", "signed"),
+        positive=lambda p: p["lower_threshold"] > 0,
+    ),
+    "binary": Transform(
+        _binary,
+        "1 for the top tokens, 0 for the rest",
+        {"top_percent": Param(100.0, "share of tokens that get weight 1", above_zero=True, at_most=100.0)},
+    ),
+    "random": Transform(_random, "uniform noise, a control", _values(0.7, 1.3), positive=lambda p: p["min_val"] > 0),
+    "origin": Transform(_origin, "the signed score itself"),
+}
+
+_NARROW = {"min_scale": 0.6, "max_scale": 1.4}
+_WIDE = {"min_scale": 0.5, "max_scale": 1.5}
+
+# A preset is a transform and the parameters it gives to every transform that it says something about.
+PRESETS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
+    "default": ("binary", {"binary": {"top_percent": 100.0}}),
+    "aggressive": (
+        "threshold_and_scale",
+        {
+            "threshold_and_scale": {"min_val": -2.0, "max_val": 2.0, **_WIDE},
+            "binary": {"top_percent": 50.0},
+            "threshold": {"lower_threshold": -0.8, "upper_threshold": 0.8},
+            "random": {"min_val": 0.5, "max_val": 1.5},
+            "rank_based": _WIDE,
+        },
+    ),
+    "named_params": (
+        "threshold_and_scale",
+        {
+            "threshold_and_scale": {"min_val": -1.8, "max_val": 1.8, **_NARROW},
+            "binary": {"top_percent": 75.0},
+            "threshold": {"lower_threshold": -0.9, "upper_threshold": 0.9},
+            "random": {"min_val": 0.6, "max_val": 1.4},
+            "rank_based": _NARROW,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A transform with all its parameters, and what happens after it. Make it with `recipe`."""
+
+    transform: str
+    params: Mapping[str, float]
+    normalize: Literal["none", "mean"] = "none"
+    eos_weight: EosWeight = "score"
+
+    def describe(self) -> str:
+        """`rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
+        params = ", ".join(f"{name} {value:g}" for name, value in self.params.items())
+        shown = f"{self.transform} ({params})" if params else self.transform
+        normalised = ", mean 1" if self.normalize == "mean" else ""
+        return f"{shown}{normalised}, EOS {self.eos_weight}"
+
+
+def recipe(
+    transform: str | None,
+    preset: str | None = None,
+    given: Mapping[str, float] | None = None,
+    normalize: Literal["none", "mean"] = "none",
+    eos_weight: EosWeight = "score",
+) -> Recipe:
+    """Resolve names and parameters: those given, over the preset's, over the transform's defaults.
+
+    Raises:
+        ValueError: an unknown name, a parameter that the transform does not have, a value out of range, or a
+            normalisation that the transform does not allow.
+    """
+    preset_transform, preset_params = _preset(preset)
+    name = transform or preset_transform or "exp"
+    if name not in TRANSFORMS:
+        raise ValueError(f"unknown transform {name!r}; choose from {', '.join(TRANSFORMS)}")
+    entry = TRANSFORMS[name]
+    strangers = [key for key in given or {} if key not in entry.params]
+    if strangers:
+        has = ", ".join(entry.params) or "none"
+        raise ValueError(f"transform {name} has no parameter {', '.join(strangers)} (it has: {has})")
+    defaults = {key: param.default for key, param in entry.params.items()}
+    params = {**defaults, **preset_params.get(name, {}), **(given or {})}
+    _check_params(name, entry, params)
+    if normalize == "mean" and not entry.positive(params):
+        raise ValueError(f"normalize mean needs weights above zero, which transform {name} does not promise here")
+    return Recipe(name, params, normalize, eos_weight)
+
+
+def _preset(preset: str | None) -> tuple[str | None, dict[str, dict[str, float]]]:
+    if preset is None:
+        return None, {}
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def _check_params(name: str, entry: Transform, params: Mapping[str, float]) -> None:
+    for key, param in entry.params.items():
+        value = params[key]
+        if param.above_zero and not value > 0:
+            raise ValueError(f"{key} of transform {name} must be above 0, not {value:g}")
+        if param.at_most is not None and value > param.at_most:
+            raise ValueError(f"{key} of transform {name} must be at most {param.at_most:g}, not {value:g}")
+        if param.below is not None and not value < params[param.below]:
+            raise ValueError(f"{key} of transform {name} must be below {param.below} ({params[param.below]:g})")
+
+
+def transform_scores(scores: Tensor, side: Side, how: Recipe, stream: Stream) -> Tensor:
+    """Weights [n] of the n scored tokens of one response, in the order of its scores r [n] (float32)."""
+    if scores.numel() == 0:
+        return scores.clone()
+    return TRANSFORMS[how.transform].function(scores, side, how.params, stream)
+
+
+def clipped(scores: Tensor, side: Side, how: Recipe) -> Tensor:
+    """Which scores [n] lie outside the range that the transform clamps to; none where it does not clamp."""
+    clamp = TRANSFORMS[how.transform].clamp
+    if clamp is None:
+        return scores != scores
+    low, high, what = clamp
+    values = scores if what == "r" else signed(scores, side)
+    return (values < how.params[low]) | (values > how.params[high])
+
+
+def response_weights(
+    scores: Tensor, eos_score: Tensor | None, kept: int, has_eos: bool, how: Recipe, stream: Stream
+) -> Tensor:
+    """Weights of one response as it is trained: [kept] tokens, and the EOS where the response has one.
+
+    The order is: transform all scored tokens of the uncut response without the EOS, cut, normalise, set the EOS.
+    With `score` the EOS is weighed as one more token of the uncut response; it leaves the others as they are.
+
+    Args:
+        scores: [n] float32 scores r of the uncut response without its EOS, n ≥ kept.
+        eos_score: [1] score of the EOS; needed where has_eos and the EOS is weighed by its score.
+        kept: tokens of the response that are trained, the EOS not counted.
+        has_eos: whether the response still ends with its EOS.
+        how: transform, normalisation, and the treatment of the EOS.
+        stream: names the response, for its side and for random transforms.
+    """
+    side = stream.side
+    weights = transform_scores(scores, side, how, stream)[:kept]
+    divisor = weights.mean() if how.normalize == "mean" and kept else scores.new_ones(())
+    weights = weights / divisor if how.normalize == "mean" else weights
+    if not has_eos:
+        return weights
+    if how.eos_weight == "score":
+        if eos_score is None:
+            raise ValueError("the weight of the EOS needs its score")
+        joined = scores.new_zeros(scores.numel() + 1)
+        joined[:-1], joined[-1:] = scores, eos_score
+        eos = transform_scores(joined, side, how, stream)[-1:] / divisor
+    else:
+        eos = scores.new_full((1,), 1.0 if how.eos_weight == "one" else 0.0)
+    extended = scores.new_zeros(kept + 1)
+    extended[:-1], extended[-1:] = weights, eos
+    return extended
