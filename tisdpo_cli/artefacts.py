@@ -14,9 +14,17 @@ from tisdpo_cli.files import CONFIG_FILE, RUN_FILE, near_matches, sha256
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_TIMEOUT_SECONDS = 1.5
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
 
 
 def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Path:
@@ -100,9 +108,10 @@ def _weight_files(path: Path) -> list[Path]:
         return [single]
     if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
         raise ModelError(
-            "only pickled weights, which can run code and are never loaded", where=str(path),
+            "only pickled weights, which can run code and are never loaded",
+            where=str(path),
             fix="convert them: load the model with transformers where you trust it, then save_pretrained",
-        )  # fmt: skip
+        )
     raise ModelError("no model.safetensors", where=str(path), fix="a model directory has its weights in safetensors")
 
 

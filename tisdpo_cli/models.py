@@ -67,8 +67,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as fault:
-        raise ModelError(f"the tokenizer cannot be loaded: {_first_line(fault)}", where=str(path), fix="a model "
-                         "directory needs its tokenizer files") from fault  # fmt: skip
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {_first_line(fault)}",
+            where=str(path),
+            fix="a model directory needs its tokenizer files",
+        ) from fault
     return describe_tokenizer(backend, str(path))
 
 
@@ -76,11 +79,12 @@ def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
     """Find out how a tokenizer begins and ends a text, and what pads it."""
     eos = backend.eos_token_id
     if eos is None:
-        raise ModelError("the tokenizer has no end-of-sequence token", where=where, fix="set eos_token in "
-                         "tokenizer_config.json")  # fmt: skip
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token", where=where, fix="set eos_token in tokenizer_config.json"
+        )
     begins = backend("a", add_special_tokens=True)["input_ids"][:1]
     bos = backend.bos_token_id if backend.bos_token_id is not None and begins == [backend.bos_token_id] else None
-    pad, notices = backend.pad_token_id, ()
+    pad, notices = backend.pad_token_id, tuple[str, ...]()
     if pad is None:
         pad, notices = eos, (f"the tokenizer has no padding token; {backend.eos_token!r} pads (masked by length)",)
     return Tokenizer(backend, bos, eos, pad, _digest(backend, bos, eos), notices)
@@ -105,14 +109,16 @@ def check_fit(path: Path, tokenizer: Tokenizer, max_length: int, trust_remote_co
     if rows is not None and highest >= rows:
         raise ModelError(
             f"the tokenizer has ids up to {highest}, the model's embedding {rows} rows",
-            where=str(path), fix="use the model's own tokenizer, or resize its embedding",
-        )  # fmt: skip
+            where=str(path),
+            fix="use the model's own tokenizer, or resize its embedding",
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise UsageFault(
             f"max_length {max_length} is beyond the {positions} positions of this model",
-            where=f"--max-length {max_length}", fix=f"lower it to {positions}",
-        )  # fmt: skip
+            where=f"--max-length {max_length}",
+            fix=f"lower it to {positions}",
+        )
 
 
 def _config(path: Path, trust_remote_code: bool) -> Any:
@@ -148,12 +154,18 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
             local_files_only=True,
         )
     except Exception as fault:
-        raise ModelError(f"the model cannot be loaded: {_first_line(fault)}", where=str(path), fix="copy it again, or "
-                         "name a causal language model") from fault  # fmt: skip
+        raise ModelError(
+            f"the model cannot be loaded: {_first_line(fault)}",
+            where=str(path),
+            fix="copy it again, or name a causal language model",
+        ) from fault
     missing = sorted(info.get("missing_keys", ()))
     if missing:
-        raise ModelError(f"{len(missing)} tensors are missing from the weights, {missing[0]} first", where=str(path), fix="copy "
-                         "the model again; it would train from random values")  # fmt: skip
+        raise ModelError(
+            f"{len(missing)} tensors are missing from the weights, {missing[0]} first",
+            where=str(path),
+            fix="copy the model again; it would train from random values",
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(

@@ -159,8 +159,9 @@ def _state(output: Output, overwrite: bool) -> State:
         if leftovers:
             raise UsageFault(
                 f"not empty, and not made by tisdpo (it holds {sorted(leftovers)[0]})",
-                where=f"--output-dir {output.path}", fix="choose another directory",
-            )  # fmt: skip
+                where=f"--output-dir {output.path}",
+                fix="choose another directory",
+            )
         return "fresh"
     found = _read_marker(output.path / marker)
     changes = differences(found, {"command": output.command, "made_from": output.made_from})
@@ -175,8 +176,9 @@ def _state(output: Output, overwrite: bool) -> State:
         done = "made" if marker == RUN_FILE else "begun"
         raise UsageFault(
             f"was {done} with other settings or inputs: {'; '.join(changes)}",
-            where=f"--output-dir {output.path}", fix="choose another directory, or --overwrite",
-        )  # fmt: skip
+            where=f"--output-dir {output.path}",
+            fix="choose another directory, or --overwrite",
+        )
     for name in [*found.get("files", []), *_WORKING]:
         _remove(output.path / name)
     return "fresh"

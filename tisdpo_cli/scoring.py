@@ -35,8 +35,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        moved = [t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets, self.owner)]
-        return Batch(*moved, self.real_tokens)
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.owner.to(device, non_blocking=True),
+            self.real_tokens,
+        )
 
 
 def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
@@ -96,7 +101,7 @@ class TokenScorer(nn.Module):
             # index_select, not indexing: the backward of indexing is not deterministic on several threads.
             return (inputs[0].flatten(0, 1).index_select(0, positions).unsqueeze(0), *inputs[1:])
 
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
         handle = head.register_forward_pre_hook(narrow) if head is not None else None
         try:
             logits = self.model(input_ids=input_ids, use_cache=False).logits

@@ -274,7 +274,7 @@ def clipped(scores: Tensor, side: Side, how: Recipe) -> Tensor:
     """Which scores [n] lie outside the range that the transform clamps to; none where it does not clamp."""
     clamp = TRANSFORMS[how.transform].clamp
     if clamp is None:
-        return scores != scores
+        return scores.isnan()
     low, high, what = clamp
     values = scores if what == "r" else signed(scores, side)
     return (values < how.params[low]) | (values > how.params[high])

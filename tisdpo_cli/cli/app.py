@@ -256,4 +256,6 @@ def _fail(fault: BaseException) -> NoReturn:
         print_error(str(told))
     # The other processes of a run may wait for this one in a collective call; leaving at once ends them too.
     sys.stdout.flush()
-    os._exit(told.exit_code) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(told.exit_code)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(told.exit_code)
+    sys.exit(told.exit_code)

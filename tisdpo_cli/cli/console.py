@@ -76,9 +76,13 @@ class LiveProgress:
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         columns = (
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True),
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+        )
         self._bar = Bar(*columns, console=console, transient=False)
         self._task = self._bar.add_task(title, total=total, completed=done, figures="")
         self._figures: dict[str, float] = {}

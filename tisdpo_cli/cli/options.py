@@ -18,8 +18,17 @@ from tisdpo_cli.settings.fields import meta
 
 # Groups of options in the order in which the help shows them.
 _PANELS = (
-    "Model", "Data", "Stages", "Method", "Token weights", "Optimisation", "Memory", "Evaluation", "View", "Runtime",
-)  # fmt: skip
+    "Model",
+    "Data",
+    "Stages",
+    "Method",
+    "Token weights",
+    "Optimisation",
+    "Memory",
+    "Evaluation",
+    "View",
+    "Runtime",
+)
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,7 @@ def command_function(
     names = {path.replace(".", "__"): path for path in paths}
 
     def function(**given: Any) -> None:
-        common = Common(
-            given.pop("config"), given.pop("sets") or [], given.pop("print_config"), given.pop("as_json")
-        )  # fmt: skip
+        common = Common(given.pop("config"), given.pop("sets") or [], given.pop("print_config"), given.pop("as_json"))
         given.pop("debug")
         bare = given.pop("bare", None)
         flags = {names[name]: value for name, value in given.items() if value is not None}

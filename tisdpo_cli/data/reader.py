@@ -50,8 +50,11 @@ def find_splits(dataset: str) -> dict[str, Path]:
     if path.is_dir():
         found = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
         if "train" not in found:
-            raise DataError("no train.jsonl in this directory", where=dataset, fix="a dataset is a JSONL file, or a "
-                            "directory with train.jsonl and optionally test.jsonl")  # fmt: skip
+            raise DataError(
+                "no train.jsonl in this directory",
+                where=dataset,
+                fix="a dataset is a JSONL file, or a directory with train.jsonl and optionally test.jsonl",
+            )
         return found
     raise UsageFault(f"no such file or directory{near_matches(path)}", where=f"--dataset {dataset}")
 

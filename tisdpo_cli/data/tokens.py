@@ -85,14 +85,20 @@ class Cuts:
 
     def sentences(self, limits: Limits) -> list[str]:
         """What to tell the user, one line each."""
-        said = [f"{self.rows} pairs; prompt tokens {_spread(self.prompt_lengths)}, response tokens "
-                f"{_spread(self.response_lengths)} (median, 95 %, longest)"]  # fmt: skip
+        said = [
+            f"{self.rows} pairs; prompt tokens {_spread(self.prompt_lengths)}, response tokens "
+            f"{_spread(self.response_lengths)} (median, 95 %, longest)"
+        ]
         if self.cut_prompts or self.cut_responses:
-            said.append(f"cut to {limits.max_length} tokens: {self.cut_prompts} prompts (to {limits.max_prompt_length}, "
-                        f"their {limits.keep_prompt} kept), {self.cut_responses} responses")  # fmt: skip
+            said.append(
+                f"cut to {limits.max_length} tokens: {self.cut_prompts} prompts (to {limits.max_prompt_length}, "
+                f"their {limits.keep_prompt} kept), {self.cut_responses} responses"
+            )
         if self.merged_boundaries:
-            said.append(f"{self.merged_boundaries} rows would tokenise differently with prompt and response joined; "
-                        "they are tokenised apart in every stage")  # fmt: skip
+            said.append(
+                f"{self.merged_boundaries} rows would tokenise differently with prompt and response joined; "
+                "they are tokenised apart in every stage"
+            )
         return said
 
 

@@ -83,8 +83,10 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
     runtime.on_main(lambda: _write(settings, output, tokenizer, splits, parts, began, tokens))
     made = Made(output.path, output.record(), fresh=True)
     for name, counts in made.record["counts"].items():
-        runtime.reporter.note(f"{name}: {counts['scored_tokens']} tokens of {counts['rows']} pairs scored, "
-                              f"{counts['unscored_tokens']} beyond the cut (null)")  # fmt: skip
+        runtime.reporter.note(
+            f"{name}: {counts['scored_tokens']} tokens of {counts['rows']} pairs scored, "
+            f"{counts['unscored_tokens']} beyond the cut (null)"
+        )
     runtime.wait()
     output.release()
     return made
@@ -100,8 +102,9 @@ def _shared_tokenizer(settings: Estimate, paths: dict[str, Path]) -> Tokenizer:
     if forward.digest != reverse.digest:
         raise ModelError(
             "forward and reverse model have different tokenizers, their scores cannot be compared",
-            where=str(paths["reverse"]), fix="train both from the same model",
-        )  # fmt: skip
+            where=str(paths["reverse"]),
+            fix="train both from the same model",
+        )
     for path in paths.values():
         check_fit(path, forward, settings.data.max_length, settings.trust_remote_code)
     return forward
@@ -152,8 +155,11 @@ class _Scorer:
         encoded = self.splits[part.split].encoded
         for number, batch in enumerate(part.batches):
             if stop.signal:
-                raise Interrupted(stop.signal, "stopped while scoring; finished parts are kept", fix="the same command "
-                                  "goes on from there")  # fmt: skip
+                raise Interrupted(
+                    stop.signal,
+                    "stopped while scoring; finished parts are kept",
+                    fix="the same command goes on from there",
+                )
             began = time.perf_counter()
             logps, count = self._batch(scorer, [encoded[i] for i in batch])
             if not torch.isfinite(logps).all():
@@ -167,8 +173,9 @@ class _Scorer:
         try:
             save_file(tensors, partial)
         except (OSError, SafetensorError) as fault:
-            raise TrainingError(f"scores cannot be written: {fault}", where=str(self.folder), fix="make room; the same "
-                                "command goes on") from fault  # fmt: skip
+            raise TrainingError(
+                f"scores cannot be written: {fault}", where=str(self.folder), fix="make room; the same command goes on"
+            ) from fault
         partial.replace(self.folder / part.name(name))
         return tokens
 
@@ -219,8 +226,9 @@ def _write(
         tokenizer.backend.save_pretrained(staged)
         write_json(staged / MANIFEST, _manifest(settings, output, tokenizer, counts))
     except OSError as fault:
-        raise TrainingError(f"cannot be written: {fault.strerror}", where=str(output.path), fix="make room; the same command "
-                            "goes on") from fault  # fmt: skip
+        raise TrainingError(
+            f"cannot be written: {fault.strerror}", where=str(output.path), fix="make room; the same command goes on"
+        ) from fault
     settle_permissions(list(staged.iterdir()))
     files = output.publish(staged)
     seconds = time.time() - began
@@ -244,13 +252,20 @@ def _manifest(
 ) -> dict[str, Any]:
     limits = limits_of(settings.data)
     return {
-        "models": {name: {"path": getattr(settings, name), "sha256": output.made_from[f"content of {name}"]} for name in ("forward", "reverse")},
+        "models": {
+            name: {"path": getattr(settings, name), "sha256": output.made_from[f"content of {name}"]}
+            for name in ("forward", "reverse")
+        },
         "templates": None,
         "dataset": {"path": settings.dataset, "sha256": output.made_from["content of dataset"]},
         "tokenizer": tokenizer.digest,
         "dtype": settings.dtype,
-        "lengths": {"max_length": limits.max_length, "max_prompt_length": limits.max_prompt_length, "keep_prompt": limits.keep_prompt},
+        "lengths": {
+            "max_length": limits.max_length,
+            "max_prompt_length": limits.max_prompt_length,
+            "keep_prompt": limits.keep_prompt,
+        },
         "counts": counts,
         "sign": "files hold -r = log pi_reverse - log pi_forward",
         "versions": versions(),
-    }  # fmt: skip
+    }

@@ -134,7 +134,7 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
         raise UsageFault(f"no split {settings.split!r} here (there is {', '.join(files)})", where="--split")
     tokenizer = load_tokenizer(_tokenizer_path(settings))
     read = read_pairs(files[settings.split], columns_of(settings.data), settings.data.on_bad_row)
-    recipe = settings.weights.recipe(all(has_eos_scores(pair.row) for pair in read.pairs))  # type: ignore[attr-defined]
+    recipe = settings.weights.recipe(all(has_eos_scores(pair.row) for pair in read.pairs))
     sides = _all_sides(settings, tokenizer, read.pairs, recipe)
     index = settings.index if settings.index is not None else _widest(sides)
     if index >= len(read.pairs):

@@ -31,17 +31,19 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Task(Protocol):
-    """What is trained: examples, and what a forward pass over some of them gives.
+    """What is trained: examples, and what a forward pass over some of them gives."""
 
-    Attributes:
-        metrics: names of the metrics; the first is `loss`.
-        unit: what is counted, `pairs` or `examples`.
-        costs: tokens of each example.
-    """
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics, `loss` first."""
 
-    metrics: tuple[str, ...]
-    unit: str
-    costs: Sequence[int]
+    @property
+    def unit(self) -> str:
+        """What is counted: `pairs` or `examples`."""
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Tokens of each example."""
 
     def normaliser(self, examples: Sequence[int]) -> float:
         """What sums over these examples are divided by to give the loss and the metrics."""
@@ -248,9 +250,10 @@ class Trainer:
             self.runtime.on_main(lambda: self._save(keeping))
         if signalled and not last:
             raise Interrupted(
-                signalled, f"stopped after update {self.step} of {self.plan.updates}; a checkpoint is saved",
+                signalled,
+                f"stopped after update {self.step} of {self.plan.updates}; a checkpoint is saved",
                 fix="the same command goes on from there",
-            )  # fmt: skip
+            )
 
     def _save(self, keeping: Keeping) -> None:
         tensors = {"model": _weights(self.model), "optimizer": _optimizer_tensors(self.optimizer)}

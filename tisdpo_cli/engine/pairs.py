@@ -130,15 +130,23 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
     _banner(runtime.reporter, settings, policy)
     same_start = settings.ref_model is None
     return run_training(
-        runtime, settings, output, ready, policy, tokenizer, settings.optim.learning_rate,
+        runtime,
+        settings,
+        output,
+        ready,
+        policy,
+        tokenizer,
+        settings.optim.learning_rate,
         lambda loss: _check_step0(loss, same_start, runtime.reporter),
-    )  # fmt: skip
+    )
 
 
 def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None:
     size = sum(p.numel() for p in policy.parameters())
-    reporter.note(f"policy = {settings.model} ({size / 1e6:.1f} M parameters, trainable), reference = "
-                  f"{settings.ref_model or settings.model} (frozen), dropout off")  # fmt: skip
+    reporter.note(
+        f"policy = {settings.model} ({size / 1e6:.1f} M parameters, trainable), reference = "
+        f"{settings.ref_model or settings.model} (frozen), dropout off"
+    )
     if isinstance(settings, TrainReverse):
         reporter.note("reverse: in all metrics 'chosen' is the side preferred here, the dataset's rejected column")
 
@@ -190,10 +198,13 @@ def _with_weights(
     """Scores of the file become weights; rows are checked one by one and all faults are told together."""
     manifest = read_manifest(Path(settings.dataset).expanduser())
     if manifest is not None and manifest.get("tokenizer") != tokenizer.digest:
-        raise DataError("was scored with another tokenizer than this model's", where=settings.dataset, fix="score it again "
-                        "with models that share the tokenizer")  # fmt: skip
+        raise DataError(
+            "was scored with another tokenizer than this model's",
+            where=settings.dataset,
+            fix="score it again with models that share the tokenizer",
+        )
     eos_scores = all(has_eos_scores(split.pairs[pair.index].row) for pair in kept)
-    recipe = settings.weights.recipe(eos_scores)  # type: ignore[attr-defined]
+    recipe = settings.weights.recipe(eos_scores)
     reporter.note(f"{split.path.name}: weights by {recipe.describe()}" + _why_eos(settings, eos_scores))
     weighted, bad = [], []
     for pair in kept:
@@ -205,7 +216,7 @@ def _with_weights(
 
 
 def _why_eos(settings: Train, eos_scores: bool) -> str:
-    if settings.weights.eos_weight != "auto":  # type: ignore[attr-defined]
+    if settings.weights.eos_weight != "auto":
         return ""
     return " (auto: the file holds EOS scores)" if eos_scores else " (auto: the file holds no EOS scores)"
 
@@ -220,8 +231,11 @@ def _weigh(split: Split, pair: EncodedPair, recipe: Recipe, seed: int) -> Weight
         needs_eos = response.has_eos and recipe.eos_weight == "score"
         missing = unscored_needed(scores, response.kept, needs_eos)
         if missing:
-            return BadRow(row.where, f"{side}: {missing}; score with this --max-length and --max-prompt-length, or train with "
-                          "those of estimate.json")  # fmt: skip
+            return BadRow(
+                row.where,
+                f"{side}: {missing}; score with this --max-length and --max-prompt-length, or train with "
+                "those of estimate.json",
+            )
         weights.append(side_weights(scores, response.kept, response.has_eos, recipe, Stream(seed, pair.index, side)))
     return WeightedPair(pair, *weights)
 

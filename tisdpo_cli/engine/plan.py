@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -76,7 +77,7 @@ class Microbatching:
 def _even_parts(items: Sequence[int], parts: int) -> list[list[int]]:
     size, longer = divmod(len(items), parts)
     cuts = [k * size + min(k, longer) for k in range(parts + 1)]
-    return [list(items[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [list(items[a:b]) for a, b in pairwise(cuts)]
 
 
 def microbatching(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.artefacts import locate_model
-from tisdpo_cli.data.examples import Example, read_examples
+from tisdpo_cli.data.examples import Example, Target, read_examples
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.tokens import cut
 from tisdpo_cli.engine.reporter import Reporter
@@ -74,7 +74,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
         if output.state == "finished":
             return finished(runtime, output)
     train = _read(settings, files["train"], runtime.reporter)
-    tokenizer = _tokenizer(settings, path, train, runtime.reporter)
+    tokenizer = _tokenizer(settings, path, files["train"], runtime.reporter)
     tasks = [
         SftTask(_encode(settings, train, tokenizer, files["train"], runtime.reporter), tokenizer.pad, runtime.device)
     ]
@@ -90,22 +90,33 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
     size = sum(p.numel() for p in model.parameters())
     runtime.reporter.note(f"model = {settings.model or 'new'} ({size / 1e6:.1f} M parameters), dropout off")
     return run_training(
-        runtime, settings, output, ready, model, tokenizer, settings.learning_rate(),
+        runtime,
+        settings,
+        output,
+        ready,
+        model,
+        tokenizer,
+        settings.learning_rate(),
         lambda loss: runtime.reporter.note(f"step-0 loss {loss:.4f}"),
-    )  # fmt: skip
+    )
+
+
+def _examples(settings: TrainSft, path: Path, target: Target) -> tuple[list[Example], list[str]]:
+    data = settings.data
+    return read_examples(path, columns_of(data), target, data.instruction_template, data.on_bad_row)
 
 
 def _read(settings: TrainSft, path: Path, reporter: Reporter) -> list[Example]:
-    examples, notices = read_examples(
-        path, columns_of(settings.data), settings.target, settings.data.instruction_template, settings.data.on_bad_row
-    )
+    examples, notices = _examples(settings, path, settings.target)
     for notice in notices:
         reporter.note(notice)
     return examples
 
 
-def _tokenizer(settings: TrainSft, path: Path | None, examples: Sequence[Example], reporter: Reporter) -> Tokenizer:
+def _tokenizer(settings: TrainSft, path: Path | None, data: Path, reporter: Reporter) -> Tokenizer:
     if path is None:
+        # Whatever is learned first, both sides of the pairs will be tokenised with it.
+        examples, _ = _examples(settings, data, "both")
         texts = (text for example in examples for text in (example.prompt, example.response))
         tokenizer = make_tokenizer(texts, settings.vocab_size)
         reporter.note(f"new byte-level BPE tokenizer with {len(tokenizer.backend)} tokens")
@@ -122,9 +133,13 @@ def _model(settings: TrainSft, path: Path | None, tokenizer: Tokenizer) -> nn.Mo
         return load_model(path, settings.trust_remote_code)
     positions = max(2048, settings.data.max_length)
     return make_model(
-        tokenizer, hidden_size=settings.hidden_size, layers=settings.layers, heads=settings.heads,
-        positions=positions, seed=settings.seed,
-    )  # fmt: skip
+        tokenizer,
+        hidden_size=settings.hidden_size,
+        layers=settings.layers,
+        heads=settings.heads,
+        positions=positions,
+        seed=settings.seed,
+    )
 
 
 def _encode(

@@ -90,6 +90,7 @@ def trainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
         raise DataError(
             f"none of {len(split.encoded)} pairs can be trained: {len(equal)} have equal responses, {len(empty)} no "
             "response token after the cut",
-            where=str(split.path), fix="look at the data, or raise --max-length",
-        )  # fmt: skip
+            where=str(split.path),
+            fix="look at the data, or raise --max-length",
+        )
     return kept, said

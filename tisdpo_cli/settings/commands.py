@@ -36,7 +36,7 @@ class Command(BaseSettings):
     )
 
     @classmethod
-    def settings_customise_sources(
+    def settings_customise_sources(  # type: ignore[override]
         cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take `layers=[{...}, ...]` as the sources, highest priority first; plain keywords go before them."""
@@ -131,7 +131,7 @@ class Train(TrainPairs):
     """Train with the token-weighted DPO loss on a scored dataset: TIS-DPO itself."""
 
     dataset: str = _path_input("scored dataset, from `tisdpo estimate`", "Data", "-d")
-    weights: Weights = Weights()  # type: ignore[valid-type]
+    weights: Weights = Weights()
 
 
 class TrainSft(Command):
@@ -207,7 +207,7 @@ class InspectWeights(Command):
     top: PositiveInt = setting(8, "tokens in the lists of highest and lowest", "View")
     min_count: PositiveInt = setting(5, "occurrences a token needs to be in these lists", "View")
     seed: NonNegativeInt = _seed()
-    weights: Weights = Weights()  # type: ignore[valid-type]
+    weights: Weights = Weights()
 
 
 class Stages(Command):

@@ -42,7 +42,7 @@ def setting(
             directory is used again.
         metavar: what stands for the value in the help.
     """
-    extra = {"panel": panel, "flags": list(flags), "shapes_result": shapes_result, "metavar": metavar}
+    extra: dict[str, Any] = {"panel": panel, "flags": list(flags), "shapes_result": shapes_result, "metavar": metavar}
     return Field(default, description=help_text, json_schema_extra=extra)
 
 

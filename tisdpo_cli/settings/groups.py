@@ -82,10 +82,10 @@ class Optim(Group):
 
 
 class SftOptim(Optim):
-    """The optimiser of train-sft."""
+    """The optimiser of train-sft. The learning rate depends on whether the model is new."""
 
     optimizer: Literal["rmsprop", "adamw", "adam", "sgd"] = setting("adamw", "optimizer", "Optimisation", "--optim")
-    learning_rate: PositiveFloat | None = setting(
+    learning_rate: PositiveFloat | None = setting(  # type: ignore[assignment]
         None, "learning rate after the warm-up (2e-5; 3e-3 with --init)", "Optimisation", "--lr"
     )
     batch_size: PositiveInt = setting(32, "examples per update, over all processes", "Optimisation")

@@ -1,0 +1,107 @@
+"""The tests' own tiny world: a few pairs, a two-layer model, a byte-level tokenizer, and the program run for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+QUESTIONS = ("How do I bake bread?", "Where can I sleep?", "What is a good book?", "Can you fix my bike?")
+GOOD = (" I would gladly help you with that.", " Please take your time, gently.", " Thank you, let us look together.")
+BAD = (" Whatever, just guess.", " That is boring and obvious.", " Hurry, I do not care at all.")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run of the program left: exit code, and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+Tisdpo = Callable[..., Done]
+
+
+def run_tisdpo(*arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 300) -> Done:
+    """Run `python -m tisdpo_cli` in a process of its own."""
+    command = [sys.executable, "-m", "tisdpo_cli", *map(str, arguments)]
+    full = {**os.environ, **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=full, timeout=timeout, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def pair_rows(count: int) -> list[dict[str, str]]:
+    """Preference pairs in which a few words carry the preference."""
+    return [
+        {
+            "prompt": f"\n\nHuman: {QUESTIONS[i % len(QUESTIONS)]} ({i})\n\nAssistant:",
+            "chosen": GOOD[i % 3] + " Take care." * (i % 2),
+            "rejected": BAD[(i // 3) % 3] + " Bye." * (i % 4),
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write rows as JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `data/` (24 train and 8 test pairs) and `sft/` (a starting model with 2 layers, width 32)."""
+    root = tmp_path_factory.mktemp("world")
+    rows = pair_rows(32)
+    write_jsonl(root / "data" / "train.jsonl", rows[:24])
+    write_jsonl(root / "data" / "test.jsonl", rows[24:])
+    done = run_tisdpo(
+        "train-sft", "--init", "-d", root / "data", "-o", root / "sft", "--vocab-size", "320", "--hidden-size", "32",
+        "--layers", "2", "--heads", "2", "--max-steps", "6", "--warmup-steps", "0", "--target", "both",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return root
+
+
+@pytest.fixture(scope="session")
+def contrast(world: Path) -> Path:
+    """The world with `dpo/`, `reverse/` and `scored/` made, each by its command."""
+    for command, name in (("train-dpo", "dpo"), ("train-reverse", "reverse")):
+        done = run_tisdpo(
+            command, "-m", world / "sft", "-d", world / "data", "-o", world / name, "--max-steps", "8",
+            "--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "0",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+    done = run_tisdpo(
+        "estimate", "--forward", world / "dpo", "--reverse", world / "reverse", "-d", world / "data",
+        "-o", world / "scored",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return world
+
+
+@pytest.fixture
+def tisdpo() -> Tisdpo:
+    """Runs the program in a process of its own."""
+    return run_tisdpo
