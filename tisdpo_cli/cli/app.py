@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import typer
@@ -15,9 +16,10 @@ import typer
 from tisdpo_cli import __version__
 from tisdpo_cli.cli.console import TerminalReporter, print_error
 from tisdpo_cli.cli.faults import explain
-from tisdpo_cli.cli.options import Common, command_function
+from tisdpo_cli.cli.options import Common, command_function, spelled_out
 from tisdpo_cli.cli.text import visible
 from tisdpo_cli.errors import Interrupted, TisdpoError
+from tisdpo_cli.files import write_text
 from tisdpo_cli.settings.commands import COMMANDS, Command
 from tisdpo_cli.settings.sources import load, to_yaml
 
@@ -109,10 +111,12 @@ def _inspect(flags: dict[str, Any], common: Common) -> None:
     settings = _prepare(COMMANDS["inspect-weights"], flags, common)
     if settings is None:
         return
-    from tisdpo_cli.cli.view import render
+    from tisdpo_cli.cli.view import picture, render
     from tisdpo_cli.engine.inspect import inspect_weights
 
     inspection = inspect_weights(settings)  # type: ignore[arg-type]
+    if settings.svg is not None:  # type: ignore[attr-defined]
+        write_text(Path(settings.svg).expanduser(), picture(inspection))  # type: ignore[attr-defined]
     if common.as_json:
         _stdout(json.dumps(inspection.as_dict(), ensure_ascii=True))
     else:
@@ -123,7 +127,7 @@ def _run(flags: dict[str, Any], common: Common) -> None:
     settings = _prepare(COMMANDS["run"], flags, common)
     if settings is None:
         return
-    from tisdpo_cli.cli.view import pair_view, stage_table
+    from tisdpo_cli.cli.view import pair_view, picture, stage_table
     from tisdpo_cli.engine.pipeline import run
 
     reporter = TerminalReporter()
@@ -133,6 +137,8 @@ def _run(flags: dict[str, Any], common: Common) -> None:
         reporter.show(pair_view(made.inspection))
         reporter.stage("what was made")
         reporter.show(stage_table(made))
+        write_text(made.path / "report.svg", picture(made.inspection, made))
+        reporter.note(f"the report as a picture: {made.path / 'report.svg'}")
         reporter.note(f"next: tisdpo inspect-weights {shlex.quote(made.inspection.source)}")
     _result(made.as_dict(), str(made.path), common.as_json)
 
@@ -216,17 +222,9 @@ def _register() -> None:
 _register()
 
 
-def _underscores(argument: str) -> str:
-    """`--learning_rate` is `--learning-rate`; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
 def main() -> NoReturn:
     """Run the program and exit with the code of DESIGN: 0, 1, 2, 130 or 143."""
-    arguments = [_underscores(argument) for argument in sys.argv[1:]]
+    arguments = spelled_out(sys.argv[1:], COMMANDS)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=arguments, prog_name="tisdpo", standalone_mode=False)

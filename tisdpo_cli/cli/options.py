@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -76,18 +76,43 @@ def command_function(
     return function
 
 
+def spelled_out(arguments: Sequence[str], commands: Mapping[str, type[Command]]) -> list[str]:
+    """Arguments with underscores and second names of options replaced, so that commands of other tools can be pasted.
+
+    They are no options of their own: the help would show three names for each. Values are left alone.
+    """
+    command = commands.get(arguments[0]) if arguments else None
+    names = _second_names(command) if command is not None else {}
+    made = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+            argument = names.get(name, name) + equals + value
+        made.append(argument)
+    return made
+
+
+def _second_names(command: type[Command]) -> dict[str, str]:
+    names = {}
+    for path, info in leaf_paths(command).items():
+        for flag in meta(info)["flags"]:
+            if flag.startswith("--"):
+                names[flag] = "--" + path.rpartition(".")[2].replace("_", "-")
+    return names
+
+
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     about = meta(info)
     bare = name.rpartition("__")[2].replace("_", "-")
     is_flag = info.annotation is bool
-    spellings = [f"--{bare}/--no-{bare}" if is_flag else f"--{bare}", *about["flags"]]
-    if is_flag and info.default is False and bare in ("overwrite", "dry-run", "trust-remote-code", "init"):
-        spellings[0] = f"--{bare}"
+    short = [flag for flag in about["flags"] if not flag.startswith("--")]
+    spellings = [f"--{bare}", *short]
     option = typer.Option(
         None,
         *spellings,
         help=escape(_help(info)),
-        metavar=None if is_flag else about["metavar"] or _metavar(info.annotation),
+        metavar=" " if is_flag else about["metavar"] or _metavar(info.annotation),
         show_default=False,
         rich_help_panel=about["panel"],
     )
@@ -140,7 +165,7 @@ def _common_parameters() -> list[inspect.Parameter]:
         option("config", Optional[Path], None, "--config", "-c", text="YAML file with settings", metavar="FILE"),  # noqa: UP045
         option(
             "sets",
-            Optional[list[str]],
+            Optional[list[str]],  # noqa: UP045
             None,
             "--set",
             text="any setting, as name=value; may be repeated",

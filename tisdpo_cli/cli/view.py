@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -31,6 +34,34 @@ def render(inspection: Inspection) -> str:
         console.print(Group(*_header(inspection), _summary(inspection), _extremes(inspection)))
         console.print(pair_view(inspection, coloured=_coloured(console), width=console.width))
     return captured.get().rstrip("\n")
+
+
+def picture(inspection: Inspection, made: PipelineMade | None = None, width: int = 120) -> str:
+    """The same view as an SVG image that stands alone: for a README, a talk, a colleague.
+
+    Args:
+        inspection: the facts.
+        made: the stages of a pipeline, whose table comes first where given.
+        width: columns of text.
+    """
+    console = Console(
+        record=True,
+        width=width,
+        file=StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        no_color=False,
+    )
+    if made is not None:
+        console.print(stage_table(made))
+    console.print(Group(*_header(inspection), _summary(inspection), _extremes(inspection)))
+    console.print(pair_view(inspection, coloured=True, width=width))
+    # The template names web fonts; a picture must not ask the network for anything.
+    template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    return console.export_svg(title="tisdpo inspect-weights", code_format=template)
 
 
 def _coloured(console: Console) -> bool:
@@ -98,13 +129,26 @@ def pair_view(inspection: Inspection, coloured: bool | None = None, width: int |
     pair = inspection.pair
     panels = []
     for name, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        body = Text()
-        for token in tokens:
-            body.append_text(_token(token, inspection, coloured))
-        panels.append(Panel(body, title=name, title_align="left"))
+        room = (width // 2 if width >= _SIDE_BY_SIDE else width) - 4
+        panels.append(Panel(_lines(tokens, inspection, coloured, room), title=name, title_align="left"))
     prompt = Text(visible(pair.prompt.strip(), keep_lines=True), style="dim")
     head = Text(f"pair {pair.index} ({visible(pair.where)})", style="bold")
     return Group(head, prompt, _arrange(panels, width), _legend(inspection, coloured))
+
+
+def _lines(tokens: Sequence[Token], inspection: Inspection, coloured: bool, room: int) -> Text:
+    """Tokens one after the other, broken between tokens: there is no white space left to break at."""
+    body, used = Text(overflow="fold"), 0
+    for token in tokens:
+        piece = _token(token, inspection, coloured)
+        if used and used + piece.cell_len > room:
+            body.append("\n")
+            used = 0
+        body.append_text(piece)
+        used = 0 if token.text.endswith("\n") else used + piece.cell_len
+        if token.text.endswith("\n"):
+            body.append("\n")
+    return body
 
 
 def _arrange(panels: Sequence[Panel], width: int) -> RenderableType:
@@ -131,14 +175,10 @@ def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
     shown = glyphs(token.text) if token.kind != "eos" else f"⟦{glyphs(token.text)}⟧"
     value = _value(token, inspection)
     if not coloured:
-        return Text(shown + ("{–}" if value is None else f"{{{value:+.2f}}}") + _break(token))
+        return Text(shown + ("{–}" if value is None else f"{{{value:+.2f}}}"))
     if value is None:
-        return Text(shown + _break(token), style="dim strike")
-    return Text(shown, style=_style(_position(value, inspection), token.clipped)).append(_break(token))
-
-
-def _break(token: Token) -> str:
-    return "\n" if token.text.endswith("\n") else ""
+        return Text(shown, style="dim strike")
+    return Text(shown, style=_style(_position(value, inspection), token.clipped))
 
 
 def _style(position: float, clipped: bool) -> str:
@@ -170,7 +210,7 @@ def stage_table(made: PipelineMade) -> Table:
     """The stages of a pipeline with their main figures, before and after."""
     table = Table(title_justify="left")
     for name in ("stage", "output", "time", "loss", "held-out loss", "held-out accuracy", "held-out margin"):
-        table.add_column(name, justify="left" if name in ("stage", "output") else "right")
+        table.add_column(name, justify="left" if name in ("stage", "output") else "right", no_wrap=name == "stage")
     for name, stage in made.stages.items():
         metrics = stage.record.get("final_metrics", {})
         seconds = f"{stage.record.get('seconds', 0):.0f} s" if stage.fresh else "was there"
@@ -181,7 +221,7 @@ def stage_table(made: PipelineMade) -> Table:
             ("eval/rewards/margins", "+.4f"),
         )
         figures = [_figure(metrics, key, form) for key, form in keys]
-        table.add_row(name.replace("_", "-"), visible(str(stage.path)), seconds, *figures)
+        table.add_row(name.replace("_", "-"), visible(stage.path.name), seconds, *figures)
     return table
 
 

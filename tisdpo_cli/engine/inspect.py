@@ -26,7 +26,7 @@ from tisdpo_cli.models import Tokenizer, load_tokenizer
 from tisdpo_cli.settings.commands import InspectWeights
 from tisdpo_cli.weights import Recipe, Side, Stream, clipped
 
-_CURVE_BINS = 40
+_CURVE_BINS = 24
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,7 @@ class InspectWeights(Command):
     )
     show: Literal["weights", "scores"] = setting("weights", "colour tokens by weight or by score r", "View")
     top: PositiveInt = setting(8, "tokens in the lists of highest and lowest", "View")
+    svg: str | None = setting(None, "also write the view as a picture", "View", shapes_result=False, metavar="FILE")
     min_count: PositiveInt = setting(5, "occurrences a token needs to be in these lists", "View")
     seed: NonNegativeInt = _seed()
     weights: Weights = Weights()
