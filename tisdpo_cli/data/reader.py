@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tisdpo_cli.errors import DataError, TisdpoError, UsageFault
+from tisdpo_cli.data.hub import fetch_splits
+from tisdpo_cli.errors import DataError, TisdpoError
 from tisdpo_cli.files import near_matches
 
 # A longer line is a mistake (a whole file on one line) far more often than a training row.
@@ -37,10 +38,11 @@ class BadRow:
 
 
 def find_splits(dataset: str) -> dict[str, Path]:
-    """The file of each split of a dataset: a JSONL file is `train`; a directory holds `train.jsonl`, `test.jsonl`.
+    """The file of each split of a dataset: a JSONL file is `train`; a directory holds `train.jsonl`, `test.jsonl`;
+    `owner/name` is fetched from the hub.
 
     Raises:
-        UsageFault: there is nothing at the path.
+        UsageFault: there is nothing at the path, and the hub has no such dataset.
         DataError: what is there is no dataset.
     """
     path = Path(dataset).expanduser()
@@ -56,7 +58,7 @@ def find_splits(dataset: str) -> dict[str, Path]:
                 fix="a dataset is a JSONL file, or a directory with train.jsonl and optionally test.jsonl",
             )
         return found
-    raise UsageFault(f"no such file or directory{near_matches(path)}", where=f"--dataset {dataset}")
+    return fetch_splits(dataset, SPLITS, near_matches(path))
 
 
 def _known_format(path: Path) -> None:

@@ -106,7 +106,7 @@ class TrainPairs(Command):
     model: str = _path_input("model to train: directory or hub id", _MODEL, "-m")
     ref_model: str | None = _path_input("reference (the model itself as it starts)", _MODEL, default=None)
     trust_remote_code: bool = _remote_code()
-    dataset: str = _path_input("preference pairs: JSONL file or directory", "Data", "-d")
+    dataset: str = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
     output_dir: str = output_setting()
     seed: NonNegativeInt = _seed()
     data: Data = Data()
@@ -179,7 +179,7 @@ class Estimate(Command):
     forward: str = _path_input("forward contrastive model π⁺, from `tisdpo train-dpo`", _MODEL)
     reverse: str = _path_input("reverse contrastive model π⁻, from `tisdpo train-reverse`", _MODEL)
     trust_remote_code: bool = _remote_code()
-    dataset: str = _path_input("preference pairs to score: JSONL file or directory", "Data", "-d")
+    dataset: str = _path_input("preference pairs to score: JSONL file, directory or hub id", "Data", "-d")
     output_dir: str = output_setting()
     data: Data = Data()
     batch_size: PositiveInt = setting(
@@ -215,7 +215,7 @@ class Stages(Command):
     """The settings of `run` that are no stage's own."""
 
     model: str | None = _path_input("starting model (without a train_sft section)", _MODEL, "-m", default=None)
-    dataset: str = _path_input("preference pairs: JSONL file or directory", "Data", "-d")
+    dataset: str = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
     output_dir: str = output_setting()
     overwrite: bool = setting(
         False, "make stages again whose settings or inputs have changed", _RUNTIME, shapes_result=False
