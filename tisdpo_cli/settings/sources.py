@@ -6,7 +6,6 @@ Every setting has one name, that of its flag with underscores; groups are for re
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 from tisdpo_cli.errors import UsageFault
 from tisdpo_cli.settings.commands import COMMANDS, STAGES, Command, Run, Stages, leaf_paths, stage_command
 from tisdpo_cli.settings.fields import group_of
+from tisdpo_cli.settings.names import case, did_you_mean, locate, names, resolve
 
 ENV_PREFIX = "TISDPO_"
 
@@ -147,7 +147,7 @@ def _stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: lis
     values: dict[str, Any] = {}
     for name, value in layer.values.items():
         first, _, rest = name.partition(".")
-        path = None if first in STAGES else _resolve(command, name)
+        path = None if first in STAGES else resolve(command, name)
         if path is not None and path not in wired:
             values[path] = value
     for name, value in layer.values.items():
@@ -164,21 +164,13 @@ def _stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: lis
 # One source at a time ---------------------------------------------------------------------------------------
 
 
-def _resolve(command: type[Command], name: str) -> str | None:
-    """The dotted name of a setting given by its dotted or its bare name; None where the command has no such."""
-    paths = leaf_paths(command)
-    if name in paths:
-        return name
-    return next((path for path in paths if path.rpartition(".")[2] == name), None)
-
-
 def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
     """Dotted names of nested values; unknown and repeated names are added to the faults."""
     flat: dict[str, Any] = {}
     for name, value in _walk(command, values, ""):
-        path = _locate(command, name)
+        path = locate(command, name)
         if path is None:
-            faults.append(f"{where}unknown setting {name!r}{_did_you_mean(name, _names(command))}")
+            faults.append(f"{where}unknown setting {name!r}{did_you_mean(name, names(command))}")
         elif path in flat:
             faults.append(f"{where}{path} is given twice, once as {name!r}")
         else:
@@ -202,18 +194,6 @@ def _is_section(command: type[Command], name: str) -> bool:
     return name in STAGES or (name in command.model_fields and group_of(command.model_fields[name]) is not None)
 
 
-def _locate(command: type[Command], name: str) -> str | None:
-    """Like `_resolve`; in `run`, also the settings of stages, and at the top those that any stage has."""
-    path = _resolve(command, name)
-    if path is not None or not issubclass(command, Run):
-        return path
-    stage, _, rest = name.partition(".")
-    if stage in STAGES:
-        inner = _resolve(stage_command(stage), rest) if rest else ""
-        return None if inner is None else f"{stage}.{inner}"
-    return name if any(_resolve(stage_command(s), name) for s in STAGES) else None
-
-
 def _from_sets(command: type[Command], sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in sets:
@@ -231,23 +211,14 @@ def _from_environment(command: type[Command], environ: Mapping[str, str], faults
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
-        known = [_case(c, name) for c in COMMANDS.values()]
+        known = [case(c, name) for c in COMMANDS.values()]
         if not any(known):
-            names = {f"{ENV_PREFIX}{n.upper().replace('.', '__')}" for c in COMMANDS.values() for n in _names(c)}
-            faults.append(f"unknown environment variable {variable}{_did_you_mean(variable, names)}")
-        mine = _case(command, name)
+            variables = {f"{ENV_PREFIX}{n.upper().replace('.', '__')}" for c in COMMANDS.values() for n in names(c)}
+            faults.append(f"unknown environment variable {variable}{did_you_mean(variable, variables)}")
+        mine = case(command, name)
         if mine is not None:
             values[mine] = _scalar(text)
     return _flatten(command, values, "environment: ", faults)
-
-
-def _case(command: type[Command], lowered: str) -> str | None:
-    """The name of a setting whatever its case: variables are upper case, and L and U are names."""
-    for candidate in (lowered, *(n for n in leaf_paths(command) if n.lower().endswith(lowered))):
-        located = _locate(command, candidate)
-        if located is not None and (candidate == lowered or candidate.lower().split(".")[-1] == lowered.split(".")[-1]):
-            return located
-    return None
 
 
 def _scalar(text: str) -> Any:
@@ -297,20 +268,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 # Telling what is wrong --------------------------------------------------------------------------------------
-
-
-def _names(command: type[Command]) -> set[str]:
-    names = set(leaf_paths(command)) | {path.rpartition(".")[2] for path in leaf_paths(command)}
-    if issubclass(command, Run):
-        for stage in STAGES:
-            inner = _names(stage_command(stage))
-            names |= inner | {f"{stage}.{name}" for name in inner}
-    return names
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def _sentences(command: type[Command], fault: ValidationError) -> list[str]:

@@ -1,0 +1,53 @@
+"""Names of settings: bare or dotted, in any command, and what was probably meant by a name that is none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from tisdpo_cli.settings.commands import STAGES, Command, Run, leaf_paths, stage_command
+
+
+def resolve(command: type[Command], name: str) -> str | None:
+    """The dotted name of a setting given by its dotted or its bare name; None where the command has no such."""
+    paths = leaf_paths(command)
+    if name in paths:
+        return name
+    return next((path for path in paths if path.rpartition(".")[2] == name), None)
+
+
+def locate(command: type[Command], name: str) -> str | None:
+    """Like `resolve`; in `run`, also the settings of stages, and at the top those that any stage has."""
+    path = resolve(command, name)
+    if path is not None or not issubclass(command, Run):
+        return path
+    stage, _, rest = name.partition(".")
+    if stage in STAGES:
+        inner = resolve(stage_command(stage), rest) if rest else ""
+        return None if inner is None else f"{stage}.{inner}"
+    return name if any(resolve(stage_command(s), name) for s in STAGES) else None
+
+
+def case(command: type[Command], lowered: str) -> str | None:
+    """The name of a setting whatever its case: variables are upper case, and L and U are names."""
+    for candidate in (lowered, *(n for n in leaf_paths(command) if n.lower().endswith(lowered))):
+        located = locate(command, candidate)
+        if located is not None and (candidate == lowered or candidate.lower().split(".")[-1] == lowered.split(".")[-1]):
+            return located
+    return None
+
+
+def names(command: type[Command]) -> set[str]:
+    """Every name by which a setting of a command can be given."""
+    known = set(leaf_paths(command)) | {path.rpartition(".")[2] for path in leaf_paths(command)}
+    if issubclass(command, Run):
+        for stage in STAGES:
+            inner = names(stage_command(stage))
+            known |= inner | {f"{stage}.{name}" for name in inner}
+    return known
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`, did you mean …?` with the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
