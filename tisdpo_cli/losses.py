@@ -35,7 +35,7 @@ def response_sums(values: Tensor, owner: Tensor, responses: int) -> Tensor:
 
 
 def dpo_objective(u: Tensor, beta: float) -> Tensor:
-    """`−log σ(β u)` per pair (TIS-DPO, Eq. 15 without η; DPO, Eq. 7 when all weights are 1).
+    """`−log σ(β u)` per pair (the objective of TIS-DPO without η; that of DPO when all weights are 1).
 
     >>> round(dpo_objective(torch.zeros(1), beta=0.1).item(), 4)
     0.6931

@@ -144,6 +144,7 @@ class _Scorer:
                     tokens += self._part(models[name], name, part, progress, stop)
                 del models
                 gc.collect()
+            _stop_if_asked(stop)
         return tokens
 
     def _load(self, path: Path) -> TokenScorer:
@@ -154,12 +155,7 @@ class _Scorer:
         tensors, tokens = {}, 0
         encoded = self.splits[part.split].encoded
         for number, batch in enumerate(part.batches):
-            if stop.signal:
-                raise Interrupted(
-                    stop.signal,
-                    "stopped while scoring; finished parts are kept",
-                    fix="the same command goes on from there",
-                )
+            _stop_if_asked(stop)
             began = time.perf_counter()
             logps, count = self._batch(scorer, [encoded[i] for i in batch])
             if not torch.isfinite(logps).all():
@@ -185,6 +181,13 @@ class _Scorer:
         batch = collate(rows, self.pad).to(self.runtime.device)
         with torch.inference_mode():
             return score(scorer, batch).cpu().clone(), batch.real_tokens
+
+
+def _stop_if_asked(stop: StopRequest) -> None:
+    if stop.signal:
+        raise Interrupted(
+            stop.signal, "stopped while scoring; finished parts are kept", fix="the same command goes on from there"
+        )
 
 
 def _scores_of(split: Split, parts: Sequence[Part], folder: Path) -> list[tuple[Scores, Scores]]:

@@ -140,7 +140,7 @@ class Trainer:
                     record.update(self._evaluate(held))
                 _write(file, record)
                 progress.advance(1, record)
-                self._keep_or_stop(keeping, stop, last)
+                self._keep_or_stop(keeping, stop)
         return record or runtime.on_main(lambda: read_metrics(metrics_file)[-1])
 
     def _before(self) -> dict[str, Any]:
@@ -243,12 +243,12 @@ class Trainer:
 
     # Checkpoints ------------------------------------------------------------------------------------------
 
-    def _keep_or_stop(self, keeping: Keeping, stop: StopRequest, last: bool) -> None:
+    def _keep_or_stop(self, keeping: Keeping, stop: StopRequest) -> None:
         signalled = stop.agreed(self.runtime)
         due = keeping.every is not None and self.step % keeping.every == 0
-        if due or (signalled and not last):
+        if due or signalled:
             self.runtime.on_main(lambda: self._save(keeping))
-        if signalled and not last:
+        if signalled:
             raise Interrupted(
                 signalled,
                 f"stopped after update {self.step} of {self.plan.updates}; a checkpoint is saved",

@@ -169,7 +169,9 @@ def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faul
     flat: dict[str, Any] = {}
     for name, value in _walk(command, values, ""):
         path = locate(command, name)
-        if path is None:
+        if name in STAGES:
+            faults.append(f"{where}{name} is a section of settings, not a value")
+        elif path is None:
             faults.append(f"{where}unknown setting {name!r}{did_you_mean(name, names(command))}")
         elif path in flat:
             faults.append(f"{where}{path} is given twice, once as {name!r}")
