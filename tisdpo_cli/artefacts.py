@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import ModelError, UsageFault
-from tisdpo_cli.files import CONFIG_FILE, RUN_FILE, near_matches, sha256
+from tisdpo_cli.files import is_unfinished, near_matches, sha256
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_TIMEOUT_SECONDS = 1.5
@@ -71,7 +71,7 @@ def _from_hub(name: str, option: str) -> Path:
 
 
 def _refuse_unfinished(path: Path) -> None:
-    if (path / CONFIG_FILE).is_file() and not (path / RUN_FILE).is_file():
+    if is_unfinished(path):
         raise ModelError(
             "an output that is not finished", where=str(path), fix="run the command that makes it again; it goes on"
         )

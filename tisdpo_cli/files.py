@@ -16,6 +16,11 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a directory is an output of this program that lacks its completion marker."""
+    return (path / CONFIG_FILE).is_file() and not (path / RUN_FILE).is_file()
+
+
 def sha256(*paths: Path, named: bool = False) -> str:
     """SHA-256 over the bytes of files, and over their names where `named`."""
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from tisdpo_cli.data.hub import fetch_splits
 from tisdpo_cli.errors import DataError, TisdpoError
-from tisdpo_cli.files import near_matches
+from tisdpo_cli.files import is_unfinished, near_matches
 
 # A longer line is a mistake (a whole file on one line) far more often than a training row.
 MAX_LINE_BYTES = 8 * 2**20
@@ -50,6 +50,9 @@ def find_splits(dataset: str) -> dict[str, Path]:
         _known_format(path)
         return {"train": path}
     if path.is_dir():
+        if is_unfinished(path):
+            fix = "run the command that makes it again; it goes on"
+            raise DataError("an output that is not finished", where=dataset, fix=fix)
         found = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
         if "train" not in found:
             raise DataError(

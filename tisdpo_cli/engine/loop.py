@@ -147,6 +147,8 @@ class Trainer:
         """Step 0: the objective on the first batch, before any update."""
         batch = self.plan.batch(0)
         sums = self._sums(self.task, batch, self.cutting)
+        if not torch.isfinite(sums[0]):
+            raise self._not_finite("loss", batch)
         return {"step": 0, "epoch": 0.0, **self._averages(self.task, sums, batch)}
 
     def _update(self) -> dict[str, Any]:

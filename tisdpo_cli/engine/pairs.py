@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ def _check_step0(loss: float, same_start: bool, reporter: Reporter) -> None:
     if not same_start:
         reporter.note(f"step-0 loss {loss:.4f} (policy and reference differ)")
         return
-    if abs(loss - expected) > _STEP0_TOLERANCE:
+    if not abs(loss - expected) <= _STEP0_TOLERANCE:
         raise TrainingError(
             f"the loss before the first update is {loss:.6f}, not ln 2 = {expected:.4f}: policy and reference do not "
             "agree though they are the same model",
@@ -203,6 +204,8 @@ def _with_weights(
             where=settings.dataset,
             fix="score it again with models that share the tokenizer",
         )
+    for notice in _changed_since(split, manifest):
+        reporter.note(notice)
     eos_scores = all(has_eos_scores(split.pairs[pair.index].row) for pair in kept)
     recipe = settings.weights.recipe(eos_scores)
     reporter.note(f"{split.path.name}: weights by {recipe.describe()}" + _why_eos(settings, eos_scores))
@@ -213,6 +216,15 @@ def _with_weights(
     for line in stop_or_skip(bad, len(kept), settings.data.on_bad_row):
         reporter.warn(line)
     return weighted
+
+
+def _changed_since(split: Split, manifest: dict[str, Any] | None) -> list[str]:
+    """A notice where the file no longer has the rows that were scored; that is the user's right."""
+    written = (manifest or {}).get("counts", {}).get(split.path.stem, {}).get("rows")
+    rows = len(split.pairs)
+    if written is None or written == rows:
+        return []
+    return [f"{split.path.name}: {rows} rows are used, {written} were scored"]
 
 
 def _why_eos(settings: Train, eos_scores: bool) -> str:

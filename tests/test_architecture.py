@@ -1,0 +1,197 @@
+"""The shape of the project: who may import whom (DESIGN 5), and small manners that no linter checks."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tisdpo_cli
+
+ROOT = Path(tisdpo_cli.__file__).parent
+PACKAGE = "tisdpo_cli"
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module or name: `tisdpo_cli.data.reader.Row`, `torch`."""
+
+    name: str
+    line: int
+    in_function: bool
+    for_types: bool
+
+
+def module_name(path: Path) -> str:
+    """`tisdpo_cli.data.reader`."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:`."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports_of(path: Path) -> list[Import]:
+    """Everything a file imports, also inside functions."""
+    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), module_name(path), False, False))
+
+
+def _imports(node: ast.AST, module: str, in_function: bool, for_types: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, in_function, for_types)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module}:{child.lineno}: imports are absolute"
+            for alias in child.names:
+                yield Import(f"{child.module}.{alias.name}", child.lineno, in_function, for_types)
+        else:
+            function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _imports(child, module, in_function or function, for_types or is_for_types(child))
+
+
+def part_of(name: str) -> str:
+    """The part of the project that a name belongs to: `data`, `models`, `errors`, `__version__`; empty outside."""
+    first, _, rest = name.partition(".")
+    return rest.split(".")[0] if first == PACKAGE else ""
+
+
+def files_of(part: str) -> list[Path]:
+    """The files of a part: one file, or a package."""
+    single = ROOT / f"{part}.py"
+    return [single] if single.exists() else sorted((ROOT / part).glob("**/*.py"))
+
+
+def broken(part: str, allowed: set[str], names: set[str] | None = None, run_time_only: bool = False) -> list[str]:
+    """`file:line imports name` for each project import of a part that goes elsewhere than allowed.
+
+    Args:
+        part: whose imports.
+        allowed: parts that may be imported.
+        names: single names that may be imported beside them.
+        run_time_only: leave out what is imported for type checkers.
+    """
+    found = []
+    for path in files_of(part):
+        for item in imports_of(path):
+            target = part_of(item.name)
+            if not target or target in allowed | {part} or item.name in (names or set()):
+                continue
+            if not (run_time_only and item.for_types):
+                found.append(f"{path.relative_to(ROOT)}:{item.line} imports {item.name}")
+    return found
+
+
+def outside(part: str, run_time_only: bool = True) -> dict[str, str]:
+    """First names of what a part imports from outside the project, with where."""
+    return {
+        item.name.split(".")[0]: f"{path.relative_to(ROOT)}:{item.line}"
+        for path in files_of(part)
+        for item in imports_of(path)
+        if not part_of(item.name) and item.name.split(".")[0] != PACKAGE and not (run_time_only and item.for_types)
+    }
+
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers"}
+ARROWS = {
+    "errors": set(),
+    "files": set(),
+    "weights": set(),
+    "losses": set(),
+    "scoring": set(),
+    "settings": {"errors"},
+    "data": {"errors", "files", "__version__"},
+    "models": {"errors", "files", "__version__"},
+    "checkpoints": {"errors", "files", "__version__"},
+    "outputs": {"errors", "files", "__version__"},
+    "artefacts": {"errors", "files", "__version__"},
+    "engine": {
+        "settings", "data", "models", "checkpoints", "outputs", "artefacts", "scoring", "losses", "weights", "errors",
+        "files", "__version__",
+    },
+    "cli": {"settings", "errors", "files", "engine", "__version__"},
+}  # fmt: skip
+WEIGHT_NAMES = {f"{PACKAGE}.weights.{name}" for name in ("PRESETS", "TRANSFORMS", "Recipe", "recipe")}
+
+
+def test_the_parts_of_the_project_are_known() -> None:
+    """A new part gets its place in the arrows."""
+    top = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
+    assert top - {"__init__", "__main__"} == set(ARROWS)
+
+
+@pytest.mark.parametrize("part", ARROWS)
+def test_a_part_imports_only_what_is_below_it(part: str) -> None:
+    assert broken(part, ARROWS[part], WEIGHT_NAMES if part == "settings" else None) == []
+
+
+@pytest.mark.parametrize("part", ["losses", "scoring"])
+def test_the_maths_knows_torch_only(part: str) -> None:
+    assert set(outside(part)) - {"__future__", "torch", "typing", "collections", "contextlib", "dataclasses"} == set()
+
+
+def test_weights_do_without_torch_at_run_time() -> None:
+    assert not HEAVY & set(outside("weights"))
+
+
+@pytest.mark.parametrize("part", ["settings", "data", "outputs", "artefacts", "errors", "files", "cli"])
+def test_parts_that_need_no_tensors_import_no_torch(part: str) -> None:
+    found = {name: where for name, where in outside(part).items() if name in {"torch", "transformers", "accelerate"}}
+    assert found == {}
+
+
+def test_the_command_line_imports_the_engine_inside_function_bodies_only() -> None:
+    early = [
+        f"{path.name}:{item.line} imports {item.name}"
+        for path in files_of("cli")
+        for item in imports_of(path)
+        if part_of(item.name) == "engine" and not item.in_function and not item.for_types
+    ]
+    assert early == []
+
+
+def test_the_engine_knows_no_terminal() -> None:
+    assert not {"rich", "typer", "click"} & set(outside("engine", run_time_only=False))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_imports_click(path: Path) -> None:
+    """Typer vendors Click privately."""
+    names = {item.name for item in imports_of(path)}
+    assert not [name for name in names if name.split(".")[0] == "click" or "_click" in name]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_module_imports(path: Path) -> None:
+    importlib.import_module(module_name(path))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "cli" not in p.relative_to(ROOT).parts], ids=module_name)
+def test_only_the_command_line_prints(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not [f"{path.name}:{node.lineno}" for node in calls if ast.unparse(node.func) in ("print", "pprint")]
+
+
+def public(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Public classes and functions of a module, and public methods of those classes."""
+    for child in node.body:
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+            yield child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_everything_public_says_what_it_is(path: Path) -> None:
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(module)
+    inherited = {"get_field_value", "settings_customise_sources"}
+    silent = [node for node in public(module) if not ast.get_docstring(node) and node.name not in inherited]
+    assert [f"{path.name}:{node.lineno} {node.name}" for node in silent] == []

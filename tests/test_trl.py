@@ -1,0 +1,168 @@
+"""The first updates of plain DPO, side by side with TRL's DPOTrainer: same model, token ids, batches and optimiser.
+
+Bound, in float32: losses and rewards within 1e-5, log-probs of responses within 1e-6 of their size, and the weights
+after four updates within 1e-4 of the way they have gone (AdamW turns rounding in tiny gradients into steps).
+TRL 1.16 is what this was written against; it runs on the CPU, offline, and reports to nobody.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from conftest import pair_rows
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tisdpo_cli.data.tokens import Limits, encode_pairs
+from tisdpo_cli.engine.loop import Keeping, Schedule, Trainer
+from tisdpo_cli.engine.pairs import PairTask, WeightedPair
+from tisdpo_cli.engine.plan import Microbatching, Plan
+from tisdpo_cli.engine.reporter import Silent
+from tisdpo_cli.engine.runtime import Runtime
+from tisdpo_cli.engine.splits import vocabulary_of
+from tisdpo_cli.models import Tokenizer, describe_tokenizer, make_model, make_tokenizer
+from tisdpo_cli.outputs import read_metrics
+from tisdpo_cli.scoring import TokenScorer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+BOUND, BETA, UPDATES, BATCH = 1e-5, 0.1, 4, 4
+ROWS = pair_rows(UPDATES * BATCH)
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def flat(model):
+    """All weights as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@dataclass
+class Case:
+    """A model with its tokenizer, and how it is trained."""
+
+    tokenizer: Tokenizer
+    model: Any
+    optimizer: str
+    trl_optimizer: str
+    rate: float
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small spend their time waiting for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def bos_tokenizer():
+    """A tokenizer of bytes that puts `<s>` in front and has no padding token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    special = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return describe_tokenizer(fast, "here")
+
+
+def without_bos():
+    """Our own tokenizer and model, by SGD."""
+    tokenizer = make_tokenizer((text for row in ROWS for text in row.values()), 320)
+    model = make_model(tokenizer, hidden_size=32, layers=2, heads=2, positions=512, seed=0)
+    return Case(tokenizer, model, "sgd", "sgd", 0.5)
+
+
+def with_bos():
+    """A Llama whose tokenizer adds a BOS, by AdamW."""
+    tokenizer = bos_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer.backend), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos,
+    )  # fmt: skip
+    return Case(tokenizer, LlamaForCausalLM(config).eval(), "adamw", "adamw_torch", 1e-3)
+
+
+def train_here(case, policy, pairs, plan, directory):
+    """Our metrics of each update."""
+    reference = TokenScorer(copy.deepcopy(case.model).requires_grad_(False))
+    task = PairTask([WeightedPair(pair) for pair in pairs], reference, BETA, case.tokenizer.pad, torch.device("cpu"))
+    schedule = Schedule(case.optimizer, case.rate, "constant", 0, 0.0, 1e9)
+    trainer = Trainer(Runtime(Silent()), TokenScorer(policy), task, plan, Microbatching(2), schedule)
+    metrics = directory / "metrics.jsonl"
+    trainer.train(metrics, Keeping(directory / "checkpoints", None, 1, "never"), None, lambda _loss: None)
+    return read_metrics(metrics)[1:]
+
+
+def trl_trainer(case, policy, rows, directory):
+    """TRL's trainer on rows in this order, which keeps the loss of every update unrounded."""
+
+    class Recording(trl.DPOTrainer):
+        losses: list[float]
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.losses.append(loss.item())
+            return loss
+
+        def _send_telemetry(self):
+            pass  # off with HF_HUB_OFFLINE too, which conftest sets
+
+    config = trl.DPOConfig(
+        output_dir=str(directory), beta=BETA, loss_type=["sigmoid"], max_length=None, pad_to_multiple_of=None,
+        per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=UPDATES,
+        train_sampling_strategy="sequential", optim=case.trl_optimizer, learning_rate=case.rate, weight_decay=0.0,
+        lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, use_cpu=True, bf16=False, fp16=False,
+        gradient_checkpointing=False, disable_dropout=True, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Recording(
+        model=policy,
+        ref_model=copy.deepcopy(case.model),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=case.tokenizer.backend,
+    )
+    trainer.losses = []
+    return trainer
+
+
+@pytest.mark.parametrize("make", [without_bos, with_bos])
+def test_the_first_updates_of_dpo_equal_those_of_trl(make, tmp_path):
+    case, plan = make(), Plan(len(ROWS), BATCH, UPDATES, seed=3)
+    columns = ([row[name] for row in ROWS] for name in ("prompt", "chosen", "rejected"))
+    wheres = [f"data.jsonl:{i + 1}" for i in range(len(ROWS))]
+    pairs, _ = encode_pairs(*columns, wheres, vocabulary_of(case.tokenizer), Limits(512, 256))
+    order = [i for step in range(UPDATES) for i in plan.batch(step)]
+    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
+
+    records = train_here(case, ours, pairs, plan, tmp_path)
+    trainer = trl_trainer(case, theirs, [ROWS[i] for i in order], tmp_path / "trl")
+    for row, i in zip(trainer.train_dataset, order, strict=True):
+        assert row["prompt_ids"] == pairs[i].prompt
+        assert row["chosen_ids"] == pairs[i].chosen.ids
+        assert row["rejected_ids"] == pairs[i].rejected.ids
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    assert len(records) == len(logged) == len(trainer.losses) == UPDATES
+    assert trainer.losses[0] == pytest.approx(math.log(2), abs=BOUND)
+    assert abs(trainer.losses[-1] - math.log(2)) > 100 * BOUND, "the updates must show"
+    for record, entry, loss in zip(records, logged, trainer.losses, strict=True):
+        assert record["loss"] == pytest.approx(loss, abs=BOUND)
+        assert record["grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-4)
+        assert record["learning_rate"] == entry["learning_rate"]
+        for name in REWARDS:
+            assert record[name] == pytest.approx(entry[name], abs=BOUND), name
+        for name in ("logps/chosen", "logps/rejected"):
+            assert record[name] == pytest.approx(entry[name], rel=1e-6), name
+    assert (flat(ours) - flat(theirs)).norm() <= 1e-4 * (flat(ours) - flat(case.model)).norm()
