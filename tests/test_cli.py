@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_all_faults_are_listed_before_the_error() -> None:
     done = here("train-dpo", "--beta", "0", "--batch-size", "1.5")
     assert_failed(done, 2)
     assert [line for line in done.err.splitlines() if "batch-size" in line and not line.startswith("error")]
-    assert "4 settings" in done.error
+    assert "5 settings" in done.error
 
 
 @pytest.mark.parametrize("spelling", ["--learning-rate", "--learning_rate", "--lr", "--learning_rate="])
@@ -221,6 +222,15 @@ def test_a_fault_in_the_data_is_one_line_after_the_bad_rows(tisdpo: Tisdpo, worl
     assert done.error.startswith(f"error: {path}:1: ")
 
 
+def test_the_way_out_survives_a_long_message(world: Path, tmp_path: Path) -> None:
+    """`error: FILE:LINE: what; how to fix`, in 300 characters (FAULTS)."""
+    row = {"instruction": "p", "chosen": "c", "rejected": "r", **{f"annotation_{i:02}": i for i in range(40)}}
+    path = write_jsonl(tmp_path / "wide.jsonl", [row])
+    done = here("train-dpo", "-m", world / "sft", "-d", path, "-o", tmp_path / "out")
+    assert_failed(done, 1)
+    assert "--prompt-column instruction" in done.error
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_traceback_is_shown_with_debug_only(world: Path, tmp_path: Path, debug: bool) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "", "rejected": "r"}])
@@ -273,7 +283,7 @@ def test_stdout_is_the_path_and_nothing_else(trained: tuple[Path, Done]) -> None
     assert done.code == 0, done.err
     assert done.out == f"{out}\n"
     assert "update 1/1" in done.err
-    assert f"next: tisdpo train-reverse" in done.err  # noqa: F541
+    assert "next: tisdpo train-reverse" in done.err
     assert "\x1b" not in done.err, "no terminal, no colours and no moving bar"
     assert "\r" not in done.err
 
@@ -314,31 +324,32 @@ def test_json_is_one_object_with_the_path(trained: tuple[Path, Done], world: Pat
     assert record == {"path": str(out), **json.loads((out / "run.json").read_text())}
 
 
+@pytest.fixture
+def elsewhere(world: Path, tmp_path: Path) -> dict[str, Path]:
+    """A model and a dataset that differ a little from the world's."""
+    model = Path(shutil.copytree(world / "sft", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    return {"model": model, "data": write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (["--beta", "0.2", "--seed", "3"], ["beta 0.1 → 0.2", "seed 0 → 3"]),
-        (["-m", "{world}/other"], ["content of model"]),
-        (["-d", "{world}/data/train.jsonl"], ["content of dataset"]),
+        (["-m", "{model}"], ["content of model"]),
+        (["-d", "{data}"], ["content of dataset"]),
     ],
     ids=["settings", "model", "dataset"],
 )
 def test_other_settings_in_a_used_directory_are_refused_by_name(
-    trained: tuple[Path, Done], world: Path, change: list[str], named: list[str]
+    trained: tuple[Path, Done], world: Path, elsewhere: dict[str, Path], change: list[str], named: list[str]
 ) -> None:
     out, _ = trained
-    if not (world / "other").exists():
-        import shutil
-
-        shutil.copytree(world / "sft", world / "other")
-        (world / "other" / "generation_config.json").unlink(missing_ok=True)
-        config = world / "other" / "config.json"
-        config.write_text(config.read_text().replace('"use_cache"', '"use_the_cache"'))
     before = (out / "run.json").read_bytes()
-    done = here(*train_dpo(world, out), *(word.format(world=world) for word in change))
+    done = here(*train_dpo(world, out), *(word.format(**elsewhere) for word in change))
     assert_failed(done, 2)
     assert all(name in done.error for name in named), done.error
-    assert "--overwrite" in done.error
     assert (out / "run.json").read_bytes() == before
 
 
@@ -409,6 +420,30 @@ def test_printed_settings_go_in_again_where_accumulation_decides_the_batch(world
     assert (again.code, again.err) == (0, usual.err)
 
 
+def test_a_trial_of_the_pipeline_works_or_is_refused_as_such(world: Path, tmp_path: Path) -> None:
+    """Not half of it, and then a complaint about a model that no stage has made."""
+    done = here("run", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "out", "--set", "dry_run=true")
+    assert done.code == 0 or "dry" in done.error, done.error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--batch-size", "5", "--micro-batch-size", "2", "--gradient-accumulation", "2"], ["--resume", "/no/checkpoint"]],
+    ids=["batch", "resume"],
+)
+def test_what_is_typed_wrong_is_told_before_a_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def no_model(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("tisdpo_cli.engine.pairs.load_model", no_model)
+    done = here(*train_dpo(world, tmp_path / "out"), *arguments)
+    assert_failed(done, 2)
+    assert arguments[0] in done.error or arguments[-1] in done.error
+
+
 # ---------------------------------------------------------------- a stdout that fails
 
 
@@ -466,11 +501,6 @@ def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(scored_columns(Row("", texts), *both))
     write_jsonl(path / "train.jsonl", rows)
     tokenizer.backend.save_pretrained(path)
-    models = {
-        "forward": {"path": ATTACK, "sha256": "\x1b[2J\x1b]0;own\x07"},
-        ATTACK: {"path": "x", "sha256": "\x9b31m"},
-    }
-    (path / "estimate.json").write_text(json.dumps({"models": models, "tokenizer": tokenizer.digest}))
     return path
 
 
@@ -516,7 +546,7 @@ def test_hostile_names_in_errors_are_shown_as_text(world: Path, tmp_path: Path, 
     rows = [{ATTACK: "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": 1, "rejected": "r", ATTACK: 2}]
     for number, row in enumerate(rows):
         path = write_jsonl(tmp_path / f"{number}-\x1b[31m-\u202e.jsonl", [row])
-        done = here("train-dpo", "-m", world / "sft", "-d", path, "-o", tmp_path / "out", *debug)
+        done = here("train-dpo", "-m", world / "sft", "-d", path, "-o", tmp_path / f"out{number}", *debug)
         assert done.code == 1
         assert not set(RAW) & set(done.err)
         assert "\\x1b[31m" in done.error
@@ -546,14 +576,31 @@ def test_a_view_that_cannot_be_shown_is_told(hostile: Path, arguments: list[str]
     assert said in done.error
 
 
+MODEL = {"path": "x", "sha256": "0123456789abcdef"}
+
+
+@pytest.mark.parametrize(
+    "models",
+    [{"forward": {**MODEL, "path": ATTACK}}, {"forward": {**MODEL, "sha256": "\x1b[2J\x9b31m\u202e"}}, {ATTACK: MODEL}],
+    ids=["path", "hash", "name"],
+)
+def test_a_manifest_shows_hostile_text_as_text(hostile: Path, tmp_path: Path, models: dict) -> None:
+    done = here("inspect-weights", with_manifest(hostile, tmp_path, {"models": models}))
+    assert done.code == 0, done.err
+    assert not set(RAW) & set(done.out)
+
+
 @pytest.mark.parametrize(
     "manifest", [[], {"models": []}, {"models": {"forward": {}}}, {"models": {"forward": {"path": 1, "sha256": 2}}}]
 )
-def test_a_strange_manifest_does_not_break_the_view(hostile: Path, tmp_path: Path, manifest: object) -> None:
-    """It is shown as far as it goes, or refused as damaged; it is no fault of the program."""
-    import shutil
-
-    copy = Path(shutil.copytree(hostile, tmp_path / "scored"))
-    (copy / "estimate.json").write_text(json.dumps(manifest))
-    done = here("inspect-weights", copy)
+def test_a_strange_manifest_is_no_fault_of_the_program(hostile: Path, tmp_path: Path, manifest: object) -> None:
+    """It is shown as far as it goes, or refused as damaged."""
+    done = here("inspect-weights", with_manifest(hostile, tmp_path, manifest))
     assert done.code == 0 or "estimate.json" in done.error, done.error
+
+
+def with_manifest(scored: Path, folder: Path, manifest: object) -> Path:
+    """A copy of a scored dataset with another manifest."""
+    copy = Path(shutil.copytree(scored, folder / "scored"))
+    (copy / "estimate.json").write_text(json.dumps(manifest))
+    return copy

@@ -381,6 +381,40 @@ def test_a_mistyped_path_names_its_neighbour(write: Write, tmp_path: Path) -> No
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["nothing", "a/b/c", "./x", "/nowhere/x.jsonl", "nobody-owns/this-dataset"])
+def test_what_is_no_dataset_anywhere_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UsageFault, match="no such file or directory") as caught:
+        find_splits(name)
+    assert f"--dataset {name}" in str(caught.value)
+
+
+def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    rows = [{**GOOD, "prompt": "é\u2028\n", "n": 1.5, "extra": None}, {**GOOD, "prompt": "q", "n": 2.0, "extra": ["x"]}]
+    made = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "test", "other")})
+    asked: list[str] = []
+
+    class Hub:
+        def dataset_info(self, name: str, timeout: float):
+            asked.append(name)
+            return type("Info", (), {"sha": "abc"})
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    splits = find_splits("owner/pairs")
+    assert list(splits) == ["train", "test"]
+    assert [row.columns for row in read_rows(splits["train"])] == rows
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    assert find_splits("owner/pairs") == splits
+    assert asked == ["owner/pairs"] * 2
+
+
 @pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.txt"])
 def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
     with pytest.raises(DataError, match="JSON Lines"):

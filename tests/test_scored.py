@@ -13,7 +13,7 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 
 from tisdpo_cli.data.reader import BadRow, Row, read_rows
-from tisdpo_cli.data.scored import Scores, has_eos_scores, read_scores, scored_columns, unscored_needed, write_rows
+from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_scores, scored_columns, unscored_needed, write_rows
 from tisdpo_cli.errors import DataError, TisdpoError
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -84,7 +84,7 @@ def test_what_was_not_scored_is_null(tmp_path: Path) -> None:
     assert back.columns["chosen_eos_weight"] is None
     assert read_scores(back, "chosen", 2, "t") == Scores([1.0, None], None)
     assert read_scores(back, "rejected", 0, "t") == Scores([], 2.0)
-    assert has_eos_scores(back)
+    assert hold_eos_scores([back])
 
 
 def test_columns_of_the_row_stay_and_keep_their_order(tmp_path: Path) -> None:
@@ -113,9 +113,13 @@ def test_rows_stay_apart_and_in_order(tmp_path: Path) -> None:
 def test_files_of_the_reference_have_no_eos_scores() -> None:
     plain = row(chosen_weight=[1, -0.5], rejected_weight=[0])
     assert read_scores(plain, "chosen", 2, "t") == Scores([-1.0, 0.5], None)
-    assert not has_eos_scores(plain)
-    assert not has_eos_scores(row(chosen_eos_weight=1.0))
-    assert has_eos_scores(row(chosen_eos_weight=1.0, rejected_eos_weight=None))
+    assert not hold_eos_scores([plain])
+    scored = row(chosen_weight=[1.0], rejected_weight=[0.0], chosen_eos_weight=1.0)
+    assert not hold_eos_scores([scored])
+    whole = row(**scored.columns, rejected_eos_weight=None)
+    assert hold_eos_scores([whole])
+    assert hold_eos_scores([whole, row()]), "a row without scores says nothing about the file"
+    assert not hold_eos_scores([row()])
 
 
 @pytest.mark.parametrize(("values", "tokens"), [([1.0, 2.0], 3), ([1.0, 2.0], 1), ([], 1), ([None], 2)])

@@ -96,7 +96,10 @@ def _read_json(path: Path, otherwise: str, adapter: Path | None = None) -> dict[
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(_read_json(index, "").get("weight_map", {}).values()))
+        named = _read_json(index, "").get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
+            raise ModelError("damaged: it names no weight files", where=str(index), fix="copy the model again")
+        shards = sorted(set(named.values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise ModelError(

@@ -72,6 +72,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
             where=str(path),
             fix="a model directory needs its tokenizer files",
         ) from fault
+    if len(backend.get_vocab()) <= len(backend.all_special_tokens):
+        raise ModelError("no tokenizer files", where=str(path), fix="a model directory needs its tokenizer files")
     return describe_tokenizer(backend, str(path))
 
 
@@ -150,6 +152,7 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
@@ -159,6 +162,7 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
             where=str(path),
             fix="copy it again, or name a causal language model",
         ) from fault
+    _refuse_mismatched(info.get("mismatched_keys", ()), path)
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ModelError(
@@ -173,6 +177,14 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
             )
     model._tisdpo_dropout = kept
     return model.eval()
+
+
+def _refuse_mismatched(mismatched: Iterable[Any], path: Path) -> None:
+    for entry in sorted(mismatched, key=str):
+        name, *shapes = entry if isinstance(entry, (tuple, list)) else (entry,)
+        told = " where the configuration wants ".join(str(list(shape)) for shape in shapes)
+        what = f"tensor {name} has the wrong shape" + (f": {told}" if told else "")
+        raise ModelError(what, where=str(path), fix="take weights and config.json from the same model")
 
 
 def _dropout_off(config: Any) -> dict[str, float]:

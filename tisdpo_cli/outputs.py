@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,12 @@ class Output:
     made_from: dict[str, Any]
     state: State = "fresh"
     _lock: IO[str] | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     @property
     def checkpoints(self) -> Path:
@@ -100,11 +107,13 @@ class Output:
         return Output(self.path, self.command, self.made_from, self.state)
 
     def release(self) -> None:
-        """Give the directory free for other runs."""
+        """Give the directory free for other runs; one in which nothing was made goes away."""
         if self._lock is not None:
             (self.path / LOCK_FILE).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+            with suppress(OSError):
+                self.path.rmdir()
 
 
 def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: bool, restart: bool = False) -> Output:
@@ -144,6 +153,9 @@ def _lock(path: Path) -> IO[str]:
         raise TrainingError(f"cannot be written: {fault.strerror}", where=f"--output-dir {path}") from fault
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The run that held it may have removed the file between our opening and our locking it.
+        if not os.path.samestat(os.fstat(lock.fileno()), (path / LOCK_FILE).stat()):
+            raise BlockingIOError
     except OSError as fault:
         raise UsageFault(
             "another run is writing here", where=f"--output-dir {path}", fix="wait for it, or choose another"
@@ -179,7 +191,8 @@ def _state(output: Output, overwrite: bool) -> State:
             where=f"--output-dir {output.path}",
             fix="choose another directory, or --overwrite",
         )
-    for name in [*found.get("files", []), *_WORKING]:
+    made = [name for name in found.get("files", []) if Path(name).name == name and name not in (".", "..")]
+    for name in [*made, *_WORKING]:
         _remove(output.path / name)
     return "fresh"
 

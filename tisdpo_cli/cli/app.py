@@ -30,7 +30,6 @@ app = typer.Typer(
     help="Token-level Importance Sampling for Direct Preference Optimization (TIS-DPO): train two contrastive "
     "models, score every token with them, and train with the scores as token weights.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -145,17 +144,10 @@ def _run(flags: dict[str, Any], common: Common) -> None:
 
 def _env() -> None:
     """Show versions, machine and settings from the environment, for bug reports."""
-    import platform
+    from tisdpo_cli.engine.env import environment
 
-    from tisdpo_cli.outputs import versions
-
-    for name, version in versions().items():
-        _stdout(f"{name}: {version}")
-    _stdout(f"machine: {platform.platform()}, {os.cpu_count()} cores")
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    _stdout(f"devices: {', '.join(gpus) or 'cpu'}; {torch.get_num_threads()} threads")
+    for name, value in environment().items():
+        _stdout(visible(f"{name}: {value}"))
     for name in sorted(n for n in os.environ if n.startswith("TISDPO_")):
         _stdout(visible(f"{name}={os.environ[name]}"))
 
@@ -178,7 +170,7 @@ def _stdout(text: str) -> None:
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, AttributeError) as fault:  # AttributeError: closed before the start, it is None
         # Python would try to flush once more at exit, and complain.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         raise TisdpoError(
@@ -225,6 +217,9 @@ _register()
 def main() -> NoReturn:
     """Run the program and exit with the code of DESIGN: 0, 1, 2, 130 or 143."""
     arguments = spelled_out(sys.argv[1:], COMMANDS)
+    if not arguments:
+        app(args=["--help"], prog_name="tisdpo", standalone_mode=False)
+        sys.exit(2)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=arguments, prog_name="tisdpo", standalone_mode=False)
@@ -235,7 +230,7 @@ def main() -> NoReturn:
         if "--debug" in arguments:
             import traceback
 
-            traceback.print_exc()
+            print(visible(traceback.format_exc(), keep_lines=True), file=sys.stderr)
         _fail(fault)
 
 
@@ -251,9 +246,10 @@ def _fail(fault: BaseException) -> NoReturn:
             print(visible(line), file=sys.stderr)
         if isinstance(told, Interrupted):
             print(f"go on with: {shlex.join(['tisdpo', *sys.argv[1:]])}", file=sys.stderr)
-        print_error(str(told))
+        print_error(told)
     # The other processes of a run may wait for this one in a collective call; leaving at once ends them too.
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(told.exit_code)
     sys.exit(told.exit_code)

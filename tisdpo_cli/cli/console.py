@@ -14,9 +14,12 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from tisdpo_cli.cli.text import visible
+from tisdpo_cli.errors import TisdpoError
 
 # Without a terminal: one line at the start, one at the end, and one every so often between.
 _PLAIN_EVERY_SECONDS = 5.0
+
+_ERROR_LENGTH = 300
 
 _FIGURES = (
     ("loss", "loss", "{:.4f}"),
@@ -135,8 +138,11 @@ class PlainProgress:
         return None
 
 
-def print_error(line: str) -> None:
-    """The last line on stderr: what is wrong, in at most 300 characters."""
-    text = " ".join(visible(line).split())
-    text = text if len(text) <= 293 else text[:292] + "…"
-    print(f"error: {text}", file=sys.stderr, flush=True)
+def print_error(fault: TisdpoError) -> None:
+    """The last line on stderr, in at most 300 characters: what gives way is the what, not where it is or the fix."""
+    where, what, fix = (" ".join(visible(part).split()) for part in (fault.where, fault.what, fault.fix))
+    where, fix = (f"{where}: " if where else ""), (f"; {fix}" if fix else "")
+    room = _ERROR_LENGTH - len("error: ") - len(where) - len(fix)
+    if len(what) > room:
+        what = what[: max(20, room - 1)] + "…"
+    print(f"error: {where}{what}{fix}"[:_ERROR_LENGTH], file=sys.stderr, flush=True)

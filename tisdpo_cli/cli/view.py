@@ -69,11 +69,13 @@ def _coloured(console: Console) -> bool:
 
 
 def _header(inspection: Inspection) -> list[RenderableType]:
-    models = inspection.provenance.get("models", {})
+    models = inspection.provenance.get("models")
     lines = [Text(f"{visible(inspection.source)} · {inspection.split} · {inspection.pairs} pairs", style="bold")]
     lines.append(Text(f"transform: {inspection.transform}"))
-    for name, entry in models.items():
-        lines.append(Text(f"{name}: {visible(entry['path'])} ({entry['sha256'][:12]})", style="dim"))
+    for name, entry in models.items() if isinstance(models, dict) else ():
+        if isinstance(entry, dict):
+            told = f"{name}: {entry.get('path')} ({str(entry.get('sha256'))[:12]})"
+            lines.append(Text(visible(told), style="dim"))
     return list(lines)
 
 

@@ -109,7 +109,8 @@ def _start_of_file(path: Path, line: bytes) -> bytes:
 
 def _parse(where: str, line: bytes) -> Row | BadRow:
     try:
-        columns = _strict_json(line.decode("utf-8"))
+        columns = _strict_json(line.decode("utf-8").rstrip("\r\n"))
+        surrogate = _has_surrogate(columns)
     except UnicodeDecodeError as fault:
         return BadRow(f"{where}:{fault.start + 1}", "invalid UTF-8")
     except json.JSONDecodeError as fault:
@@ -120,7 +121,7 @@ def _parse(where: str, line: bytes) -> Row | BadRow:
         return BadRow(where, str(fault))
     if not isinstance(columns, dict):
         return BadRow(where, f"a row must be a JSON object, not {_kind(columns)}")
-    if _has_surrogate(columns):
+    if surrogate:
         return BadRow(where, "a lone surrogate (half of a character) in the text")
     return Row(where, columns)
 

@@ -7,7 +7,6 @@ where it was not scored), and the EOS scores in columns of their own. Everything
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from tisdpo_cli.errors import DataError
 
 MANIFEST = "estimate.json"
 SIDES = ("chosen", "rejected")
+# What is not below this is infinite in float32.
+_FLOAT32_END = 2.0**128 - 2.0**103
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ def read_scores(row: Row, side: str, tokens: int, shown: str) -> Scores | BadRow
     return Scores([None if v is None else -float(v) for v in values], None if eos is None else -float(eos))
 
 
-def has_eos_scores(row: Row) -> bool:
-    """Whether a row comes from a file with EOS scores."""
-    return all(f"{side}_eos_weight" in row.columns for side in SIDES)
+def hold_eos_scores(rows: Iterable[Row]) -> bool:
+    """Whether a file holds EOS scores; rows without any score say nothing about that."""
+    scored = [row for row in rows if all(f"{side}_weight" in row.columns for side in SIDES)]
+    return bool(scored) and all(f"{side}_eos_weight" in row.columns for row in scored for side in SIDES)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _FLOAT32_END
 
 
 def scored_columns(row: Row, chosen: Scores, rejected: Scores) -> dict[str, Any]:
@@ -94,9 +96,12 @@ def read_manifest(dataset: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise DataError("damaged: not JSON", where=str(path), fix="run `tisdpo estimate` again") from fault
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise DataError("damaged: not a JSON object", where=str(path), fix="run `tisdpo estimate` again")
+    return manifest
 
 
 def unscored_needed(scores: Scores, kept: int, needs_eos: bool) -> str | None:

@@ -28,7 +28,7 @@ from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.splits import Split, limits_of, read_split
 from tisdpo_cli.engine.training import Made, claim_output, describe, finished
 from tisdpo_cli.errors import Interrupted, ModelError, TrainingError
-from tisdpo_cli.files import PARTIAL, write_json
+from tisdpo_cli.files import PARTIAL, sha256, write_json
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
 from tisdpo_cli.outputs import Output, settle_permissions, versions
 from tisdpo_cli.scoring import TokenScorer, collate, score
@@ -64,9 +64,15 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
     }
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
-    output = claim_output(runtime, settings, describe(settings), paths, files)
-    if output.state == "finished":
-        return finished(runtime, output)
+    with claim_output(runtime, settings, describe(settings), paths, files) as output:
+        if output.state == "finished":
+            return finished(runtime, output)
+        return _estimate(settings, runtime, output, paths, files)
+
+
+def _estimate(
+    settings: Estimate, runtime: Runtime, output: Output, paths: dict[str, Path], files: dict[str, Path]
+) -> Made:
     tokenizer = _shared_tokenizer(settings, paths)
     splits = {name: read_split(path, settings.data, tokenizer) for name, path in files.items()}
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
@@ -77,8 +83,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = [part for name, split in splits.items() for part in _parts(name, split.encoded, settings.batch_size)]
-    scorer = _Scorer(settings, runtime, tokenizer.pad, output.parts, splits)
-    tokens = scorer.run(paths, parts)
+    tokens = _Scorer(settings, runtime, tokenizer.pad, output.parts, splits).run(paths, parts)
     runtime.wait()
     runtime.on_main(lambda: _write(settings, output, tokenizer, splits, parts, began, tokens))
     made = Made(output.path, output.record(), fresh=True)
@@ -88,7 +93,6 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
             f"{counts['unscored_tokens']} beyond the cut (null)"
         )
     runtime.wait()
-    output.release()
     return made
 
 
@@ -225,7 +229,7 @@ def _write(
             scores = _scores_of(split, [part for part in parts if part.split == name], output.parts)
             rows = (scored_columns(p.row, *both) for p, both in zip(split.pairs, scores, strict=True))
             write_rows(staged / f"{name}.jsonl", rows)
-            counts[name] = _counts(scores)
+            counts[name] = {**_counts(scores), "sha256": sha256(staged / f"{name}.jsonl")}
         tokenizer.backend.save_pretrained(staged)
         write_json(staged / MANIFEST, _manifest(settings, output, tokenizer, counts))
     except OSError as fault:
@@ -240,7 +244,7 @@ def _write(
     )
 
 
-def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, int]:
+def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, Any]:
     sides = [side for both in scores for side in both]
     return {
         "rows": len(scores),
@@ -251,7 +255,7 @@ def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, int]:
 
 
 def _manifest(
-    settings: Estimate, output: Output, tokenizer: Tokenizer, counts: dict[str, dict[str, int]]
+    settings: Estimate, output: Output, tokenizer: Tokenizer, counts: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     limits = limits_of(settings.data)
     return {

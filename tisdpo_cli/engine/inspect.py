@@ -18,7 +18,7 @@ from torch import Tensor
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.pairs import Pair, read_pairs
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import MANIFEST, Scores, has_eos_scores, read_manifest, read_scores
+from tisdpo_cli.data.scored import MANIFEST, Scores, hold_eos_scores, read_manifest, read_scores
 from tisdpo_cli.engine.pairs import side_weights
 from tisdpo_cli.engine.splits import columns_of
 from tisdpo_cli.errors import DataError, UsageFault
@@ -134,18 +134,18 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
         raise UsageFault(f"no split {settings.split!r} here (there is {', '.join(files)})", where="--split")
     tokenizer = load_tokenizer(_tokenizer_path(settings))
     read = read_pairs(files[settings.split], columns_of(settings.data), settings.data.on_bad_row)
-    recipe = settings.weights.recipe(all(has_eos_scores(pair.row) for pair in read.pairs))
-    sides = _all_sides(settings, tokenizer, read.pairs, recipe)
+    recipe = settings.weights.recipe(hold_eos_scores(pair.row for pair in read.pairs))
+    pairs, sides = _all_sides(settings, tokenizer, read.pairs, recipe)
     index = settings.index if settings.index is not None else _widest(sides)
-    if index >= len(read.pairs):
-        raise UsageFault(f"there are {len(read.pairs)} pairs, 0 to {len(read.pairs) - 1}", where=f"--index {index}")
+    if index >= len(pairs):
+        raise UsageFault(f"there are {len(pairs)} pairs, 0 to {len(pairs) - 1}", where=f"--index {index}")
     highest, lowest = _extreme_tokens(sides, tokenizer, settings.top, settings.min_count)
     return Inspection(
         source=settings.scored,
         split=settings.split,
         transform=recipe.describe(),
         show=settings.show,
-        pairs=len(read.pairs),
+        pairs=len(pairs),
         separation=statistics.fmean(float(_total(c) > _total(r)) for c, r in sides),
         sides={"chosen": _summary([c for c, _ in sides]), "rejected": _summary([r for _, r in sides])},
         highest=highest,
@@ -154,7 +154,7 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
             name: _curve([both[k] for both in sides], settings.show) for k, name in enumerate(("chosen", "rejected"))
         },
         scale=_scale(sides, settings.show),
-        pair=_view(read.pairs[index], sides[index], tokenizer),
+        pair=_view(pairs[index], sides[index], tokenizer),
         provenance=_provenance(settings),
     )
 
@@ -174,10 +174,10 @@ def _tokenizer_path(settings: InspectWeights) -> Path:
 
 def _all_sides(
     settings: InspectWeights, tokenizer: Tokenizer, pairs: Sequence[Pair], recipe: Recipe
-) -> list[tuple[_Side, _Side]]:
+) -> tuple[list[Pair], list[tuple[_Side, _Side]]]:
     chosen = tokenizer.encode([pair.chosen for pair in pairs])
     rejected = tokenizer.encode([pair.rejected for pair in pairs])
-    sides, bad = [], []
+    kept, sides, bad = [], [], []
     for pair, *both in zip(pairs, chosen, rejected, strict=True):
         made = []
         for side, ids in zip(("chosen", "rejected"), both, strict=True):
@@ -187,9 +187,10 @@ def _all_sides(
                 break
             made.append(_side(ids, scores, recipe, Stream(settings.seed, pair.index, side)))  # type: ignore[arg-type]
         else:
+            kept.append(pair)
             sides.append((made[0], made[1]))
-    stop_or_skip(bad, len(pairs), "error")
-    return sides
+    stop_or_skip(bad, len(pairs), settings.data.on_bad_row)
+    return kept, sides
 
 
 def _side(ids: list[int], scores: Scores, recipe: Recipe, stream: Stream) -> _Side:

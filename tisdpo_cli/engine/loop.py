@@ -283,7 +283,7 @@ class Trainer:
             return None
         if keeping.resume == "auto":
             return newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
-        checkpoint = open_checkpoint(Path(keeping.resume))
+        checkpoint = open_checkpoint(Path(keeping.resume).expanduser())
         changed = [k for k, v in keeping.made_from.items() if checkpoint.state["made_from"].get(k) != v]
         if changed:
             raise UsageFault(f"made with other settings: {', '.join(changed)}", where=f"--resume {keeping.resume}")

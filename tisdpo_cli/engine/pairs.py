@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import Scores, has_eos_scores, read_manifest, read_scores, unscored_needed
+from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_manifest, read_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.engine.splits import Split, read_split, trainable
-from tisdpo_cli.engine.training import Made, claim_output, describe, finished, plan_training, run_training
+from tisdpo_cli.engine.training import Made, Ready, claim_output, describe, finished, plan_training, run_training
 from tisdpo_cli.errors import DataError, TrainingError
+from tisdpo_cli.files import sha256
 from tisdpo_cli.losses import pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
 from tisdpo_cli.scoring import TokenScorer, collate, score
@@ -109,37 +111,49 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
     )
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
-    output = None
-    if not settings.dry_run:
-        output = claim_output(runtime, settings, command, {"model": model_path, "ref_model": ref_path}, files)
-        if output.state == "finished":
+    models = {"model": model_path, "ref_model": ref_path}
+    claimed = nullcontext() if settings.dry_run else claim_output(runtime, settings, command, models, files)
+    with claimed as output:
+        if output is not None and output.state == "finished":
             return finished(runtime, output)
-    tokenizer = load_tokenizer(model_path, settings.trust_remote_code)
-    check_fit(model_path, tokenizer, settings.data.max_length, settings.trust_remote_code)
-    train, held = _prepare(settings, runtime.reporter, files, tokenizer)
-    reference = load_model(ref_path or model_path, settings.trust_remote_code).to(runtime.device).requires_grad_(False)
-    scorer = TokenScorer(reference, runtime.autocast(settings.memory.dtype))
+        tokenizer = load_tokenizer(model_path, settings.trust_remote_code)
+        check_fit(model_path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+        train, held = _prepare(settings, runtime.reporter, files, tokenizer)
+        plan = plan_training(runtime, settings, [pair.tokens.tokens for pair in train], PairTask.unit)
+        reference = load_model(ref_path or model_path, settings.trust_remote_code)
+        if output is None:
+            _show_first(runtime.reporter, train[0], tokenizer)
+            return Made(Path(settings.output_dir), {}, fresh=False)
+        tasks = _tasks(runtime, settings, reference, tokenizer, train, held)
+        policy = load_model(model_path, settings.trust_remote_code)
+        _banner(runtime.reporter, settings, policy)
+        return run_training(
+            runtime,
+            settings,
+            output,
+            Ready(*tasks, *plan),
+            policy,
+            tokenizer,
+            settings.optim.learning_rate,
+            lambda loss: _check_step0(loss, settings.ref_model is None, runtime.reporter),
+        )
+
+
+def _tasks(
+    runtime: Runtime,
+    settings: TrainPairs,
+    reference: nn.Module,
+    tokenizer: Tokenizer,
+    train: list[WeightedPair],
+    held: list[WeightedPair],
+) -> tuple[PairTask, PairTask | None]:
+    """What is trained and what is evaluated, against one frozen reference."""
+    scorer = TokenScorer(reference.to(runtime.device).requires_grad_(False), runtime.autocast(settings.memory.dtype))
 
     def task(pairs: list[WeightedPair]) -> PairTask:
         return PairTask(pairs, scorer, settings.method.beta, tokenizer.pad, runtime.device)
 
-    ready = plan_training(runtime, settings, task(train), task(held) if held else None)
-    if output is None:
-        _show_first(reporter, train[0], tokenizer)
-        return Made(Path(settings.output_dir), {}, fresh=False)
-    policy = load_model(model_path, settings.trust_remote_code)
-    _banner(runtime.reporter, settings, policy)
-    same_start = settings.ref_model is None
-    return run_training(
-        runtime,
-        settings,
-        output,
-        ready,
-        policy,
-        tokenizer,
-        settings.optim.learning_rate,
-        lambda loss: _check_step0(loss, same_start, runtime.reporter),
-    )
+    return task(train), task(held) if held else None
 
 
 def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None:
@@ -204,9 +218,9 @@ def _with_weights(
             where=settings.dataset,
             fix="score it again with models that share the tokenizer",
         )
-    for notice in _changed_since(split, manifest):
+    for notice in _changed_since(split, manifest or {}):
         reporter.note(notice)
-    eos_scores = all(has_eos_scores(split.pairs[pair.index].row) for pair in kept)
+    eos_scores = hold_eos_scores(split.pairs[pair.index].row for pair in kept)
     recipe = settings.weights.recipe(eos_scores)
     reporter.note(f"{split.path.name}: weights by {recipe.describe()}" + _why_eos(settings, eos_scores))
     weighted, bad = [], []
@@ -218,13 +232,15 @@ def _with_weights(
     return weighted
 
 
-def _changed_since(split: Split, manifest: dict[str, Any] | None) -> list[str]:
-    """A notice where the file no longer has the rows that were scored; that is the user's right."""
-    written = (manifest or {}).get("counts", {}).get(split.path.stem, {}).get("rows")
-    rows = len(split.pairs)
-    if written is None or written == rows:
+def _changed_since(split: Split, manifest: dict[str, Any]) -> list[str]:
+    """A notice where the file is no longer as it was scored; that is the user's right."""
+    counts = manifest.get("counts")
+    known = counts.get(split.path.stem) if isinstance(counts, dict) else None
+    if not isinstance(known, dict) or known.get("sha256") == sha256(split.path):
         return []
-    return [f"{split.path.name}: {rows} rows are used, {written} were scored"]
+    return [
+        f"{split.path.name} has changed since it was scored ({known.get('rows')} rows then, {len(split.pairs)} now)"
+    ]
 
 
 def _why_eos(settings: Train, eos_scores: bool) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tisdpo_cli.artefacts import locate_model
+from tisdpo_cli.checkpoints import open_checkpoint
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.settings.commands import Command, Run
 
@@ -23,6 +26,9 @@ def check(settings: Command) -> None:
         dataset = getattr(settings, name, None)
         if dataset is not None:
             find_splits(dataset)
+    checkpoints = getattr(settings, "checkpoints", None)
+    if checkpoints is not None and checkpoints.resume not in ("auto", "never"):
+        open_checkpoint(Path(checkpoints.resume).expanduser())
     for name in _MODELS:
         model = getattr(settings, name, None)
         if model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tisdpo_cli.data.tokens import cut
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.engine.splits import columns_of, limits_of
-from tisdpo_cli.engine.training import Made, claim_output, describe, finished, plan_training, run_training
+from tisdpo_cli.engine.training import Made, Ready, claim_output, describe, finished, plan_training, run_training
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer, make_model, make_tokenizer
 from tisdpo_cli.scoring import collate, score
@@ -68,37 +69,49 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
     path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
-    output = None
-    if not settings.dry_run:
-        output = claim_output(runtime, settings, describe(settings), {"model": path}, files)
-        if output.state == "finished":
-            return finished(runtime, output)
-    train = _read(settings, files["train"], runtime.reporter)
-    tokenizer = _tokenizer(settings, path, files["train"], runtime.reporter)
-    tasks = [
-        SftTask(_encode(settings, train, tokenizer, files["train"], runtime.reporter), tokenizer.pad, runtime.device)
-    ]
-    if "test" in files and settings.evaluation.eval_pairs:
-        held = _read(settings, files["test"], runtime.reporter)[: settings.evaluation.eval_pairs]
-        encoded = _encode(settings, held, tokenizer, files["test"], runtime.reporter)
-        tasks.append(SftTask(encoded, tokenizer.pad, runtime.device))
-    ready = plan_training(runtime, settings, tasks[0], tasks[1] if len(tasks) > 1 else None)
-    if output is None:
-        reporter.note("dry run: nothing was trained")
-        return Made(Path(settings.output_dir), {}, fresh=False)
-    model = _model(settings, path, tokenizer)
-    size = sum(p.numel() for p in model.parameters())
-    runtime.reporter.note(f"model = {settings.model or 'new'} ({size / 1e6:.1f} M parameters), dropout off")
-    return run_training(
-        runtime,
-        settings,
-        output,
-        ready,
-        model,
-        tokenizer,
-        settings.learning_rate(),
-        lambda loss: runtime.reporter.note(f"step-0 loss {loss:.4f}"),
+    claimed = (
+        nullcontext()
+        if settings.dry_run
+        else claim_output(runtime, settings, describe(settings), {"model": path}, files)
     )
+    with claimed as output:
+        if output is not None and output.state == "finished":
+            return finished(runtime, output)
+        tokenizer = _tokenizer(settings, path, files["train"], runtime.reporter)
+        train, held = _tasks(settings, files, tokenizer, runtime)
+        plan = plan_training(runtime, settings, train.costs, SftTask.unit)
+        if output is None:
+            runtime.reporter.note("dry run: nothing was trained")
+            return Made(Path(settings.output_dir), {}, fresh=False)
+        model = _model(settings, path, tokenizer)
+        size = sum(p.numel() for p in model.parameters())
+        runtime.reporter.note(f"model = {settings.model or 'new'} ({size / 1e6:.1f} M parameters), dropout off")
+        return run_training(
+            runtime,
+            settings,
+            output,
+            Ready(train, held, *plan),
+            model,
+            tokenizer,
+            settings.learning_rate(),
+            lambda loss: runtime.reporter.note(f"step-0 loss {loss:.4f}"),
+        )
+
+
+def _tasks(
+    settings: TrainSft, files: dict[str, Path], tokenizer: Tokenizer, runtime: Runtime
+) -> tuple[SftTask, SftTask | None]:
+    """What is learned, and what is evaluated."""
+    train = _encode(
+        settings, _read(settings, files["train"], runtime.reporter), tokenizer, files["train"], runtime.reporter
+    )
+    task = SftTask(train, tokenizer.pad, runtime.device)
+    wanted = settings.evaluation.eval_pairs
+    if "test" not in files or not wanted:
+        return task, None
+    held = _read(settings, files["test"], runtime.reporter)[:wanted]
+    encoded = _encode(settings, held, tokenizer, files["test"], runtime.reporter)
+    return task, SftTask(encoded, tokenizer.pad, runtime.device)
 
 
 def _examples(settings: TrainSft, path: Path, target: Target) -> tuple[list[Example], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tisdpo_cli.models import Tokenizer, save_model
 from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
 from tisdpo_cli.scoring import TokenScorer
 from tisdpo_cli.settings.commands import Command, TrainPairs, TrainSft
-from tisdpo_cli.settings.groups import Optim
+from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
 
 
@@ -72,9 +72,7 @@ def claim_output(
 def finished(runtime: Runtime, output: Output) -> Made:
     """An output that was found finished."""
     runtime.reporter.note(f"{output.path} is finished and was made with these settings; nothing to do")
-    record = output.record()
-    output.release()
-    return Made(output.path, record, fresh=False)
+    return Made(output.path, output.record(), fresh=False)
 
 
 @dataclass(frozen=True)
@@ -87,26 +85,31 @@ class Ready:
     cutting: Microbatching
 
 
-def plan_training(runtime: Runtime, settings: TrainPairs | TrainSft, task: Task, held: Task | None) -> Ready:
-    """Number the updates of a training and say what they are."""
+def plan_training(
+    runtime: Runtime, settings: TrainPairs | TrainSft, costs: Sequence[int], unit: str
+) -> tuple[Plan, Microbatching]:
+    """Number the updates of a training and say what they are; needs no model.
+
+    Raises:
+        UsageFault: the batch size contradicts what it should be the product of.
+    """
     optim, memory = settings.optim, settings.memory
-    given = optim.batch_size if "batch_size" in optim.model_fields_set else None
     size, cutting = microbatching(
-        given, memory.micro_batch_size, memory.gradient_accumulation, runtime.world, optim.batch_size
+        optim.batch_size, memory.micro_batch_size, memory.gradient_accumulation, runtime.world, DEFAULT_BATCH_SIZE
     )
-    plan = make_plan(len(task.costs), size, optim.epochs, optim.max_steps, settings.seed)
-    passes = len(cutting.split(plan.batch(0), task.costs, runtime.world)[0])
+    plan = make_plan(len(costs), size, optim.epochs, optim.max_steps, settings.seed)
+    passes = len(cutting.split(plan.batch(0), costs, runtime.world)[0])
     note, warn = runtime.reporter.note, runtime.reporter.warn
     note(
-        f"{plan.updates} updates of {min(size, plan.examples)} {task.unit} ({passes} forward passes on each of "
-        f"{runtime.world} processes), {plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {task.unit}"
+        f"{plan.updates} updates of {min(size, plan.examples)} {unit} ({passes} forward passes on each of "
+        f"{runtime.world} processes), {plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {unit}"
     )
     if optim.warmup_steps >= plan.updates:
         warn(
             f"the warm-up of {optim.warmup_steps} updates is not shorter than the run ({plan.updates}): the learning "
             f"rate ends at {plan.updates / (optim.warmup_steps + 1):.0%}; see --warmup-steps"
         )
-    return Ready(task, held, plan, cutting)
+    return plan, cutting
 
 
 def schedule_of(optim: Optim, rate: float) -> Schedule:
@@ -146,13 +149,13 @@ def run_training(
         "seed": settings.seed,
         "seconds": round(time.time() - began, 1),
         "updates": ready.plan.updates,
+        "batch_size": ready.plan.batch_size,
         ready.task.unit: ready.plan.examples,
         "final_metrics": {name: value for name, value in last.items() if math.isfinite(value)},
     }
     runtime.on_main(lambda: _publish(output, trainer.model, tokenizer, record))
     made = Made(output.path, output.record(), fresh=True)
     runtime.wait()
-    output.release()
     return made
 
 

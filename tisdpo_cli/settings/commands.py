@@ -9,7 +9,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from tisdpo_cli.settings.fields import Group, NonNegativeInt, PositiveInt, group_of, meta, setting
+from tisdpo_cli.settings.fields import Group, NonNegativeInt, PathText, PositiveInt, Seed, group_of, meta, setting
 from tisdpo_cli.settings.groups import (
     Checkpoints,
     Data,
@@ -103,12 +103,12 @@ def _dry_run() -> Any:
 class TrainPairs(Command):
     """What train-dpo, train-reverse and train have in common."""
 
-    model: str = _path_input("model to train: directory or hub id", _MODEL, "-m")
-    ref_model: str | None = _path_input("reference (the model itself as it starts)", _MODEL, default=None)
+    model: PathText = _path_input("model to train: directory or hub id", _MODEL, "-m")
+    ref_model: PathText | None = _path_input("reference (the model itself as it starts)", _MODEL, default=None)
     trust_remote_code: bool = _remote_code()
-    dataset: str = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
-    output_dir: str = output_setting()
-    seed: NonNegativeInt = _seed()
+    dataset: PathText = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
+    output_dir: PathText = output_setting()
+    seed: Seed = _seed()
     data: Data = Data()
     method: Method = Method()
     optim: Optim = Optim()
@@ -130,25 +130,25 @@ class TrainReverse(TrainPairs):
 class Train(TrainPairs):
     """Train with the token-weighted DPO loss on a scored dataset: TIS-DPO itself."""
 
-    dataset: str = _path_input("scored dataset, from `tisdpo estimate`", "Data", "-d")
+    dataset: PathText = _path_input("scored dataset, from `tisdpo estimate`", "Data", "-d")
     weights: Weights = Weights()
 
 
 class TrainSft(Command):
     """Train a starting model by supervised fine-tuning, or make one from the data with --init."""
 
-    model: str | None = _path_input("model to train: directory or hub id (not with --init)", _MODEL, "-m", default=None)
+    model: PathText | None = _path_input("model to train: directory or hub id (or --init)", _MODEL, "-m", default=None)
     init: bool = setting(False, "make a small tokenizer and model from the dataset itself", _MODEL)
     vocab_size: PositiveInt = setting(2048, "tokens of the new tokenizer, with --init", _MODEL)
     hidden_size: PositiveInt = setting(192, "width of the new model, with --init", _MODEL)
     layers: PositiveInt = setting(4, "depth of the new model, with --init", _MODEL)
     heads: PositiveInt = setting(6, "attention heads of the new model, with --init", _MODEL)
     trust_remote_code: bool = _remote_code()
-    dataset: str = _path_input("pairs, or instruction rows: JSONL file or directory", "Data", "-d")
+    dataset: PathText = _path_input("pairs, or instruction rows: JSONL file or directory", "Data", "-d")
     target: Literal["chosen", "rejected", "both"] = setting("chosen", "which responses of pairs to learn", "Data")
     train_on_prompt: bool = setting(False, "learn the prompt tokens too", "Data")
-    output_dir: str = output_setting()
-    seed: NonNegativeInt = _seed()
+    output_dir: PathText = output_setting()
+    seed: Seed = _seed()
     data: SftData = SftData()
     optim: SftOptim = SftOptim()
     memory: Memory = Memory()
@@ -176,11 +176,11 @@ class TrainSft(Command):
 class Estimate(Command):
     """Score every response token under both contrastive models and write the dataset back with the scores."""
 
-    forward: str = _path_input("forward contrastive model π⁺, from `tisdpo train-dpo`", _MODEL)
-    reverse: str = _path_input("reverse contrastive model π⁻, from `tisdpo train-reverse`", _MODEL)
+    forward: PathText = _path_input("forward contrastive model π⁺, from `tisdpo train-dpo`", _MODEL)
+    reverse: PathText = _path_input("reverse contrastive model π⁻, from `tisdpo train-reverse`", _MODEL)
     trust_remote_code: bool = _remote_code()
-    dataset: str = _path_input("preference pairs to score: JSONL file, directory or hub id", "Data", "-d")
-    output_dir: str = output_setting()
+    dataset: PathText = _path_input("preference pairs to score: JSONL file, directory or hub id", "Data", "-d")
+    output_dir: PathText = output_setting()
     data: Data = Data()
     batch_size: PositiveInt = setting(
         16, "pairs per forward pass and process", "Memory", "--per-device-eval-batch-size"
@@ -196,8 +196,8 @@ class Estimate(Command):
 class InspectWeights(Command):
     """Show what the weights say: a summary of the file, and a pair token by token."""
 
-    scored: str = _path_input("scored dataset, from `tisdpo estimate`", "Data", "--dataset", "-d")
-    tokenizer: str | None = _path_input("tokenizer, where none lies beside the data", _MODEL, default=None)
+    scored: PathText = _path_input("scored dataset, from `tisdpo estimate`", "Data", "--dataset", "-d")
+    tokenizer: PathText | None = _path_input("tokenizer, where none lies beside the data", _MODEL, default=None)
     split: str = setting("train", "split to show", "Data")
     data: Data = Data()
     index: NonNegativeInt | None = setting(
@@ -205,18 +205,18 @@ class InspectWeights(Command):
     )
     show: Literal["weights", "scores"] = setting("weights", "colour tokens by weight or by score r", "View")
     top: PositiveInt = setting(8, "tokens in the lists of highest and lowest", "View")
-    svg: str | None = setting(None, "also write the view as a picture", "View", shapes_result=False, metavar="FILE")
+    svg: PathText | None = setting(None, "write the view as a picture too", "View", shapes_result=False, metavar="FILE")
     min_count: PositiveInt = setting(5, "occurrences a token needs to be in these lists", "View")
-    seed: NonNegativeInt = _seed()
+    seed: Seed = _seed()
     weights: Weights = Weights()
 
 
 class Stages(Command):
     """The settings of `run` that are no stage's own."""
 
-    model: str | None = _path_input("starting model (without a train_sft section)", _MODEL, "-m", default=None)
-    dataset: str = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
-    output_dir: str = output_setting()
+    model: PathText | None = _path_input("starting model (without a train_sft section)", _MODEL, "-m", default=None)
+    dataset: PathText = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
+    output_dir: PathText = output_setting()
     overwrite: bool = setting(
         False, "make stages again whose settings or inputs have changed", _RUNTIME, shapes_result=False
     )
@@ -226,7 +226,7 @@ class Run(Stages):
     """The whole pipeline from one file: finished stages are skipped, an interrupted one goes on."""
 
     max_steps: PositiveInt | None = setting(None, "updates of every training", "Stages")
-    seed: NonNegativeInt = setting(0, "seed of every stage", "Stages")
+    seed: Seed = setting(0, "seed of every stage", "Stages")
     dtype: Dtype = setting("auto", "precision of every stage", "Stages")
     train_sft: TrainSft | None = None
     train_dpo: TrainDpo

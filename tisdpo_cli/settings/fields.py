@@ -20,6 +20,8 @@ PositiveInt = Annotated[int, _Number, Field(gt=0)]
 NonNegativeInt = Annotated[int, _Number, Field(ge=0)]
 PositiveFloat = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, _Number, Field(ge=0, lt=2**63)]
+PathText = Annotated[str, Field(min_length=1)]
 FiniteFloat = Annotated[float, _Number, Field(allow_inf_nan=False)]
 
 

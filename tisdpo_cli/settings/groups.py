@@ -63,6 +63,10 @@ class Method(Group):
     beta: PositiveFloat = setting(0.1, "strength of the tie to the reference", "Method")
 
 
+# Where neither the batch size nor what it is the product of is given.
+DEFAULT_BATCH_SIZE = 32
+
+
 class Optim(Group):
     """The optimiser and how long it runs."""
 
@@ -78,7 +82,9 @@ class Optim(Group):
     max_steps: PositiveInt | None = setting(
         None, "updates; wins over epochs, the data repeating as needed", "Optimisation"
     )
-    batch_size: PositiveInt = setting(32, "pairs per update, over all processes", "Optimisation")
+    batch_size: PositiveInt | None = setting(
+        None, f"pairs per update, over all processes ({DEFAULT_BATCH_SIZE})", "Optimisation"
+    )
 
 
 class SftOptim(Optim):
@@ -88,7 +94,9 @@ class SftOptim(Optim):
     learning_rate: PositiveFloat | None = setting(  # type: ignore[assignment]
         None, "learning rate after the warm-up (2e-5; 3e-3 with --init)", "Optimisation", "--lr"
     )
-    batch_size: PositiveInt = setting(32, "examples per update, over all processes", "Optimisation")
+    batch_size: PositiveInt | None = setting(
+        None, f"examples per update, over all processes ({DEFAULT_BATCH_SIZE})", "Optimisation"
+    )
 
 
 class Memory(Group):

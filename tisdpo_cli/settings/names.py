@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from tisdpo_cli.settings.commands import STAGES, Command, Run, leaf_paths, stage_command
 
+# Settings of stages that `run` decides, so that they cannot stand at its top.
+_NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run")
+
 
 def resolve(command: type[Command], name: str) -> str | None:
     """The dotted name of a setting given by its dotted or its bare name; None where the command has no such."""
@@ -25,16 +28,14 @@ def locate(command: type[Command], name: str) -> str | None:
     if stage in STAGES:
         inner = resolve(stage_command(stage), rest) if rest else ""
         return None if inner is None else f"{stage}.{inner}"
-    return name if any(resolve(stage_command(s), name) for s in STAGES) else None
+    shared = name.rpartition(".")[2] not in _NOT_SHARED and any(resolve(stage_command(s), name) for s in STAGES)
+    return name if shared else None
 
 
 def case(command: type[Command], lowered: str) -> str | None:
     """The name of a setting whatever its case: variables are upper case, and L and U are names."""
-    for candidate in (lowered, *(n for n in leaf_paths(command) if n.lower().endswith(lowered))):
-        located = locate(command, candidate)
-        if located is not None and (candidate == lowered or candidate.lower().split(".")[-1] == lowered.split(".")[-1]):
-            return located
-    return None
+    spelled = {name.lower(): name for name in names(command)}.get(lowered)
+    return None if spelled is None else locate(command, spelled)
 
 
 def names(command: type[Command]) -> set[str]:

@@ -17,17 +17,10 @@ from pydantic import ValidationError
 from tisdpo_cli.errors import UsageFault
 from tisdpo_cli.settings.commands import COMMANDS, STAGES, Command, Run, Stages, leaf_paths, stage_command
 from tisdpo_cli.settings.fields import group_of
-from tisdpo_cli.settings.names import case, did_you_mean, locate, names, resolve
+from tisdpo_cli.settings.names import case, did_you_mean, locate, names
+from tisdpo_cli.settings.pipeline import Layer, stage_layer, wiring
 
 ENV_PREFIX = "TISDPO_"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Values of one source by dotted name, and what to call the source."""
-
-    origin: str
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,10 +52,12 @@ def load(
     ]
     if config is not None:
         layers.append(Layer(str(config), _flatten(command, read_yaml(config), f"{config}: ", faults)))
+    try:
+        loaded = _load_run(layers) if issubclass(command, Run) else _build(command, layers)
+    except UsageFault as fault:
+        faults += fault.details or (fault.what,)
     _stop_at(faults)
-    if issubclass(command, Run):
-        return _load_run(layers)
-    return _build(command, layers)
+    return loaded
 
 
 def _build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
@@ -81,17 +76,6 @@ def _origins(layers: Sequence[Layer]) -> dict[str, str]:
     return origins
 
 
-# The pipeline -----------------------------------------------------------------------------------------------
-
-_DIRECTORIES = {
-    "train_sft": "sft",
-    "train_dpo": "dpo",
-    "train_reverse": "reverse",
-    "estimate": "scored",
-    "train": "tisdpo",
-}
-
-
 def _load_run(layers: Sequence[Layer]) -> Loaded:
     """Build `Run` with the settings of each stage: its own section first, then what stands at the top."""
     own = leaf_paths(Run)
@@ -101,14 +85,14 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     )
     assert isinstance(head.settings, Stages)
     with_sft = head.settings.model is None or any(k.split(".")[0] == "train_sft" for la in layers for k in la.values)
-    wiring = _wiring(head.settings, with_sft)
+    wired = wiring(head.settings, with_sft)
     stages: dict[str, Command] = {}
     origins = _origins(tops)
     faults: list[str] = []
     for stage in STAGES:
-        if stage not in wiring:
+        if stage not in wired:
             continue
-        stage_layers = [Layer("run", wiring[stage]), *(_stage_layer(stage, la, wiring[stage], faults) for la in layers)]
+        stage_layers = [Layer("run", wired[stage]), *(stage_layer(stage, la, wired[stage], faults) for la in layers)]
         try:
             loaded = _build(stage_command(stage), stage_layers)
         except UsageFault as fault:
@@ -124,68 +108,39 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     return Loaded(settings, origins)
 
 
-def _wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
-    """What the pipeline itself decides in each stage: which output is whose input."""
-    at = {stage: str(Path(head.output_dir) / name) for stage, name in _DIRECTORIES.items()}
-    start = at["train_sft"] if with_sft else head.model
-    common = {"dataset": head.dataset, "overwrite": head.overwrite}
-    wiring: dict[str, dict[str, Any]] = {}
-    if with_sft:
-        wiring["train_sft"] = {**common, "model": head.model, "init": head.model is None, "output_dir": at["train_sft"]}
-    for stage in ("train_dpo", "train_reverse"):
-        wiring[stage] = {**common, "model": start, "output_dir": at[stage]}
-    models = {"forward": at["train_dpo"], "reverse": at["train_reverse"]}
-    wiring["estimate"] = {**common, **models, "output_dir": at["estimate"]}
-    wiring["train"] = {**common, "model": start, "dataset": at["estimate"], "output_dir": at["train"]}
-    wiring["inspect_weights"] = {"scored": at["estimate"]}
-    return wiring
-
-
-def _stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: list[str]) -> Layer:
-    """What a layer says of a stage. Its own section wins over the top of the same layer."""
-    command = stage_command(stage)
-    values: dict[str, Any] = {}
-    for name, value in layer.values.items():
-        first, _, rest = name.partition(".")
-        path = None if first in STAGES else resolve(command, name)
-        if path is not None and path not in wired:
-            values[path] = value
-    for name, value in layer.values.items():
-        first, _, rest = name.partition(".")
-        if first != stage or not rest:
-            continue
-        if rest in wired and not (rest == "init" and value in (True, "true")):
-            faults.append(f"{stage}.{rest} is decided by run; set it at the top or run the stage by itself")
-        elif rest not in wired:
-            values[rest] = value
-    return Layer(layer.origin, values)
-
-
 # One source at a time ---------------------------------------------------------------------------------------
 
 
 def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
     """Dotted names of nested values; unknown and repeated names are added to the faults."""
     flat: dict[str, Any] = {}
+    seen: set[str] = set()
     for name, value in _walk(command, values, ""):
         path = locate(command, name)
         if name in STAGES:
             faults.append(f"{where}{name} is a section of settings, not a value")
         elif path is None:
             faults.append(f"{where}unknown setting {name!r}{did_you_mean(name, names(command))}")
-        elif path in flat:
+        elif (key := _once(command, path)) in seen:
             faults.append(f"{where}{path} is given twice, once as {name!r}")
         else:
+            seen.add(key)
             flat[path] = value
     return flat
+
+
+def _once(command: type[Command], path: str) -> str:
+    """What may stand only once: at the top of `run` a setting of many stages has its bare name."""
+    shared = issubclass(command, Run) and path.partition(".")[0] not in STAGES
+    return path.rpartition(".")[2] if shared else path
 
 
 def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
     for key, value in values.items():
         name = f"{prefix}{str(key).replace('-', '_')}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _walk(command, value, f"{name}.")
-        elif not (value is None and _is_section(command, name)):
+        elif value not in (None, {}) or not _is_section(command, name):
             yield name, value
         elif name in STAGES:
             # An empty section still says that the stage is wanted.
@@ -193,7 +148,9 @@ def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Ite
 
 
 def _is_section(command: type[Command], name: str) -> bool:
-    return name in STAGES or (name in command.model_fields and group_of(command.model_fields[name]) is not None)
+    commands = [command, *(stage_command(stage) for stage in STAGES)] if issubclass(command, Run) else [command]
+    groups = {key for c in commands for key, info in c.model_fields.items() if group_of(info) is not None}
+    return name in STAGES or name.rpartition(".")[2] in groups
 
 
 def _from_sets(command: type[Command], sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -224,7 +181,7 @@ def _from_environment(command: type[Command], environ: Mapping[str, str], faults
 
 
 def _scalar(text: str) -> Any:
-    return None if text.strip().lower() in ("null", "none", "~") else text
+    return None if text.strip().lower() in ("null", "~") else text
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -232,13 +189,15 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    seen: set[Any] = set()
+    # Before merged keys (<<) are put in: those may be overridden.
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
-        seen.add(key)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key_node.start_mark)
+        if key_node.value in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key_node.value)
+    loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -262,6 +221,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(fault, "problem_mark", None)
         line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UsageFault(getattr(fault, "problem", None) or "not YAML", where=f"{path}{line}") from fault
+    except (ValueError, RecursionError) as fault:
+        raise UsageFault("a value that cannot be read, or nested too deeply", where=str(path)) from fault
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -336,11 +297,11 @@ def _write(lines: list[str], settings: Any, prefix: str, depth: int, origins: Ma
 def _wiring_names(stage: str) -> Iterable[str]:
     if stage not in STAGES:
         return ()
-    head = Stages(dataset="", output_dir="")
-    return _wiring(head, with_sft=True)[stage]
+    head = Stages(dataset="-", output_dir="-")
+    return wiring(head, with_sft=True)[stage]
 
 
 def _yaml_scalar(value: Any) -> str:
     style = '"' if isinstance(value, str) and not value.isprintable() else None
-    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6, allow_unicode=True)
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6, allow_unicode=style is None)
     return text.removesuffix("\n").removesuffix("\n...")

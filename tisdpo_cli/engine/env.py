@@ -1,0 +1,20 @@
+"""env: what a bug report needs to say about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from tisdpo_cli.outputs import versions
+
+
+def environment() -> dict[str, str]:
+    """Versions, machine and devices."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **versions(),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "devices": f"{', '.join(gpus) or 'cpu'}; {torch.get_num_threads()} threads",
+    }
