@@ -102,7 +102,7 @@ def outside(part: str, run_time_only: bool = True) -> dict[str, str]:
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers"}
 ARROWS = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "weights": set(),
     "losses": set(),
     "scoring": set(),

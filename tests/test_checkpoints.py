@@ -87,7 +87,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_found_among_many(tmp_path: Path) -> None:
-    save(tmp_path, 2, 1000, 30)
+    save(tmp_path, 2, 30, 1000)
     assert newest(tmp_path) == (1000, [])
     assert newest(tmp_path / "nowhere") == (None, [])
 

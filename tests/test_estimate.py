@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -26,6 +25,7 @@ from tisdpo_cli.engine.estimate import estimate
 from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.training import Made
+from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
 from tisdpo_cli.weights import Stream, recipe, response_weights
@@ -78,14 +78,10 @@ def fault_of(command: str, listener: Silent | None = None, **given: object) -> t
     """Exit code, sentence and details of a command in this process that does not succeed."""
     try:
         run(command, listener, **given)
-    except Exception as fault:
+    except (Exception, Interrupted) as fault:
         told = explain(fault)
-        code, text, details = told.exit_code, str(told), told.details
-        del told
-    else:
-        raise AssertionError("it did succeed")
-    gc.collect()  # the output is locked as long as the exception lives
-    return code, text, details
+        return told.exit_code, str(told), told.details
+    raise AssertionError("it did succeed")
 
 
 def score(contrast: Path, out: Path, listener: Silent | None = None, **settings: object) -> Made:
@@ -293,7 +289,7 @@ def test_tokens_beyond_the_cut_are_null_and_counted(contrast: Path, cut: tuple[P
     assert nulls > 0
     assert 0 < eos < 48
     counts = {"rows": 24, "scored_tokens": scored, "unscored_tokens": nulls, "scored_eos": eos}
-    assert json.loads((out / "estimate.json").read_text())["counts"]["train"] == counts
+    assert counts.items() <= json.loads((out / "estimate.json").read_text())["counts"]["train"].items()
     assert any("train" in line and str(nulls) in line and "null" in line for line in said)
 
 

@@ -19,7 +19,7 @@ from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Trainer
 from tisdpo_cli.engine.pairs import PairTask, WeightedPair, _check_step0
 from tisdpo_cli.engine.plan import Microbatching, Plan, learning_rate, make_plan, microbatching
 from tisdpo_cli.engine.reporter import Silent
-from tisdpo_cli.engine.runtime import Runtime
+from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.sft import EncodedExample, SftTask
 from tisdpo_cli.errors import TrainingError, UsageFault
 from tisdpo_cli.outputs import read_metrics
@@ -90,7 +90,7 @@ def train(directory, model, task, plan, *, cutting=None, schedule=PLAIN_SGD, hel
     trainer = Trainer(Runtime(Silent()), TokenScorer(model), task, plan, cutting or Microbatching(8), schedule)
     directory.mkdir(exist_ok=True)
     keeping = Keeping(directory / "checkpoints", None, 1, "never")
-    trainer.train(directory / "metrics.jsonl", keeping, held, lambda _loss: None)
+    trainer.train(directory / "metrics.jsonl", keeping, held, lambda _loss: None, StopRequest())
     return read_metrics(directory / "metrics.jsonl")
 
 

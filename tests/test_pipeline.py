@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine import pipeline
 from tisdpo_cli.engine.pipeline import PipelineMade
 from tisdpo_cli.engine.reporter import Silent
+from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
 
@@ -101,14 +101,10 @@ def fault_of(config: Path, listener: Silent | None = None, **settings: object) -
     """Exit code and sentence of a pipeline in this process that does not succeed."""
     try:
         run(config, listener, **settings)
-    except Exception as fault:
+    except (Exception, Interrupted) as fault:
         told = explain(fault)
-        code, text = told.exit_code, str(told)
-        del told
-    else:
-        raise AssertionError("it did succeed")
-    gc.collect()  # the output is locked as long as the exception lives
-    return code, text
+        return told.exit_code, str(told)
+    raise AssertionError("it did succeed")
 
 
 def made_now(made: PipelineMade) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import resource
@@ -27,6 +26,7 @@ from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.sft import train_sft
 from tisdpo_cli.engine.training import Made
+from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
 
@@ -85,14 +85,10 @@ def fault_of(world: Path, out: Path, listener: Silent | None = None, **settings:
     """Exit code and sentence of a train-dpo in this process that does not succeed."""
     try:
         train(world, out, listener, **settings)
-    except Exception as fault:
+    except (Exception, Interrupted) as fault:
         told = explain(fault)
-        code, text = told.exit_code, str(told)
-        del told
-    else:
-        raise AssertionError("it did succeed")
-    gc.collect()  # the output is locked as long as the exception lives
-    return code, text
+        return told.exit_code, str(told)
+    raise AssertionError("it did succeed")
 
 
 def stop_after(world: Path, out: Path, updates: int, **settings: object) -> None:
@@ -155,7 +151,6 @@ def curve(out: Path) -> list[dict[str, Any]]:
 def assert_same(out: Path, whole: Path) -> None:
     assert result(out) == result(whole)
     assert curve(out) == curve(whole)
-    assert not (out / ".started.json").exists()
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -205,16 +200,13 @@ def test_killed_again_and_again(world: Path, tmp_path: Path, tisdpo: Tisdpo) -> 
     kill(first)
 
     second = start(command(world, out, **LONG))
-    wait_until(second, lambda: lines_of(out) >= 30)
+    wait_until(second, lambda: lines_of(out) >= 20)
     code, text = fault_of(world, out, **LONG)
     assert (code, "another run" in text) == (2, True)
+    wait_until(second, lambda: lines_of(out) >= 40 and list((out / "checkpoints").glob(".partial-*")))
     kill(second)
     assert not (out / "run.json").exists()
     assert not (out / "model.safetensors").exists()
-
-    third = start(command(world, out, **LONG))
-    wait_until(third, lambda: lines_of(out) >= 50 and list((out / "checkpoints").glob(".partial-*")))
-    kill(third)
 
     done = tisdpo(*command(world, out, **LONG), env=ONE_THREAD)
     assert done.code == 0, done.err
@@ -274,7 +266,7 @@ def test_killed_between_any_two_file_operations(world: Path, tmp_path: Path, who
     """Each run comes a little further than the one before it: past the start, checkpoints, pruning, publishing."""
     out, err = tmp_path / "out", tmp_path / "err"
     arguments = command(world, out, save_every=2)
-    for number in range(1, 200, 5):
+    for number in range(1, 200, 7):
         code = in_a_fork(arguments, err, _die_at_file_operation, number)
         assert code in (0, -signal.SIGKILL), err.read_text()
         finished = (out / "run.json").exists()
@@ -282,7 +274,7 @@ def test_killed_between_any_two_file_operations(world: Path, tmp_path: Path, who
         if code == 0:
             break
     assert code == 0
-    assert number > 20  # it was killed many times
+    assert number > 30  # it was killed many times
     assert_same(out, whole)
 
 
@@ -372,7 +364,7 @@ def test_a_signal_while_the_model_is_loaded(world: Path, tmp_path: Path) -> None
 def test_a_signal_while_the_model_is_saved_loses_no_update(world: Path, tmp_path: Path, whole: Path) -> None:
     code = in_a_fork(command(world, tmp_path / "out"), tmp_path / "err", _terminate_while_saving)
     assert code in (0, 143)
-    assert code == 0 or checkpoints(tmp_path / "out"), "interrupted, and there is no checkpoint"
+    assert (tmp_path / "out" / "run.json").is_file() or checkpoints(tmp_path / "out"), "the training is lost"
     train(world, tmp_path / "out")
     assert_same(tmp_path / "out", whole)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.sft import train_sft
 from tisdpo_cli.engine.training import Made
+from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load, read_yaml
 
@@ -72,14 +72,10 @@ def fault_of(
     """Exit code and sentence of a command in this process that does not succeed."""
     try:
         run(command, world, out, listener, **settings)
-    except Exception as fault:
+    except (Exception, Interrupted) as fault:
         told = explain(fault)
-        code, text = told.exit_code, str(told)
-        del told
-    else:
-        raise AssertionError("it did succeed")
-    gc.collect()  # the output is locked as long as the exception lives
-    return code, text
+        return told.exit_code, str(told)
+    raise AssertionError("it did succeed")
 
 
 def metrics(out: Path) -> list[dict[str, float]]:

@@ -22,7 +22,7 @@ from tisdpo_cli.engine.loop import Keeping, Schedule, Trainer
 from tisdpo_cli.engine.pairs import PairTask, WeightedPair
 from tisdpo_cli.engine.plan import Microbatching, Plan
 from tisdpo_cli.engine.reporter import Silent
-from tisdpo_cli.engine.runtime import Runtime
+from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.splits import vocabulary_of
 from tisdpo_cli.models import Tokenizer, describe_tokenizer, make_model, make_tokenizer
 from tisdpo_cli.outputs import read_metrics
@@ -99,7 +99,9 @@ def train_here(case, policy, pairs, plan, directory):
     schedule = Schedule(case.optimizer, case.rate, "constant", 0, 0.0, 1e9)
     trainer = Trainer(Runtime(Silent()), TokenScorer(policy), task, plan, Microbatching(2), schedule)
     metrics = directory / "metrics.jsonl"
-    trainer.train(metrics, Keeping(directory / "checkpoints", None, 1, "never"), None, lambda _loss: None)
+    trainer.train(
+        metrics, Keeping(directory / "checkpoints", None, 1, "never"), None, lambda _loss: None, StopRequest()
+    )
     return read_metrics(metrics)[1:]
 
 

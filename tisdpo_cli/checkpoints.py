@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tisdpo_cli.errors import TrainingError, UsageFault
-from tisdpo_cli.files import PARTIAL, sha256, sync, write_json
+from tisdpo_cli.files import PARTIAL, sha256, sync, told_when_unwritable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,35 +58,41 @@ def save_checkpoint(
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final, partial = directory / f"{_PREFIX}{step:08d}", directory / f"{PARTIAL}{step:08d}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        with told_when_unwritable(directory, f"the checkpoint of step {step} cannot be written"):
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in directory.glob(f"{PARTIAL}*"):
+                _remove(leftover)
+            partial.mkdir()
+            files = {}
+            for name, values in tensors.items():
+                path = partial / f"{name}.safetensors"
+                save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+                sync([path])
+                files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            manifest = partial / MANIFEST
+            manifest.write_text(json.dumps({"step": step, "files": files, "state": dict(state)}), encoding="utf-8")
+            sync([manifest])
+            _remove(final)
+            partial.rename(final)
+            sync([directory])
+    except TrainingError:
         _remove(partial)
-        partial.mkdir()
-        files = {}
-        for name, values in tensors.items():
-            path = partial / f"{name}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
-            sync([path])
-            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        write_json(partial / MANIFEST, {"step": step, "files": files, "state": dict(state)})
-        _remove(final)
-        partial.rename(final)
-        sync([directory])
-    except (OSError, SafetensorError) as fault:
-        _remove(partial)
-        reason = getattr(fault, "strerror", None) or fault
-        raise TrainingError(
-            f"the checkpoint of step {step} cannot be written: {reason}",
-            where=str(directory),
-            fix="make room; earlier checkpoints are whole, the same command goes on from them",
-        ) from fault
+        raise
+    discard_after(directory, step)
     for old in _by_age(directory)[:-keep]:
         _remove(old)
     return final
+
+
+def discard_after(directory: Path, step: int) -> None:
+    """Remove checkpoints of later steps: a run that goes on from `step` has left them behind."""
+    for path in _by_age(directory):
+        if path.name > f"{_PREFIX}{step:08d}":
+            _remove(path)
 
 
 def newest_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -95,7 +101,7 @@ def newest_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoin
         try:
             return open_checkpoint(path)
         except UsageFault as fault:
-            warn(f"{fault.where}: {fault.what}; going on from the one before")
+            warn(f"{fault.where}: {fault.what}; looking for the one before")
     return None
 
 
@@ -108,11 +114,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         step, state, files = int(manifest["step"]), dict(manifest["state"]), dict(manifest["files"])
+        if not files:
+            raise UsageFault("damaged checkpoint: it holds nothing", where=str(path))
         for name, entry in files.items():
             file = path / name
             if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
                 raise UsageFault(f"damaged checkpoint: {name} has changed", where=str(path))
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as fault:
         raise UsageFault("damaged checkpoint, or none", where=str(path)) from fault
     return Checkpoint(path, step, state)
 

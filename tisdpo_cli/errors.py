@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class TisdpoError(Exception):
-    """A fault that is told in one line: what is wrong, where, and what to do.
+class Told:
+    """What is told in one line: what is wrong, where, and what to do.
 
     Args:
         what: what is wrong.
@@ -16,7 +16,7 @@ class TisdpoError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", details: tuple[str, ...] = ()) -> None:
-        super().__init__(what)
+        super().__init__(what)  # type: ignore[call-arg]
         self.what = what
         self.where = where
         self.fix = fix
@@ -25,6 +25,10 @@ class TisdpoError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         return f"{line}; {self.fix}" if self.fix else line
+
+
+class TisdpoError(Told, Exception):
+    """A fault the user can do something about."""
 
 
 class DataError(TisdpoError):
@@ -39,14 +43,21 @@ class TrainingError(TisdpoError):
     """A fault at run time, a non-finite loss for example: exit 1."""
 
 
+class LocalFault(TrainingError):
+    """A fault that only one of several processes meets, so that this one must tell it."""
+
+
 class UsageFault(TisdpoError):
     """The command cannot work as typed: exit 2."""
 
     exit_code = 2
 
 
-class Interrupted(TisdpoError):
-    """Stopped by a signal, after a checkpoint where there was something to keep: exit 130 or 143."""
+class Interrupted(Told, BaseException):
+    """Stopped by a signal, after a checkpoint where there was something to keep: exit 130 or 143.
+
+    Like KeyboardInterrupt it is no `Exception`: whoever catches the faults of a library must not catch a signal.
+    """
 
     def __init__(self, signal_number: int, what: str, *, fix: str = "") -> None:
         super().__init__(what, fix=fix)

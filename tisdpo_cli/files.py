@@ -6,9 +6,12 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tisdpo_cli.errors import TrainingError
 
 PARTIAL = ".partial-"
 # Two names that say what a directory is: an output of this program, and a finished one.
@@ -41,9 +44,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text under another name, then rename: the file is whole or absent."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    sync([partial])
-    partial.replace(path)
+    with told_when_unwritable(path):
+        partial.write_text(text, encoding="utf-8")
+        sync([partial])
+        partial.replace(path)
+
+
+@contextmanager
+def told_when_unwritable(path: Path, what: str = "cannot be written") -> Iterator[None]:
+    """Turn a full disk or a missing permission into a fault that names the file.
+
+    Raises:
+        TrainingError: what is written inside cannot be written.
+    """
+    try:
+        yield
+    except Exception as fault:
+        # safetensors has an error type of its own for what the system reports.
+        if not isinstance(fault, OSError) and type(fault).__name__ != "SafetensorError":
+            raise
+        reason = getattr(fault, "strerror", None) or str(fault)
+        fix = "make room, or write elsewhere; checkpoints are whole, the same command goes on from them"
+        raise TrainingError(f"{what}: {reason}", where=str(path), fix=fix) from fault
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 
 from tisdpo_cli import __version__
 from tisdpo_cli.errors import TrainingError, UsageFault
-from tisdpo_cli.files import CONFIG_FILE, PARTIAL, RUN_FILE, write_json, write_text
+from tisdpo_cli.files import CONFIG_FILE, PARTIAL, RUN_FILE, told_when_unwritable, write_json, write_text
 
 STARTED_FILE = ".started.json"
 METRICS_FILE = "metrics.jsonl"
@@ -253,7 +253,7 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        with self._path.open("a", encoding="utf-8") as stream:
+        with told_when_unwritable(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from tisdpo_cli.cli.text import visible
-from tisdpo_cli.errors import TisdpoError
+from tisdpo_cli.errors import Told
 
 # Without a terminal: one line at the start, one at the end, and one every so often between.
 _PLAIN_EVERY_SECONDS = 5.0
@@ -138,7 +138,7 @@ class PlainProgress:
         return None
 
 
-def print_error(fault: TisdpoError) -> None:
+def print_error(fault: Told) -> None:
     """The last line on stderr, in at most 300 characters: what gives way is the what, not where it is or the fix."""
     where, what, fix = (" ".join(visible(part).split()) for part in (fault.where, fault.what, fault.fix))
     where, fix = (f"{where}: " if where else ""), (f"; {fix}" if fix else "")

@@ -11,9 +11,9 @@ from tisdpo_cli.errors import Interrupted, TisdpoError, UsageFault
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def explain(fault: BaseException) -> TisdpoError:
+def explain(fault: BaseException) -> TisdpoError | Interrupted:
     """The fault in the program's own terms."""
-    if isinstance(fault, TisdpoError):
+    if isinstance(fault, (TisdpoError, Interrupted)):
         return fault
     if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
         return Interrupted(signal.SIGINT, "stopped", fix="run the same command again")

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tisdpo_cli.artefacts import locate_model
+from tisdpo_cli.artefacts import check_safetensors, locate_model
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.scored import MANIFEST, Scores, scored_columns, write_rows
 from tisdpo_cli.data.tokens import EncodedPair
@@ -27,8 +26,8 @@ from tisdpo_cli.engine.reporter import Progress, Reporter
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.splits import Split, limits_of, read_split
 from tisdpo_cli.engine.training import Made, claim_output, describe, finished
-from tisdpo_cli.errors import Interrupted, ModelError, TrainingError
-from tisdpo_cli.files import PARTIAL, sha256, write_json
+from tisdpo_cli.errors import Interrupted, LocalFault, ModelError
+from tisdpo_cli.files import PARTIAL, sha256, sync, told_when_unwritable, write_json
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
 from tisdpo_cli.outputs import Output, settle_permissions, versions
 from tisdpo_cli.scoring import TokenScorer, collate, score
@@ -85,7 +84,13 @@ def _estimate(
     parts = [part for name, split in splits.items() for part in _parts(name, split.encoded, settings.batch_size)]
     tokens = _Scorer(settings, runtime, tokenizer.pad, output.parts, splits).run(paths, parts)
     runtime.wait()
-    runtime.on_main(lambda: _write(settings, output, tokenizer, splits, parts, began, tokens))
+    seconds = time.time() - began
+    measured = {
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "dtype": "float32" if runtime.autocast(settings.dtype, scoring=True) is None else "bf16",
+    }
+    runtime.on_main(lambda: _write(settings, output, tokenizer, splits, parts, measured))
     made = Made(output.path, output.record(), fresh=True)
     for name, counts in made.record["counts"].items():
         runtime.reporter.note(
@@ -129,7 +134,10 @@ class _Scorer:
 
     def run(self, paths: dict[str, Path], parts: list[Part]) -> int:
         """Score all parts under both models; returns the number of tokens that went through a model now."""
-        todo = [(model, part) for part in parts for model in paths if not (self.folder / part.name(model)).is_file()]
+        # Listed once for all: another rank may finish a part while this one looks.
+        every = [(model, part) for part in parts for model in paths]
+        there = set(self.runtime.on_main(lambda: [p.name(m) for m, p in every if self._is_there(p, m)]))
+        todo = [(model, part) for model, part in every if part.name(model) not in there]
         if len(todo) < 2 * len(parts):
             self.runtime.reporter.note(
                 f"going on: {2 * len(parts) - len(todo)} of {2 * len(parts)} parts are scored already"
@@ -151,6 +159,16 @@ class _Scorer:
             _stop_if_asked(stop)
         return tokens
 
+    def _is_there(self, part: Part, model: str) -> bool:
+        path = self.folder / part.name(model)
+        try:
+            if path.is_file():
+                check_safetensors(path)
+                return True
+        except ModelError:
+            self.runtime.reporter.warn(f"{path} is damaged; it is scored again")
+        return False
+
     def _load(self, path: Path) -> TokenScorer:
         model = load_model(path, self.settings.trust_remote_code).to(self.runtime.device).requires_grad_(False)
         return TokenScorer(model, self.runtime.autocast(self.settings.dtype, scoring=True))
@@ -163,20 +181,15 @@ class _Scorer:
             began = time.perf_counter()
             logps, count = self._batch(scorer, [encoded[i] for i in batch])
             if not torch.isfinite(logps).all():
-                raise TrainingError(
-                    "a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32"
-                )
+                raise LocalFault("a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32")
             tensors[str(number)] = logps
             tokens += count
             progress.advance(len(batch), {"tokens_per_second": count / (time.perf_counter() - began)})
-        partial = self.folder / f"{PARTIAL}{part.name(name)}"
-        try:
+        final, partial = self.folder / part.name(name), self.folder / f"{PARTIAL}{part.name(name)}"
+        with told_when_unwritable(final):
             save_file(tensors, partial)
-        except (OSError, SafetensorError) as fault:
-            raise TrainingError(
-                f"scores cannot be written: {fault}", where=str(self.folder), fix="make room; the same command goes on"
-            ) from fault
-        partial.replace(self.folder / part.name(name))
+            sync([partial])
+            partial.replace(final)
         return tokens
 
     def _batch(self, scorer: TokenScorer, pairs: list[EncodedPair]) -> tuple[Tensor, int]:
@@ -219,29 +232,22 @@ def _write(
     tokenizer: Tokenizer,
     splits: dict[str, Split],
     parts: list[Part],
-    began: float,
-    tokens: int,
+    measured: dict[str, Any],
 ) -> None:
     """Write the scored dataset, its manifest and its tokenizer, and mark it as finished."""
-    staged, counts = output.staging(), {}
-    try:
+    counts = {}
+    with told_when_unwritable(output.path):
+        staged = output.staging()
         for name, split in splits.items():
             scores = _scores_of(split, [part for part in parts if part.split == name], output.parts)
             rows = (scored_columns(p.row, *both) for p, both in zip(split.pairs, scores, strict=True))
             write_rows(staged / f"{name}.jsonl", rows)
             counts[name] = {**_counts(scores), "sha256": sha256(staged / f"{name}.jsonl")}
         tokenizer.backend.save_pretrained(staged)
-        write_json(staged / MANIFEST, _manifest(settings, output, tokenizer, counts))
-    except OSError as fault:
-        raise TrainingError(
-            f"cannot be written: {fault.strerror}", where=str(output.path), fix="make room; the same command goes on"
-        ) from fault
-    settle_permissions(list(staged.iterdir()))
-    files = output.publish(staged)
-    seconds = time.time() - began
-    output.finish(
-        {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1), "counts": counts}, files
-    )
+        write_json(staged / MANIFEST, _manifest(settings, output, tokenizer, counts, measured["dtype"]))
+        settle_permissions(list(staged.iterdir()))
+        files = output.publish(staged)
+    output.finish({**measured, "counts": counts}, files)
 
 
 def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, Any]:
@@ -255,7 +261,7 @@ def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, Any]:
 
 
 def _manifest(
-    settings: Estimate, output: Output, tokenizer: Tokenizer, counts: dict[str, dict[str, Any]]
+    settings: Estimate, output: Output, tokenizer: Tokenizer, counts: dict[str, dict[str, Any]], dtype: str
 ) -> dict[str, Any]:
     limits = limits_of(settings.data)
     return {
@@ -266,7 +272,7 @@ def _manifest(
         "templates": None,
         "dataset": {"path": settings.dataset, "sha256": output.made_from["content of dataset"]},
         "tokenizer": tokenizer.digest,
-        "dtype": settings.dtype,
+        "dtype": dtype,
         "lengths": {
             "max_length": limits.max_length,
             "max_prompt_length": limits.max_prompt_length,

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.checkpoints import Checkpoint, newest_checkpoint, open_checkpoint, save_checkpoint
+from tisdpo_cli.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
 from tisdpo_cli.engine.plan import Microbatching, Plan, learning_rate
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageFault
@@ -102,7 +102,12 @@ class Trainer:
         self.step = 0
 
     def train(
-        self, metrics_file: Path, keeping: Keeping, held: Held | None, check: Callable[[float], None]
+        self,
+        metrics_file: Path,
+        keeping: Keeping,
+        held: Held | None,
+        check: Callable[[float], None],
+        stop: StopRequest,
     ) -> dict[str, Any]:
         """Train to the end.
 
@@ -111,6 +116,7 @@ class Trainer:
             keeping: checkpoints.
             held: what is evaluated before, during and after, or None.
             check: is given the loss before the first update and may stop the run.
+            stop: a request to stop is answered after an update.
 
         Returns:
             The last line of the metrics.
@@ -124,10 +130,7 @@ class Trainer:
         file = MetricsFile(metrics_file, self.step if resumed else None) if runtime.main else None
         record: dict[str, Any] = {}
         title = f"{self.plan.updates} updates"
-        with (
-            StopRequest() as stop,
-            runtime.reporter.progress(title, self.plan.updates, self.step, "update") as progress,
-        ):
+        with runtime.reporter.progress(title, self.plan.updates, self.step, "update") as progress:
             if not resumed:
                 record = {**self._before(), **self._evaluate(held)}
                 check(record["loss"])
@@ -141,7 +144,11 @@ class Trainer:
                 _write(file, record)
                 progress.advance(1, record)
                 self._keep_or_stop(keeping, stop)
-        return record or runtime.on_main(lambda: read_metrics(metrics_file)[-1])
+        self._check_weights()
+        if not record:
+            # Gone on from after the last update: an earlier run wrote the line, or this is another output.
+            record = runtime.on_main(lambda: (read_metrics(metrics_file) or [{}])[-1]) or self._evaluate(held)
+        return record
 
     def _before(self) -> dict[str, Any]:
         """Step 0: the objective on the first batch, before any update."""
@@ -241,6 +248,11 @@ class Trainer:
             return {}
         examples = range(len(held.task.costs))
         sums = self._sums(held.task, examples, Microbatching(held.batch_size))
+        if not torch.isfinite(sums[0]):
+            raise TrainingError(
+                f"the evaluation after update {self.step} is not finite",
+                fix="lower --learning-rate, or use --dtype float32; checkpoints before it are whole",
+            )
         return {f"eval/{name}": value for name, value in self._averages(held.task, sums, examples).items()}
 
     # Checkpoints ------------------------------------------------------------------------------------------
@@ -257,7 +269,16 @@ class Trainer:
                 fix="the same command goes on from there",
             )
 
+    def _check_weights(self) -> None:
+        """An optimizer step can overflow though its gradients are finite; such weights are kept nowhere."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise TrainingError(
+                f"update {self.step} made weights that are not finite",
+                fix="lower --learning-rate; checkpoints before it are whole",
+            )
+
     def _save(self, keeping: Keeping) -> None:
+        self._check_weights()
         tensors = {"model": _weights(self.model), "optimizer": _optimizer_tensors(self.optimizer)}
         save_checkpoint(keeping.directory, self.step, tensors, {"made_from": keeping.made_from}, keeping.keep)
 
@@ -282,7 +303,10 @@ class Trainer:
         if keeping.resume == "never":
             return None
         if keeping.resume == "auto":
-            return newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
+            newest = newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
+            # Whatever is newer is damaged.
+            discard_after(keeping.directory, newest.step if newest is not None else -1)
+            return newest
         checkpoint = open_checkpoint(Path(keeping.resume).expanduser())
         changed = [k for k, v in keeping.made_from.items() if checkpoint.state["made_from"].get(k) != v]
         if changed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from torch import nn
 from tisdpo_cli.artefacts import hash_model
 from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Task, Trainer
 from tisdpo_cli.engine.plan import Microbatching, Plan, make_plan, microbatching
-from tisdpo_cli.engine.runtime import Runtime
-from tisdpo_cli.files import sha256
+from tisdpo_cli.engine.runtime import Runtime, StopRequest
+from tisdpo_cli.errors import Interrupted
+from tisdpo_cli.files import sha256, told_when_unwritable
 from tisdpo_cli.models import Tokenizer, save_model
 from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
 from tisdpo_cli.scoring import TokenScorer
@@ -144,27 +144,31 @@ def run_training(
     evaluation = settings.evaluation
     held = Held(ready.held, evaluation.eval_every, evaluation.eval_batch_size) if ready.held is not None else None
     metrics = output.path / METRICS_FILE
-    last = trainer.train(metrics, keeping, held, check)
-    record = {
-        "seed": settings.seed,
-        "seconds": round(time.time() - began, 1),
-        "updates": ready.plan.updates,
-        "batch_size": ready.plan.batch_size,
-        ready.task.unit: ready.plan.examples,
-        "final_metrics": {name: value for name, value in last.items() if math.isfinite(value)},
-    }
-    runtime.on_main(lambda: _publish(output, trainer.model, tokenizer, record))
+    with StopRequest() as stop:
+        last = trainer.train(metrics, keeping, held, check, stop)
+        record = {
+            "seed": settings.seed,
+            "seconds": round(time.time() - began, 1),
+            "updates": ready.plan.updates,
+            "batch_size": ready.plan.batch_size,
+            ready.task.unit: ready.plan.examples,
+            "final_metrics": last,
+        }
+        runtime.on_main(lambda: _publish(output, trainer.model, tokenizer, record))
     made = Made(output.path, output.record(), fresh=True)
     runtime.wait()
+    if stop.signal:
+        raise Interrupted(stop.signal, f"stopped; {output.path} is finished", fix="the same command goes on")
     return made
 
 
 def _publish(output: Output, model: nn.Module, tokenizer: Tokenizer, record: Mapping[str, Any]) -> None:
-    staged = output.staging()
-    save_model(model, tokenizer, staged)
-    settle_permissions(list(staged.iterdir()))
-    files = output.publish(staged)
-    output.finish(record, files)
+    with told_when_unwritable(output.path):
+        staged = output.staging()
+        save_model(model, tokenizer, staged)
+        settle_permissions(list(staged.iterdir()))
+        files = output.publish(staged)
+        output.finish(record, files)
 
 
 def describe(settings: Command) -> str:
