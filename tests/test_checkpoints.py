@@ -211,7 +211,9 @@ def test_several_damaged_ones_are_passed_over(tmp_path: Path) -> None:
     assert (step, len(warnings)) == (2, 2)
     (tmp_path / "step-00000002" / MANIFEST).unlink()
     step, warnings = newest(tmp_path)
-    assert (step, len(warnings)) == (None, 3)
+    # Those of before have been set aside, not thrown away.
+    assert (step, len(warnings)) == (None, 1)
+    assert len(list(tmp_path.glob("damaged-*"))) == 3
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:

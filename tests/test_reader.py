@@ -301,7 +301,7 @@ def by_character(texts) -> list[list[int]]:
     return [[ord(ch.lower()) for ch in text] for text in texts]
 
 
-CHARACTERS = Vocabulary(by_character, None, 1, 0)
+CHARACTERS = Vocabulary(by_character, None, 1)
 
 
 def sorted_out(path: Path, limits: Limits):

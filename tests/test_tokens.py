@@ -33,7 +33,7 @@ def characters(texts):
 def encode(prompts, chosen, rejected, limits, bos=BOS):
     """`encode_pairs` with the tokenizer of characters."""
     wheres = [f"data.jsonl:{i + 1}" for i in range(len(prompts))]
-    return encode_pairs(prompts, chosen, rejected, wheres, Vocabulary(characters, bos, EOS, EOS), limits)
+    return encode_pairs(prompts, chosen, rejected, wheres, Vocabulary(characters, bos, EOS), limits)
 
 
 def byte_tokenizer(adds_bos=True, **special):
@@ -51,7 +51,7 @@ def byte_tokenizer(adds_bos=True, **special):
 
 
 def vocabulary(tokenizer):
-    return Vocabulary(tokenizer.encode, tokenizer.bos, tokenizer.eos, tokenizer.pad)
+    return Vocabulary(tokenizer.encode, tokenizer.bos, tokenizer.eos)
 
 
 # ---------------------------------------------------------------- the cut
@@ -152,7 +152,7 @@ def test_merged_boundaries_are_counted():
         return [[ord(character) for character in text.replace("bc", "z")] for text in texts]
 
     columns = (["ab", "ab"], ["c", "d"], ["c", "d"], ["f:1", "f:2"])
-    pairs, cuts = encode_pairs(*columns, Vocabulary(merging, None, EOS, EOS), Limits(64, 32))
+    pairs, cuts = encode_pairs(*columns, Vocabulary(merging, None, EOS), Limits(64, 32))
     assert cuts.merged_boundaries == 1
     assert pairs[0].prompt == [ord("a"), ord("b")]
     assert any("tokenise differently" in sentence for sentence in cuts.sentences(Limits()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,18 @@ def _from_hub(name: str, option: str) -> Path:
     import huggingface_hub
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    with suppress(Exception):  # not in the cache, or only a part of it: ask the hub
+        kept = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        _read_json(kept / "config.json", "")
+        _weight_files(kept)
+        return kept
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except Exception:
-        pass  # not in the cache: ask the hub, once and briefly, before any retrying download starts
-    try:
+        # Once and briefly, before a download starts that tries again and again.
         huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as fault:
         reason = f"the hub says: {type(fault).__name__}"
         raise UsageFault(f"no such directory here, and no model that can be fetched ({reason})", where=where) from fault
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
 
 def _refuse_unfinished(path: Path) -> None:

@@ -96,12 +96,19 @@ def discard_after(directory: Path, step: int) -> None:
 
 
 def newest_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are passed over with a warning."""
+    """The newest checkpoint that verifies; damaged ones are set aside with a warning.
+
+    Raises:
+        TrainingError: one cannot be read at all, which says nothing about it.
+    """
     for path in reversed(_by_age(directory)):
         try:
             return open_checkpoint(path)
         except UsageFault as fault:
-            warn(f"{fault.where}: {fault.what}; looking for the one before")
+            warn(f"{fault.where}: {fault.what}; set aside, looking for the one before")
+            aside = path.with_name(f"damaged-{path.name}")
+            _remove(aside)
+            path.rename(aside)
     return None
 
 
@@ -120,7 +127,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
             file = path / name
             if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
                 raise UsageFault(f"damaged checkpoint: {name} has changed", where=str(path))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as fault:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as fault:
+        raise UsageFault("damaged checkpoint, or none", where=str(path)) from fault
+    except OSError as fault:
+        raise TrainingError(f"the checkpoint cannot be read: {fault.strerror}", where=str(path)) from fault
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as fault:
         raise UsageFault("damaged checkpoint, or none", where=str(path)) from fault
     return Checkpoint(path, step, state)
 

@@ -51,7 +51,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def told_when_unwritable(path: Path, what: str = "cannot be written") -> Iterator[None]:
+def told_when_unwritable(
+    path: Path, what: str = "cannot be written", kind: type[TrainingError] = TrainingError
+) -> Iterator[None]:
     """Turn a full disk or a missing permission into a fault that names the file.
 
     Raises:
@@ -64,8 +66,8 @@ def told_when_unwritable(path: Path, what: str = "cannot be written") -> Iterato
         if not isinstance(fault, OSError) and type(fault).__name__ != "SafetensorError":
             raise
         reason = getattr(fault, "strerror", None) or str(fault)
-        fix = "make room, or write elsewhere; checkpoints are whole, the same command goes on from them"
-        raise TrainingError(f"{what}: {reason}", where=str(path), fix=fix) from fault
+        fix = "make room or write elsewhere; what was written before is whole"
+        raise kind(f"{what}: {reason}", where=str(path), fix=fix) from fault
 
 
 def sync(paths: Iterable[Path]) -> None:

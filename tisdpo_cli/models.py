@@ -6,7 +6,6 @@ Knows transformers; it knows no dataset rows, no settings and no training.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,6 @@ from torch import nn
 from tisdpo_cli.errors import ModelError, UsageFault
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-
-# Tokenisation is fast enough in one process; the warning about forks would reach the user otherwise.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Output:
     command: str
     made_from: dict[str, Any]
     state: State = "fresh"
+    _stale: tuple[str, ...] = ()
     _lock: IO[str] | None = field(default=None, repr=False)
 
     def __enter__(self) -> Output:
@@ -65,19 +66,21 @@ class Output:
         return self.path / PARTS
 
     def start(self, config_yaml: str) -> None:
-        """Say what is being made; called once everything has been checked."""
+        """Remove what is replaced and say what is being made; called once everything has been checked."""
+        if self._stale:
+            # The marker goes first: a kill in between leaves an output that is not finished, never a torn one.
+            _remove(self.path / RUN_FILE)
+        for name in self._stale:
+            _remove(self.path / name)
         write_json(self.path / STARTED_FILE, {"command": self.command, "made_from": self.made_from})
         write_text(self.path / CONFIG_FILE, config_yaml)
-
-    def forget_progress(self) -> None:
-        """Drop what an unfinished run left, to start from the beginning."""
-        for name in (CHECKPOINTS, PARTS, METRICS_FILE):
-            _remove(self.path / name)
 
     def publish(self, staged: Path) -> list[str]:
         """Move the files of a staging directory inside the output into place; returns their names."""
         names = sorted(entry.name for entry in staged.iterdir())
         for name in names:
+            if (self.path / name).is_dir():
+                _remove(self.path / name)
             (staged / name).replace(self.path / name)
         staged.rmdir()
         return names
@@ -91,12 +94,12 @@ class Output:
 
     def finish(self, record: Mapping[str, Any], files: list[str]) -> None:
         """Write the completion marker; the last thing that happens to an output."""
-        _remove(self.path / PARTS)
         write_json(
             self.path / RUN_FILE,
             {"command": self.command, "versions": versions(), **record, "made_from": self.made_from, "files": files},
         )
         (self.path / STARTED_FILE).unlink(missing_ok=True)
+        _remove(self.path / PARTS)
 
     def record(self) -> dict[str, Any]:
         """`run.json` of a finished output."""
@@ -123,8 +126,8 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
         path: the directory; made where it does not exist.
         command: the command that makes it.
         made_from: settings and input hashes that shape the result (JSON-able).
-        overwrite: remove what was made with other settings.
-        restart: drop the progress of an unfinished run instead of going on.
+        overwrite: replace what was made with other settings, once the run starts.
+        restart: drop the progress of an unfinished run instead of going on, once the run starts.
 
     Raises:
         UsageFault: in use by another run, not made by this program, or made with other settings.
@@ -134,12 +137,11 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
     output._lock = _lock(path)
     try:
         output.state = _state(output, overwrite)
-    except UsageFault:
+    except BaseException:
         output.release()
         raise
     if output.state == "started" and restart:
-        output.forget_progress()
-        output.state = "fresh"
+        output.state, output._stale = "fresh", (CHECKPOINTS, PARTS, METRICS_FILE)
     return output
 
 
@@ -156,10 +158,12 @@ def _lock(path: Path) -> IO[str]:
         # The run that held it may have removed the file between our opening and our locking it.
         if not os.path.samestat(os.fstat(lock.fileno()), (path / LOCK_FILE).stat()):
             raise BlockingIOError
-    except OSError as fault:
+    except (BlockingIOError, FileNotFoundError) as fault:
         raise UsageFault(
             "another run is writing here", where=f"--output-dir {path}", fix="wait for it, or choose another"
         ) from fault
+    except OSError as fault:
+        raise TrainingError(f"cannot be locked: {fault.strerror}", where=f"--output-dir {path}") from fault
     return lock
 
 
@@ -191,9 +195,9 @@ def _state(output: Output, overwrite: bool) -> State:
             where=f"--output-dir {output.path}",
             fix="choose another directory, or --overwrite",
         )
-    made = [name for name in found.get("files", []) if Path(name).name == name and name not in (".", "..")]
-    for name in [*made, *_WORKING]:
-        _remove(output.path / name)
+    named = [name for name in found.get("files", []) if isinstance(name, str)]
+    made = [name for name in named if Path(name).name == name and name not in (".", "..")]
+    output._stale = (*made, *_WORKING)
     return "fresh"
 
 
@@ -203,9 +207,11 @@ def _has_progress(output: Output) -> bool:
 
 def _read_marker(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {"command": "damaged"}
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        marker = None
+    whole = isinstance(marker, dict) and isinstance(marker.get("made_from"), dict)
+    return marker if whole and isinstance(marker.get("files", []), list) else {"command": "damaged"}
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -282,4 +288,5 @@ def settle_permissions(paths: list[Path]) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for path in paths:
-        path.chmod(0o666 & ~mask)
+        if path.is_file():
+            path.chmod(0o666 & ~mask)

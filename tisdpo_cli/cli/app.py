@@ -60,7 +60,7 @@ def _prepare(command: type[Command], flags: dict[str, Any], common: Common) -> C
     return loaded.settings
 
 
-def _make(engine: Callable[[Any], Callable[[Any, Any], Any]], name: str) -> Callable[[dict[str, Any], Common], None]:
+def _make(engine: Callable[[], Callable[[Any, Any], Any]], name: str) -> Callable[[dict[str, Any], Common], None]:
     """The body of a command that makes a directory and prints its path."""
 
     def body(flags: dict[str, Any], common: Common) -> None:
@@ -68,7 +68,7 @@ def _make(engine: Callable[[Any], Callable[[Any, Any], Any]], name: str) -> Call
         if settings is None:
             return
         reporter = _reporter()
-        made = engine(None)(settings, reporter)
+        made = engine()(settings, reporter)
         if not made.record:
             return  # a dry run made nothing
         if _first_rank():
@@ -79,31 +79,31 @@ def _make(engine: Callable[[Any], Callable[[Any, Any], Any]], name: str) -> Call
 
 
 def _next(name: str, settings: Any) -> str:
-    """The command that usually follows, ready to paste."""
+    """The command that usually follows; MODEL and out/… stand for what only the user knows."""
     out, data = shlex.quote(settings.output_dir), shlex.quote(settings.dataset)
     model = shlex.quote(str(getattr(settings, "model", None)))
     return {
         "train-sft": f"tisdpo train-dpo --model {out} --dataset {data} --output-dir out/dpo",
         "train-dpo": f"tisdpo train-reverse --model {model} --dataset {data} --output-dir out/reverse",
         "train-reverse": f"tisdpo estimate --forward out/dpo --reverse {out} --dataset {data} --output-dir out/scored",
-        "estimate": f"tisdpo train --model SFT --dataset {out} --output-dir out/tisdpo",
+        "estimate": f"tisdpo train --model MODEL --dataset {out} --output-dir out/tisdpo",
         "train": f"tisdpo inspect-weights {data}",
     }[name]
 
 
-def _pairs_engine(_: Any) -> Callable[[Any, Any], Any]:
+def _pairs_engine() -> Callable[[Any, Any], Any]:
     from tisdpo_cli.engine.pairs import train_pairs
 
     return train_pairs
 
 
-def _sft_engine(_: Any) -> Callable[[Any, Any], Any]:
+def _sft_engine() -> Callable[[Any, Any], Any]:
     from tisdpo_cli.engine.sft import train_sft
 
     return train_sft
 
 
-def _estimate_engine(_: Any) -> Callable[[Any, Any], Any]:
+def _estimate_engine() -> Callable[[Any, Any], Any]:
     from tisdpo_cli.engine.estimate import estimate
 
     return estimate
@@ -117,6 +117,8 @@ def _inspect(flags: dict[str, Any], common: Common) -> None:
     from tisdpo_cli.engine.inspect import inspect_weights
 
     inspection = inspect_weights(settings)  # type: ignore[arg-type]
+    for notice in inspection.notices:
+        _reporter().note(notice)
     if settings.svg is not None:  # type: ignore[attr-defined]
         write_text(Path(settings.svg).expanduser(), picture(inspection))  # type: ignore[attr-defined]
     if common.as_json:

@@ -23,7 +23,7 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
         return TisdpoError(
             "out of memory",
             fix="lower --micro-batch-size (estimate: --batch-size) or --max-length, or use --gradient-checkpointing "
-            "(estimate: --sequential); the last checkpoint is whole",
+            "(estimate: --sequential)",
         )
     if isinstance(fault, OSError):
         where = str(fault.filename) if fault.filename else ""

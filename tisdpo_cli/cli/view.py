@@ -169,8 +169,11 @@ def _value(token: Token, inspection: Inspection) -> float | None:
 
 def _position(value: float, inspection: Inspection) -> float:
     """Where a value lies on the colour scale of the file: −1 to 1, 0 is neutral (weight 1, score 0)."""
-    size = value if inspection.show == "scores" else math.log(max(value, 1e-6))
-    return max(-1.0, min(1.0, size / inspection.scale))
+    if inspection.show == "scores":
+        distance = value
+    else:
+        distance = math.log(max(value, 1e-9)) if inspection.logarithmic else value - 1
+    return max(-1.0, min(1.0, distance / inspection.scale))
 
 
 def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
@@ -199,12 +202,14 @@ def _legend(inspection: Inspection, coloured: bool) -> Text:
     neutral = "1" if inspection.show == "weights" else "0"
     if not coloured:
         return Text(f"token{{{what}}}, neutral {neutral}; ⟦⟧ end of sequence; · space; ⏎ newline", style="dim")
-    ends = inspection.scale if inspection.show == "scores" else math.exp(inspection.scale)
-    low = f"{-ends:.2f}" if inspection.show == "scores" else f"{1 / ends:.2f}"
-    text = Text(f"{what} {low} ", style="dim")
+    neutral_value = 0.0 if inspection.show == "scores" else 1.0
+    low, high = neutral_value - inspection.scale, neutral_value + inspection.scale
+    if inspection.logarithmic:
+        low, high = math.exp(-inspection.scale), math.exp(inspection.scale)
+    text = Text(f"{what} {low:.2f} ", style="dim")
     for step in range(-4, 5):
         text.append("  ", style=_style(step / 4, False).replace(" underline", ""))
-    text.append(f" {ends:.2f}", style="dim")
+    text.append(f" {high:.2f}", style="dim")
     return text.append("  underlined: above neutral; italic: clipped; · space; ⏎ newline", style="dim")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tisdpo_cli.data.pairs import Columns, read_pairs, text_problem
 from tisdpo_cli.data.reader import BadRow, Row, read_rows, stop_or_skip
+from tisdpo_cli.errors import UsageFault
 
 Target = Literal["chosen", "rejected", "both"]
 
@@ -36,12 +37,15 @@ def read_examples(
 
     Raises:
         DataError: rows cannot be used.
+        UsageFault: the rejected side of instruction rows was asked for.
     """
     if not _holds_instructions(path, columns):
         read = read_pairs(path, columns, on_bad_row)
         sides = ("chosen", "rejected") if target == "both" else (target,)
         examples = [Example(p.row.where, p.prompt, getattr(p, side)) for p in read.pairs for side in sides]
         return examples, read.notices
+    if target == "rejected":
+        raise UsageFault("instruction rows have no rejected response", where=f"{path}: --target rejected")
     examples, bad = [], []
     for row in read_rows(path):
         made = row if isinstance(row, BadRow) else _instruction(row, instruction_template)

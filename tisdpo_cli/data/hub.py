@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -56,14 +57,19 @@ def _fetch(name: str, revision: str | None, folder: Path, splits: tuple[str, ...
     import datasets
 
     datasets.disable_progress_bars()
-    loaded = datasets.load_dataset(name, revision=revision)
+    try:
+        loaded = datasets.load_dataset(name, revision=revision)
+    except Exception as fault:
+        first = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise DataError(f"cannot be fetched: {first[:160]}", where=f"--dataset {name}") from fault
     if "train" not in loaded:
         raise DataError(f"has no split train (it has {', '.join(loaded)})", where=f"--dataset {name}")
     folder.mkdir(parents=True, exist_ok=True)
-    # The train split appears last: it is what says that the others are there.
+    # The train split appears last: it is what says that the others are there. Several processes may fetch at once.
     for split in sorted(set(splits) & set(loaded), key=lambda s: s == "train"):
-        partial = folder / f"{PARTIAL}{split}.jsonl"
-        loaded[split].to_json(partial, force_ascii=False)
+        partial = folder / f"{PARTIAL}{os.getpid()}-{split}.jsonl"
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in loaded[split])
         partial.replace(folder / f"{split}.jsonl")
 
 

@@ -67,11 +67,10 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
         raise DataError("the file has no rows", where=str(path))
     _require_columns(path, [row for row, _ in rows], columns)
     notices = stop_or_skip(bad, total, on_bad_row)
-    texts = [row.columns for row, usable in rows if usable]
     kept = [row for row, usable in rows if usable]
     pairs = [
-        Pair(i, text[columns.prompt], text[columns.chosen], text[columns.rejected], row)
-        for i, (row, text) in enumerate(zip(kept, texts, strict=True))
+        Pair(i, row.columns[columns.prompt], row.columns[columns.chosen], row.columns[columns.rejected], row)
+        for i, row in enumerate(kept)
     ]
     return Pairs(pairs, [*notices, *_contradictions(path, pairs)])
 

@@ -20,7 +20,6 @@ class Vocabulary:
     encode: Encode
     bos: int | None
     eos: int
-    pad: int
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.scored import MANIFEST, Scores, scored_columns, write_rows
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.reporter import Progress, Reporter
-from tisdpo_cli.engine.runtime import Runtime, StopRequest
+from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.engine.splits import Split, limits_of, read_split
 from tisdpo_cli.engine.training import Made, claim_output, describe, finished
 from tisdpo_cli.errors import Interrupted, LocalFault, ModelError
@@ -82,13 +82,14 @@ def _estimate(
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = [part for name, split in splits.items() for part in _parts(name, split.encoded, settings.batch_size)]
-    tokens = _Scorer(settings, runtime, tokenizer.pad, output.parts, splits).run(paths, parts)
+    tokens = _Scorer(settings, runtime, tokenizer.pad, output, splits).run(paths, parts)
     runtime.wait()
+    tokens = sum(runtime.gather([tokens]))
     seconds = time.time() - began
     measured = {
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1),
-        "dtype": "float32" if runtime.autocast(settings.dtype, scoring=True) is None else "bf16",
+        "dtype": output.made_from["dtype"],
     }
     runtime.on_main(lambda: _write(settings, output, tokenizer, splits, parts, measured))
     made = Made(output.path, output.record(), fresh=True)
@@ -129,8 +130,11 @@ def _parts(split: str, encoded: Sequence[EncodedPair], batch_size: int) -> list[
 class _Scorer:
     """Computes what is not there yet, on this rank's share of the parts."""
 
-    def __init__(self, settings: Estimate, runtime: Runtime, pad: int, folder: Path, splits: dict[str, Split]) -> None:
-        self.settings, self.runtime, self.pad, self.folder, self.splits = settings, runtime, pad, folder, splits
+    def __init__(
+        self, settings: Estimate, runtime: Runtime, pad: int, output: Output, splits: dict[str, Split]
+    ) -> None:
+        self.settings, self.runtime, self.pad, self.splits = settings, runtime, pad, splits
+        self.folder, self.precision = output.parts, str(output.made_from["dtype"])
 
     def run(self, paths: dict[str, Path], parts: list[Part]) -> int:
         """Score all parts under both models; returns the number of tokens that went through a model now."""
@@ -146,7 +150,10 @@ class _Scorer:
         groups = [[m] for m in paths] if self.settings.sequential else [list(paths)]
         total = sum(len(batch) for _, part in mine for batch in part.batches)
         tokens = 0
-        with StopRequest() as stop, self.runtime.reporter.progress("scoring", total, 0, "pair") as progress:
+        with (
+            StopRequest() as stop,
+            self.runtime.reporter.progress("scoring with both models", total, 0, "scoring") as progress,
+        ):
             for group in groups:
                 work = [item for item in mine if item[0] in group]
                 if not work:
@@ -171,7 +178,7 @@ class _Scorer:
 
     def _load(self, path: Path) -> TokenScorer:
         model = load_model(path, self.settings.trust_remote_code).to(self.runtime.device).requires_grad_(False)
-        return TokenScorer(model, self.runtime.autocast(self.settings.dtype, scoring=True))
+        return TokenScorer(model, autocast_dtype(self.precision))
 
     def _part(self, scorer: TokenScorer, name: str, part: Part, progress: Progress, stop: StopRequest) -> int:
         tensors, tokens = {}, 0
@@ -186,7 +193,7 @@ class _Scorer:
             tokens += count
             progress.advance(len(batch), {"tokens_per_second": count / (time.perf_counter() - began)})
         final, partial = self.folder / part.name(name), self.folder / f"{PARTIAL}{part.name(name)}"
-        with told_when_unwritable(final):
+        with told_when_unwritable(final, kind=LocalFault):
             save_file(tensors, partial)
             sync([partial])
             partial.replace(final)

@@ -24,7 +24,7 @@ from tisdpo_cli.engine.splits import columns_of
 from tisdpo_cli.errors import DataError, UsageFault
 from tisdpo_cli.models import Tokenizer, load_tokenizer
 from tisdpo_cli.settings.commands import InspectWeights
-from tisdpo_cli.weights import Recipe, Side, Stream, clipped
+from tisdpo_cli.weights import Recipe, Stream, clipped
 
 _CURVE_BINS = 24
 
@@ -85,7 +85,10 @@ class Inspection:
     Attributes:
         separation: share of pairs in which Σ r of the chosen response is above that of the rejected one.
         curves: mean of the shown value by relative position, for each side.
-        scale: half width of the colour scale: the 99th percentile of |score|, or of |log weight|.
+        scale: half width of the colour scale: the 99th percentile of the distance from neutral.
+        logarithmic: whether that distance is |log weight|; it is |weight − 1| where some weights are not above 0,
+            and |score| for scores.
+        notices: what to tell beside the view, skipped rows for example.
     """
 
     source: str
@@ -99,6 +102,8 @@ class Inspection:
     lowest: list[TokenSummary]
     curves: dict[str, list[float]]
     scale: float
+    logarithmic: bool
+    notices: list[str]
     pair: PairView
     provenance: dict[str, Any]
 
@@ -135,10 +140,9 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
     tokenizer = load_tokenizer(_tokenizer_path(settings))
     read = read_pairs(files[settings.split], columns_of(settings.data), settings.data.on_bad_row)
     recipe = settings.weights.recipe(hold_eos_scores(pair.row for pair in read.pairs))
-    pairs, sides = _all_sides(settings, tokenizer, read.pairs, recipe)
-    index = settings.index if settings.index is not None else _widest(sides)
-    if index >= len(pairs):
-        raise UsageFault(f"there are {len(pairs)} pairs, 0 to {len(pairs) - 1}", where=f"--index {index}")
+    pairs, sides, skipped = _all_sides(settings, tokenizer, read.pairs, recipe)
+    at = _position_of(settings.index, pairs) if settings.index is not None else _widest(sides)
+    logarithmic, scale = _scale(sides, settings.show)
     highest, lowest = _extreme_tokens(sides, tokenizer, settings.top, settings.min_count)
     return Inspection(
         source=settings.scored,
@@ -153,8 +157,10 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
         curves={
             name: _curve([both[k] for both in sides], settings.show) for k, name in enumerate(("chosen", "rejected"))
         },
-        scale=_scale(sides, settings.show),
-        pair=_view(pairs[index], sides[index], tokenizer),
+        scale=scale,
+        logarithmic=logarithmic,
+        notices=[*read.notices, *skipped],
+        pair=_view(pairs[at], sides[at], tokenizer),
         provenance=_provenance(settings),
     )
 
@@ -174,7 +180,8 @@ def _tokenizer_path(settings: InspectWeights) -> Path:
 
 def _all_sides(
     settings: InspectWeights, tokenizer: Tokenizer, pairs: Sequence[Pair], recipe: Recipe
-) -> tuple[list[Pair], list[tuple[_Side, _Side]]]:
+) -> tuple[list[Pair], list[tuple[_Side, _Side]], list[str]]:
+    """The pairs whose scores can be used, both sides of each, and what to say of the others."""
     chosen = tokenizer.encode([pair.chosen for pair in pairs])
     rejected = tokenizer.encode([pair.rejected for pair in pairs])
     kept, sides, bad = [], [], []
@@ -189,8 +196,7 @@ def _all_sides(
         else:
             kept.append(pair)
             sides.append((made[0], made[1]))
-    stop_or_skip(bad, len(pairs), settings.data.on_bad_row)
-    return kept, sides
+    return kept, sides, stop_or_skip(bad, len(pairs), settings.data.on_bad_row)
 
 
 def _side(ids: list[int], scores: Scores, recipe: Recipe, stream: Stream) -> _Side:
@@ -203,6 +209,15 @@ def _side(ids: list[int], scores: Scores, recipe: Recipe, stream: Stream) -> _Si
 
 def _total(side: _Side) -> float:
     return float(side.known.sum()) + (side.scores.eos or 0.0)
+
+
+def _position_of(index: int, pairs: Sequence[Pair]) -> int:
+    found = next((at for at, pair in enumerate(pairs) if pair.index == index), None)
+    if found is None:
+        raise UsageFault(
+            f"no such pair; there are {len(pairs)} pairs, 0 to {pairs[-1].index}", where=f"--index {index}"
+        )
+    return found
 
 
 def _widest(sides: Sequence[tuple[_Side, _Side]]) -> int:
@@ -268,10 +283,19 @@ def _curve(sides: Sequence[_Side], show: str) -> list[float]:
     return (sums / counts.clamp(min=1)).tolist()
 
 
-def _scale(sides: Sequence[tuple[_Side, _Side]], show: str) -> float:
-    values = torch.cat([side.weights if show == "weights" else side.known for both in sides for side in both])
-    size = values.clamp(min=1e-6).log().abs() if show == "weights" else values.abs()
-    ordered = size.sort().values
+def _scale(sides: Sequence[tuple[_Side, _Side]], show: str) -> tuple[bool, float]:
+    """Whether the colour scale is logarithmic, and its half width. The EOS is left out: it may be set to zero."""
+    every = [side for both in sides for side in both]
+    if show == "scores":
+        return False, _percentile(torch.cat([side.known for side in every]).abs())
+    weights = torch.cat([side.weights[: len(side.known)] for side in every])
+    if bool((weights > 0).all()):
+        return True, _percentile(weights.log().abs())
+    return False, _percentile((weights - 1).abs())
+
+
+def _percentile(sizes: Tensor) -> float:
+    ordered = sizes.sort().values
     return max(float(ordered[int(0.99 * (len(ordered) - 1))]), 1e-6)
 
 
@@ -301,6 +325,3 @@ def _tokens(side: _Side, tokenizer: Tokenizer) -> list[Token]:
 def _provenance(settings: InspectWeights) -> dict[str, Any]:
     manifest = read_manifest(Path(settings.scored).expanduser())
     return manifest if manifest is not None else {"note": f"no {MANIFEST} beside the data"}
-
-
-__all__ = ["Inspection", "PairView", "Side", "Token", "inspect_weights"]

@@ -20,7 +20,7 @@ from tisdpo_cli.checkpoints import Checkpoint, discard_after, newest_checkpoint,
 from tisdpo_cli.engine.plan import Microbatching, Plan, learning_rate
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageFault
-from tisdpo_cli.outputs import MetricsFile, read_metrics
+from tisdpo_cli.outputs import MetricsFile, differences, read_metrics
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
@@ -75,7 +75,7 @@ class Keeping:
     every: int | None
     keep: int
     resume: str
-    made_from: Mapping[str, Any] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Trainer:
         rows = ", ".join(self.task.where(i) for i in examples[:4]) + (" …" if len(examples) > 4 else "")
         return TrainingError(
             f"the {what} of step {self.step + 1} is not finite; no weight was changed by it (rows: {rows})",
-            fix="lower --learning-rate, or use --dtype float32; checkpoints before it are whole",
+            fix="lower --learning-rate, or use --dtype float32; earlier checkpoints stay",
         )
 
     def _sums(self, task: Task, examples: Sequence[int], cutting: Microbatching) -> Tensor:
@@ -251,7 +251,7 @@ class Trainer:
         if not torch.isfinite(sums[0]):
             raise TrainingError(
                 f"the evaluation after update {self.step} is not finite",
-                fix="lower --learning-rate, or use --dtype float32; checkpoints before it are whole",
+                fix="lower --learning-rate, or use --dtype float32; earlier checkpoints stay",
             )
         return {f"eval/{name}": value for name, value in self._averages(held.task, sums, examples).items()}
 
@@ -274,13 +274,13 @@ class Trainer:
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             raise TrainingError(
                 f"update {self.step} made weights that are not finite",
-                fix="lower --learning-rate; checkpoints before it are whole",
+                fix="lower --learning-rate; earlier checkpoints stay",
             )
 
     def _save(self, keeping: Keeping) -> None:
         self._check_weights()
         tensors = {"model": _weights(self.model), "optimizer": _optimizer_tensors(self.optimizer)}
-        save_checkpoint(keeping.directory, self.step, tensors, {"made_from": keeping.made_from}, keeping.keep)
+        save_checkpoint(keeping.directory, self.step, tensors, keeping.made_by, keeping.keep)
 
     def _resume(self, keeping: Keeping) -> bool:
         """Go on from a checkpoint where there is one and it was asked for; whether there was."""
@@ -303,14 +303,13 @@ class Trainer:
         if keeping.resume == "never":
             return None
         if keeping.resume == "auto":
-            newest = newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
-            # Whatever is newer is damaged.
-            discard_after(keeping.directory, newest.step if newest is not None else -1)
-            return newest
+            return newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
         checkpoint = open_checkpoint(Path(keeping.resume).expanduser())
-        changed = [k for k, v in keeping.made_from.items() if checkpoint.state["made_from"].get(k) != v]
+        changed = differences(checkpoint.state, keeping.made_by)
         if changed:
-            raise UsageFault(f"made with other settings: {', '.join(changed)}", where=f"--resume {keeping.resume}")
+            raise UsageFault(f"made with other settings: {'; '.join(changed)}", where=f"--resume {keeping.resume}")
+        if checkpoint.path.parent.resolve() == keeping.directory.resolve():
+            discard_after(keeping.directory, checkpoint.step)
         return checkpoint
 
 

@@ -17,10 +17,10 @@ from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
 from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_manifest, read_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reporter import Reporter
-from tisdpo_cli.engine.runtime import Runtime
+from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
 from tisdpo_cli.engine.splits import Split, read_split, trainable
 from tisdpo_cli.engine.training import Made, Ready, claim_output, describe, finished, plan_training, run_training
-from tisdpo_cli.errors import DataError, TrainingError
+from tisdpo_cli.errors import DataError, ModelError, TrainingError
 from tisdpo_cli.files import sha256
 from tisdpo_cli.losses import pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
@@ -118,6 +118,8 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             return finished(runtime, output)
         tokenizer = load_tokenizer(model_path, settings.trust_remote_code)
         check_fit(model_path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+        if ref_path is not None:
+            _check_reference(settings, ref_path, tokenizer)
         train, held = _prepare(settings, runtime.reporter, files, tokenizer)
         plan = plan_training(runtime, settings, [pair.tokens.tokens for pair in train], PairTask.unit)
         reference = load_model(ref_path or model_path, settings.trust_remote_code)
@@ -139,6 +141,18 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
         )
 
 
+def _check_reference(settings: TrainPairs, path: Path, tokenizer: Tokenizer) -> None:
+    """The reference must read the same ids.
+
+    Raises:
+        ModelError: it has another tokenizer, or too small an embedding.
+    """
+    if load_tokenizer(path, settings.trust_remote_code).digest != tokenizer.digest:
+        where, fix = f"--ref-model {settings.ref_model}", "name a reference with the same one"
+        raise ModelError("has another tokenizer than the model", where=where, fix=fix)
+    check_fit(path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+
+
 def _tasks(
     runtime: Runtime,
     settings: TrainPairs,
@@ -148,7 +162,8 @@ def _tasks(
     held: list[WeightedPair],
 ) -> tuple[PairTask, PairTask | None]:
     """What is trained and what is evaluated, against one frozen reference."""
-    scorer = TokenScorer(reference.to(runtime.device).requires_grad_(False), runtime.autocast(settings.memory.dtype))
+    precision = runtime.precision(settings.memory.dtype)
+    scorer = TokenScorer(reference.to(runtime.device).requires_grad_(False), autocast_dtype(precision))
 
     def task(pairs: list[WeightedPair]) -> PairTask:
         return PairTask(pairs, scorer, settings.method.beta, tokenizer.pad, runtime.device)

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor
 
 from tisdpo_cli.engine.reporter import Reporter, Silent
-from tisdpo_cli.errors import TisdpoError, UsageFault
+from tisdpo_cli.errors import TisdpoError, TrainingError, UsageFault
 
 T = TypeVar("T")
 
@@ -30,7 +30,8 @@ class Runtime:
         """
         _deterministic()
         # Precision is the scorer's business; accelerate's own would wrap the model a second time.
-        self.accelerator = Accelerator(mixed_precision="no")
+        # Metrics are summed in float64, which Apple's GPUs do not have.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
         self.accelerator.gradient_accumulation_steps = 1
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
@@ -61,8 +62,11 @@ class Runtime:
         if self.main:
             try:
                 box[0] = work()
-            except TisdpoError as fault:
-                box[1] = fault
+            except Exception as fault:
+                known = isinstance(fault, TisdpoError)
+                box[1] = fault if known else TrainingError("the first process has stopped; see its message")
+                broadcast_object_list(box)
+                raise
         broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
@@ -80,8 +84,8 @@ class Runtime:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
-    def autocast(self, dtype: str, scoring: bool = False) -> torch.dtype | None:
-        """The dtype to compute in; None for float32.
+    def precision(self, dtype: str, scoring: bool = False) -> Literal["bf16", "float32"]:
+        """What to compute in.
 
         Args:
             dtype: `auto`, `float32` or `bf16`.
@@ -94,11 +98,14 @@ class Runtime:
         capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True
         if dtype == "bf16" and not capable:
             raise UsageFault("this GPU does not compute in bf16", where="--dtype bf16", fix="use float32")
-        if dtype == "bf16" or (dtype == "auto" and gpu and capable):
-            if scoring and not gpu:
-                self.reporter.note("scores in bf16: about 2e-2 nats off on average; float32 is the default on CPUs")
-            return torch.bfloat16
-        return None
+        if dtype == "bf16" and scoring and not gpu:
+            self.reporter.note("scores in bf16 on a CPU are about 2e-2 nats off; float32 is the default here")
+        return "bf16" if dtype == "bf16" or (dtype == "auto" and gpu and capable) else "float32"
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype for autocast; None where weights and computation are float32."""
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def _deterministic() -> None:

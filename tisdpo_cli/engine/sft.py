@@ -160,15 +160,18 @@ def _encode(
 ) -> list[EncodedExample]:
     prompts = tokenizer.encode([example.prompt for example in examples])
     responses = tokenizer.encode([example.response for example in examples])
-    limits, encoded, dropped = limits_of(settings.data), [], 0
+    limits, encoded, dropped, cut_short = limits_of(settings.data), [], 0, 0
     for example, prompt, ids in zip(examples, prompts, responses, strict=True):
         given, (response,) = cut(prompt, [ids], tokenizer.bos, tokenizer.eos, limits)
+        cut_short += len(given) < len(prompt) + (tokenizer.bos is not None) or not response.has_eos
         if not response.kept:
             dropped += 1
         elif settings.train_on_prompt:
             encoded.append(EncodedExample(example.where, given[:1], given[1:] + response.ids))
         else:
             encoded.append(EncodedExample(example.where, given, response.ids))
+    if cut_short:
+        reporter.note(f"{path.name}: {cut_short} examples cut to {limits.max_length} tokens")
     if dropped:
         reporter.note(f"{path.name}: {dropped} examples dropped, the cut left no response token")
     if not encoded:

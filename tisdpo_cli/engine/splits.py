@@ -9,7 +9,7 @@ from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
 from tisdpo_cli.data.tokens import EncodedPair, Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.models import Tokenizer
-from tisdpo_cli.settings.groups import Data
+from tisdpo_cli.settings.groups import Data, Reading
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Split:
     notices: list[str] = field(default_factory=list)
 
 
-def columns_of(data: Data) -> Columns:
+def columns_of(data: Reading) -> Columns:
     """The column names of the settings."""
     return Columns(data.prompt_column, data.chosen_column, data.rejected_column)
 
@@ -34,7 +34,7 @@ def limits_of(data: Data) -> Limits:
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """What tokenisation needs of a tokenizer."""
-    return Vocabulary(tokenizer.encode, tokenizer.bos, tokenizer.eos, tokenizer.pad)
+    return Vocabulary(tokenizer.encode, tokenizer.bos, tokenizer.eos)
 
 
 def read_split(path: Path, data: Data, tokenizer: Tokenizer, first: int | None = None) -> Split:

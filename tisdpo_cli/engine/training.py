@@ -13,13 +13,13 @@ from torch import nn
 from tisdpo_cli.artefacts import hash_model
 from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Task, Trainer
 from tisdpo_cli.engine.plan import Microbatching, Plan, make_plan, microbatching
-from tisdpo_cli.engine.runtime import Runtime, StopRequest
-from tisdpo_cli.errors import Interrupted
+from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
+from tisdpo_cli.errors import Interrupted, UsageFault
 from tisdpo_cli.files import sha256, told_when_unwritable
 from tisdpo_cli.models import Tokenizer, save_model
 from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
 from tisdpo_cli.scoring import TokenScorer
-from tisdpo_cli.settings.commands import Command, TrainPairs, TrainSft
+from tisdpo_cli.settings.commands import Command, Estimate, TrainPairs, TrainSft
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
 
@@ -57,7 +57,8 @@ def claim_output(
     held: list[Output] = []
 
     def take() -> Output:
-        made_from = dict(settings.fingerprint())
+        _refuse_own_input(Path(settings.output_dir), [*models.values(), *files.values()])
+        made_from = {**settings.fingerprint(), **resolved(runtime, settings)}
         made_from.update({f"content of {name}": hash_model(path) for name, path in models.items() if path is not None})
         made_from["content of dataset"] = sha256(*files.values(), named=True)
         resume = settings.resume if hasattr(settings, "resume") else settings.checkpoints.resume
@@ -67,6 +68,37 @@ def claim_output(
 
     told = runtime.on_main(take)
     return held[0] if held else told
+
+
+def _refuse_own_input(output: Path, inputs: Sequence[Path | None]) -> None:
+    """An output that is, or holds, what the command reads would be removed before it is read."""
+    for path in inputs:
+        if path is not None and output.resolve() in (path.resolve(), *path.resolve().parents):
+            what = f"would write over {path}, which this command reads"
+            raise UsageFault(what, where=f"--output-dir {output}", fix="choose another")
+
+
+def resolved(runtime: Runtime, settings: Any) -> dict[str, Any]:
+    """Settings whose value depends on the machine or on other settings, by dotted name, as they are in force."""
+    if isinstance(settings, Estimate):
+        return {"dtype": runtime.precision(settings.dtype, scoring=True)}
+    rate = settings.learning_rate() if isinstance(settings, TrainSft) else settings.optim.learning_rate
+    return {
+        "optim.batch_size": _batching(runtime, settings)[0],
+        "optim.learning_rate": rate,
+        "memory.dtype": runtime.precision(settings.memory.dtype),
+    }
+
+
+def _batching(runtime: Runtime, settings: TrainPairs | TrainSft) -> tuple[int, Microbatching]:
+    memory = settings.memory
+    return microbatching(
+        settings.optim.batch_size,
+        memory.micro_batch_size,
+        memory.gradient_accumulation,
+        runtime.world,
+        DEFAULT_BATCH_SIZE,
+    )
 
 
 def finished(runtime: Runtime, output: Output) -> Made:
@@ -93,16 +125,15 @@ def plan_training(
     Raises:
         UsageFault: the batch size contradicts what it should be the product of.
     """
-    optim, memory = settings.optim, settings.memory
-    size, cutting = microbatching(
-        optim.batch_size, memory.micro_batch_size, memory.gradient_accumulation, runtime.world, DEFAULT_BATCH_SIZE
-    )
+    optim = settings.optim
+    size, cutting = _batching(runtime, settings)
     plan = make_plan(len(costs), size, optim.epochs, optim.max_steps, settings.seed)
     passes = len(cutting.split(plan.batch(0), costs, runtime.world)[0])
     note, warn = runtime.reporter.note, runtime.reporter.warn
+    where = f" on each of {runtime.world} processes" if runtime.world > 1 else ""
     note(
-        f"{plan.updates} updates of {min(size, plan.examples)} {unit} ({passes} forward passes on each of "
-        f"{runtime.world} processes), {plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {unit}"
+        f"{plan.updates} updates of {min(size, plan.examples)} {unit} ({passes} forward passes each{where}), "
+        f"{plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {unit}"
     )
     if optim.warmup_steps >= plan.updates:
         warn(
@@ -130,17 +161,20 @@ def run_training(
     check: Callable[[float], None],
 ) -> Made:
     """Train, save, and mark the output as finished."""
+    if settings.evaluation.eval_every is not None and ready.held is None:
+        runtime.reporter.warn("there is no test split to evaluate: --eval-every does nothing")
     began = time.time()
     if runtime.main:
-        output.start(to_yaml(settings))
+        output.start(to_yaml(settings.with_values(resolved(runtime, settings))))
     runtime.wait()
     if settings.memory.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         model.train()
-    scorer = TokenScorer(model, runtime.autocast(settings.memory.dtype))
+    scorer = TokenScorer(model, autocast_dtype(runtime.precision(settings.memory.dtype)))
     trainer = Trainer(runtime, scorer, ready.task, ready.plan, ready.cutting, schedule_of(settings.optim, rate))
     kept = settings.checkpoints
-    keeping = Keeping(output.checkpoints, kept.save_every, kept.keep_checkpoints, kept.resume, output.made_from)
+    made_by = {"command": output.command, "made_from": output.made_from}
+    keeping = Keeping(output.checkpoints, kept.save_every, kept.keep_checkpoints, kept.resume, made_by)
     evaluation = settings.evaluation
     held = Held(ready.held, evaluation.eval_every, evaluation.eval_batch_size) if ready.held is not None else None
     metrics = output.path / METRICS_FILE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -18,9 +18,9 @@ from tisdpo_cli.settings.groups import (
     Memory,
     Method,
     Optim,
+    Reading,
     SftData,
     SftOptim,
-    WeightChoice,
     Weights,
 )
 
@@ -56,6 +56,15 @@ class Command(BaseSettings):
     def fingerprint(self) -> dict[str, Any]:
         """The settings that shape the result, by dotted name."""
         return {name: value for name, info, value in self.leaves() if meta(info).get("shapes_result", True)}
+
+    def with_values(self, values: Mapping[str, Any]) -> Command:
+        """A copy in which some settings, by dotted name, have other values; nothing is checked again."""
+        updates: dict[str, Any] = {}
+        for path, value in values.items():
+            first, dot, name = path.partition(".")
+            group = updates.get(first, getattr(self, first))
+            updates[first] = group.model_copy(update={name: value}) if dot else value
+        return self.model_copy(update=updates)
 
 
 class _Layer(PydanticBaseSettingsSource):
@@ -161,9 +170,14 @@ class TrainSft(Command):
     def _one_start(self) -> TrainSft:
         if self.init == (self.model is not None):
             raise ValueError("give either --model PATH or --init")
-        if self.init and self.vocab_size < 258:
+        if not self.init:
+            shape = ("vocab_size", "hidden_size", "layers", "heads")
+            idle = [name for name in shape if getattr(self, name) != type(self).model_fields[name].default]
+            if idle:
+                raise ValueError(f"{', '.join(idle)} shape a new model and need --init")
+        elif self.vocab_size < 258:
             raise ValueError("vocab_size must be at least 258: 256 bytes, end-of-sequence and padding")
-        if self.hidden_size % (2 * self.heads):
+        elif self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 2 · heads ({self.heads})")
         return self
 
@@ -199,7 +213,7 @@ class InspectWeights(Command):
     scored: PathText = _path_input("scored dataset, from `tisdpo estimate`", "Data", "--dataset", "-d")
     tokenizer: PathText | None = _path_input("tokenizer, where none lies beside the data", _MODEL, default=None)
     split: str = setting("train", "split to show", "Data")
-    data: Data = Data()
+    data: Reading = Reading()
     index: NonNegativeInt | None = setting(
         None, "pair to show (0 is the first; the one with the largest spread)", "View", "-i"
     )
@@ -268,4 +282,4 @@ def leaf_paths(command: type[Command]) -> dict[str, FieldInfo]:
     return paths
 
 
-__all__ = ["COMMANDS", "STAGES", "Command", "Run", "WeightChoice", "leaf_paths", "stage_command"]
+__all__ = ["COMMANDS", "STAGES", "Command", "Run", "leaf_paths", "stage_command"]

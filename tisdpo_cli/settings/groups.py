@@ -20,16 +20,21 @@ from tisdpo_cli.weights import PRESETS, TRANSFORMS, Recipe, recipe
 Dtype = Literal["auto", "float32", "bf16"]
 
 
-class Data(Group):
-    """How rows are read and cut."""
+class Reading(Group):
+    """How rows are read."""
 
     prompt_column: str = setting("prompt", "column of the prompt", "Data")
     chosen_column: str = setting("chosen", "column of the preferred response", "Data")
     rejected_column: str = setting("rejected", "column of the other response", "Data")
+    on_bad_row: Literal["error", "skip"] = setting("error", "what to do with rows that cannot be used", "Data")
+
+
+class Data(Reading):
+    """How rows are read and cut."""
+
     max_length: PositiveInt = setting(512, "tokens of prompt and response together, at most", "Data")
     max_prompt_length: PositiveInt = setting(256, "tokens a prompt is cut to where max-length is exceeded", "Data")
     keep_prompt: Literal["end", "start"] = setting("end", "which part of a cut prompt stays", "Data")
-    on_bad_row: Literal["error", "skip"] = setting("error", "what to do with rows that cannot be used", "Data")
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Data:
@@ -128,7 +133,7 @@ class Checkpoints(Group):
     """Saving and resuming."""
 
     save_every: PositiveInt | None = setting(
-        None, "checkpoint every N updates (always when interrupted)", "Runtime", "--save-steps", shapes_result=False
+        500, "checkpoint every N updates, and when interrupted", "Runtime", "--save-steps", shapes_result=False
     )
     keep_checkpoints: PositiveInt = setting(
         2, "newest checkpoints kept while training", "Runtime", "--save-total-limit", shapes_result=False
