@@ -84,7 +84,7 @@ def _read_json(path: Path, otherwise: str, adapter: Path | None = None) -> dict[
     if not path.is_file():
         if adapter is not None and (adapter / "adapter_config.json").is_file():
             raise ModelError(
-                "an adapter, not a whole model", where=str(adapter), fix="merge it into its base model first"
+                "an adapter, not a whole model", where=str(adapter), fix="merge it into its base model with peft"
             )
         raise ModelError("not found", where=str(path), fix=otherwise)
     try:

@@ -180,7 +180,8 @@ def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
     shown = glyphs(token.text) if token.kind != "eos" else f"⟦{glyphs(token.text)}⟧"
     value = _value(token, inspection)
     if not coloured:
-        return Text(shown + ("{–}" if value is None else f"{{{value:+.2f}}}"))
+        form = "+.2f" if inspection.show == "scores" else ".2f"
+        return Text(shown + ("{–}" if value is None else f"{{{value:{form}}}}"))
     if value is None:
         return Text(shown, style="dim strike")
     return Text(shown, style=_style(_position(value, inspection), token.clipped))

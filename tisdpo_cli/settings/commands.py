@@ -39,8 +39,8 @@ class Command(BaseSettings):
     def settings_customise_sources(  # type: ignore[override]
         cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take `layers=[{...}, ...]` as the sources, highest priority first; plain keywords go before them."""
-        layers = init_settings.init_kwargs.pop("layers", ())
+        """Take `value_layers=[{...}, ...]` as the sources, highest priority first; plain keywords go before them."""
+        layers = init_settings.init_kwargs.pop("value_layers", ())
         return (init_settings, *(_Layer(settings_cls, layer) for layer in layers))
 
     def leaves(self) -> Iterator[tuple[str, FieldInfo, Any]]:

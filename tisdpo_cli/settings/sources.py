@@ -62,7 +62,7 @@ def load(
 
 def _build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
     try:
-        settings = command(layers=[_nest(layer.values) for layer in layers])  # type: ignore[call-arg]
+        settings = command(value_layers=[_nest(layer.values) for layer in layers])  # type: ignore[call-arg]
     except ValidationError as fault:
         _stop_at(_sentences(command, fault))
     return Loaded(settings, _origins(layers))
@@ -102,7 +102,7 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
         origins.update({f"{stage}.{name}": origin for name, origin in loaded.origins.items()})
     _stop_at(faults)
     try:
-        settings = Run(layers=[*(_nest(t.values) for t in tops)], **stages)  # type: ignore[arg-type, call-arg]
+        settings = Run(value_layers=[*(_nest(t.values) for t in tops)], **stages)  # type: ignore[arg-type, call-arg]
     except ValidationError as fault:
         _stop_at(_sentences(Run, fault))
     return Loaded(settings, origins)
