@@ -44,8 +44,7 @@ def scores_by_preference(scored: Path) -> dict[int, list[float]]:
 def test_the_words_that_carry_the_preference_stand_out(tmp_path: Path) -> None:
     done = run_tisdpo(
         "run", "--config", EXAMPLES / "quickstart.yaml", "--dataset", EXAMPLES / "quickstart_data",
-        "--output-dir", tmp_path / "out", "--json",
-        env={"OMP_NUM_THREADS": "2"}, timeout=900,
+        "--output-dir", tmp_path / "out", "--json", timeout=900,
     )  # fmt: skip
     assert done.code == 0, done.err
     stages = json.loads(done.out)["stages"]
