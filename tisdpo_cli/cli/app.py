@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
@@ -72,23 +72,46 @@ def _make(engine: Callable[[], Callable[[Any, Any], Any]], name: str) -> Callabl
         if not made.record:
             return  # a dry run made nothing
         if _first_rank():
-            reporter.note(f"next: {_next(name, settings)}")
+            reporter.note(f"next: {_next(name, settings, flags, common)}")
         _result({"path": str(made.path), **made.record}, str(made.path), common.as_json)
 
     return body
 
 
-def _next(name: str, settings: Any) -> str:
+def _next(name: str, settings: Any, flags: Mapping[str, Any], common: Common) -> str:
     """The command that usually follows; MODEL and out/… stand for what only the user knows."""
     out, data = shlex.quote(settings.output_dir), shlex.quote(settings.dataset)
     model = shlex.quote(str(getattr(settings, "model", None)))
+    # How rows are read must stay the same in every stage; the mirror is trained with all the same settings.
+    rows, same = _repeated(flags, common, "data."), _repeated(flags, common, "")
     return {
-        "train-sft": f"tisdpo train-dpo --model {out} --dataset {data} --output-dir out/dpo",
-        "train-dpo": f"tisdpo train-reverse --model {model} --dataset {data} --output-dir out/reverse",
-        "train-reverse": f"tisdpo estimate --forward out/dpo --reverse {out} --dataset {data} --output-dir out/scored",
-        "estimate": f"tisdpo train --model MODEL --dataset {out} --output-dir out/tisdpo",
+        "train-sft": f"tisdpo train-dpo --model {out} --dataset {data}{rows} --output-dir out/dpo",
+        "train-dpo": f"tisdpo train-reverse --model {model} --dataset {data}{same} --output-dir out/reverse",
+        "train-reverse": f"tisdpo estimate --forward out/dpo --reverse {out} --dataset {data}{rows}"
+        " --output-dir out/scored",
+        "estimate": f"tisdpo train --model MODEL --dataset {out}{rows} --output-dir out/tisdpo",
         "train": f"tisdpo inspect-weights {data}",
     }[name]
+
+
+def _repeated(flags: Mapping[str, Any], common: Common, prefix: str) -> str:
+    """Options that were given, to be given again: those of a group, or all but the paths."""
+    words = []
+    for path, value in flags.items():
+        if path.startswith(prefix) and path not in (
+            "model",
+            "dataset",
+            "output_dir",
+            "overwrite",
+            "forward",
+            "reverse",
+        ):
+            option = "--" + path.rpartition(".")[2].replace("_", "-")
+            words += [option] if value is True else [option, str(value)]
+    if not prefix:
+        words += [word for item in common.sets for word in ("--set", item)]
+        words += ["--config", str(common.config)] if common.config is not None else []
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _pairs_engine() -> Callable[[Any, Any], Any]:
@@ -118,7 +141,7 @@ def _inspect(flags: dict[str, Any], common: Common) -> None:
 
     inspection = inspect_weights(settings)  # type: ignore[arg-type]
     for notice in inspection.notices:
-        _reporter().note(notice)
+        _reporter().warn(notice)
     if settings.svg is not None:  # type: ignore[attr-defined]
         write_text(Path(settings.svg).expanduser(), picture(inspection))  # type: ignore[attr-defined]
     if common.as_json:

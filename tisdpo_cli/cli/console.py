@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from tisdpo_cli.errors import Told
 _PLAIN_EVERY_SECONDS = 5.0
 
 _ERROR_LENGTH = 300
+_WIDE = 120
 
 _FIGURES = (
     ("loss", "loss", "{:.4f}"),
@@ -68,23 +69,25 @@ class TerminalReporter:
         self.console.print(text, soft_wrap=True)
 
 
-def figures_text(figures: Mapping[str, float]) -> str:
-    """`loss 0.6931  margin +0.0000 …` of the metrics that are there."""
-    shown = [f"{label} {form.format(figures[key])}" for key, label, form in _FIGURES if key in figures]
-    return "  ".join(shown)
+def figures_text(figures: Mapping[str, float], labels: Collection[str] | None = None) -> str:
+    """`loss 0.6931  margin +0.0000 …` of the metrics that are there, or of some of them."""
+    shown = [(label, form.format(figures[key])) for key, label, form in _FIGURES if key in figures]
+    return "  ".join(f"{label} {value}" for label, value in shown if labels is None or label in labels)
 
 
 class LiveProgress:
     """A bar with the newest figures."""
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        # The count and the time left must stay readable on 80 columns: the bar and the rates give way.
+        wide = console.width >= _WIDE
+        self._labels = None if wide else ("loss", "margin", "acc")
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if wide else 8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
         )
         self._bar = Bar(*columns, console=console, transient=False)
         self._task = self._bar.add_task(title, total=total, completed=done, figures="")
@@ -93,7 +96,7 @@ class LiveProgress:
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
         """Move the bar and renew the figures; an evaluation stays until the next one."""
         self._figures.update(figures)
-        self._bar.update(self._task, advance=units, figures=figures_text(self._figures))
+        self._bar.update(self._task, advance=units, figures=figures_text(self._figures, self._labels))
 
     def __enter__(self) -> LiveProgress:
         self._bar.start()

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from tisdpo_cli.settings.commands import Command, leaf_paths
 from tisdpo_cli.settings.fields import meta
+from tisdpo_cli.settings.names import second_names
 
 # Groups of options in the order in which the help shows them.
 _PANELS = (
@@ -82,7 +83,10 @@ def spelled_out(arguments: Sequence[str], commands: Mapping[str, type[Command]])
     They are no options of their own: the help would show three names for each. Values are left alone.
     """
     command = commands.get(arguments[0]) if arguments else None
-    names = _second_names(command) if command is not None else {}
+    other = second_names(command) if command is not None else {}
+    names = {
+        f"--{name.replace('_', '-')}": "--" + path.rpartition(".")[2].replace("_", "-") for name, path in other.items()
+    }
     made = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -91,15 +95,6 @@ def spelled_out(arguments: Sequence[str], commands: Mapping[str, type[Command]])
             argument = names.get(name, name) + equals + value
         made.append(argument)
     return made
-
-
-def _second_names(command: type[Command]) -> dict[str, str]:
-    names = {}
-    for path, info in leaf_paths(command).items():
-        for flag in meta(info)["flags"]:
-            if flag.startswith("--"):
-                names[flag] = "--" + path.rpartition(".")[2].replace("_", "-")
-    return names
 
 
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tisdpo_cli.engine.pipeline import PipelineMade
 
 _SPARKS = "▁▂▃▄▅▆▇█"
+# A curve that varies less than this is drawn flat: rounding is no shape.
+_FLAT = 0.005
 _SIDE_BY_SIDE = 100
 # Blue below the neutral point, orange above it; each with the text colour of the better contrast.
 _BLUE = ("#deebf7", "#9ecae1", "#4292c6", "#08519c")
@@ -107,7 +109,9 @@ def _summary(inspection: Inspection) -> Table:
 
 def _spark(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
-    span = (high - low) or 1.0
+    span = high - low
+    if span < _FLAT:
+        return _SPARKS[3] * len(values)
     return "".join(_SPARKS[min(7, int(8 * (value - low) / span))] for value in values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def _require_columns(path: Path, rows: Sequence[Row], columns: Columns) -> None:
         if rows and not any(name in row.columns for row in rows):
             found = sorted({key for row in rows[:100] for key in row.columns})
             spare = [key for key in found if key not in columns.named().values()]
-            hint = f"try --{role}-column {_likely(role, spare)}" if spare else f"each row needs {role!r}"
+            hint = f"try --{role}-column {shlex.quote(_likely(role, spare))}" if spare else f"each row needs {role!r}"
             wanted = ", ".join(columns.named().values())
             raise DataError(f"expected columns {wanted}; found {', '.join(found) or 'none'}", where=str(path), fix=hint)
 

@@ -59,6 +59,16 @@ def read_scores(row: Row, side: str, tokens: int, shown: str) -> Scores | BadRow
     return Scores([None if v is None else -float(v) for v in values], None if eos is None else -float(eos))
 
 
+def require_scores(rows: Iterable[Row], dataset: str) -> None:
+    """Stop where no row has scores at all.
+
+    Raises:
+        DataError: the dataset is not scored.
+    """
+    if not any(f"{side}_weight" in row.columns for row in rows for side in SIDES):
+        raise DataError("this dataset is not scored", where=dataset, fix="make it with `tisdpo estimate`")
+
+
 def hold_eos_scores(rows: Iterable[Row]) -> bool:
     """Whether a file holds EOS scores; rows without any score say nothing about that."""
     scored = [row for row in rows if all(f"{side}_weight" in row.columns for side in SIDES)]

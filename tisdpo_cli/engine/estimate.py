@@ -72,6 +72,8 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
 def _estimate(
     settings: Estimate, runtime: Runtime, output: Output, paths: dict[str, Path], files: dict[str, Path]
 ) -> Made:
+    if output.made_from["content of forward"] == output.made_from["content of reverse"]:
+        runtime.reporter.warn("forward and reverse are the same model: every score will be 0")
     tokenizer = _shared_tokenizer(settings, paths)
     splits = {name: read_split(path, settings.data, tokenizer) for name, path in files.items()}
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.pairs import Pair, read_pairs
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import MANIFEST, Scores, hold_eos_scores, read_manifest, read_scores
+from tisdpo_cli.data.scored import MANIFEST, Scores, hold_eos_scores, read_manifest, read_scores, require_scores
 from tisdpo_cli.engine.pairs import side_weights
 from tisdpo_cli.engine.splits import columns_of
 from tisdpo_cli.errors import DataError, UsageFault
@@ -27,6 +27,8 @@ from tisdpo_cli.settings.commands import InspectWeights
 from tisdpo_cli.weights import Recipe, Stream, clipped
 
 _CURVE_BINS = 24
+# Scores of contrastive models that have learned something are spread over tenths of a nat.
+_NO_SIGNAL = 0.01
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
     files = find_splits(settings.scored)
     if settings.split not in files:
         raise UsageFault(f"no split {settings.split!r} here (there is {', '.join(files)})", where="--split")
-    tokenizer = load_tokenizer(_tokenizer_path(settings))
     read = read_pairs(files[settings.split], columns_of(settings.data), settings.data.on_bad_row)
+    require_scores((pair.row for pair in read.pairs), settings.scored)
+    tokenizer = load_tokenizer(_tokenizer_path(settings))
     recipe = settings.weights.recipe(hold_eos_scores(pair.row for pair in read.pairs))
     pairs, sides, skipped = _all_sides(settings, tokenizer, read.pairs, recipe)
     at = _position_of(settings.index, pairs) if settings.index is not None else _widest(sides)
@@ -159,7 +162,7 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
         },
         scale=scale,
         logarithmic=logarithmic,
-        notices=[*read.notices, *skipped],
+        notices=[*read.notices, *skipped, *_without_signal(sides)],
         pair=_view(pairs[at], sides[at], tokenizer),
         provenance=_provenance(settings),
     )
@@ -209,6 +212,16 @@ def _side(ids: list[int], scores: Scores, recipe: Recipe, stream: Stream) -> _Si
 
 def _total(side: _Side) -> float:
     return float(side.known.sum()) + (side.scores.eos or 0.0)
+
+
+def _without_signal(sides: Sequence[tuple[_Side, _Side]]) -> list[str]:
+    scores = torch.cat([side.known for both in sides for side in both])
+    if len(scores) and float(scores.std(correction=0)) >= _NO_SIGNAL:
+        return []
+    return [
+        "the scores are almost zero: the contrastive models hardly differ from each other; train them longer, with a "
+        "shorter --warmup-steps or a higher --learning-rate"
+    ]
 
 
 def _position_of(index: int, pairs: Sequence[Pair]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_manifest, read_scores, unscored_needed
+from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_manifest, read_scores, require_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
@@ -226,6 +226,7 @@ def _with_weights(
     settings: Train, split: Split, kept: list[EncodedPair], tokenizer: Tokenizer, reporter: Reporter
 ) -> list[WeightedPair]:
     """Scores of the file become weights; rows are checked one by one and all faults are told together."""
+    require_scores((pair.row for pair in split.pairs), str(split.path))
     manifest = read_manifest(Path(settings.dataset).expanduser())
     if manifest is not None and manifest.get("tokenizer") != tokenizer.digest:
         raise DataError(

@@ -112,7 +112,7 @@ def _dry_run() -> Any:
 class TrainPairs(Command):
     """What train-dpo, train-reverse and train have in common."""
 
-    model: PathText = _path_input("model to train: directory or hub id", _MODEL, "-m")
+    model: PathText = _path_input("model to train: directory or hub id", _MODEL, "-m", "--model-name-or-path")
     ref_model: PathText | None = _path_input("reference (the model itself as it starts)", _MODEL, default=None)
     trust_remote_code: bool = _remote_code()
     dataset: PathText = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")

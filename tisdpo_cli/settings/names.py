@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from tisdpo_cli.settings.commands import STAGES, Command, Run, leaf_paths, stage_command
+from tisdpo_cli.settings.fields import meta
 
 # Settings of stages that `run` decides, so that they cannot stand at its top.
 _NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run")
@@ -16,7 +17,14 @@ def resolve(command: type[Command], name: str) -> str | None:
     paths = leaf_paths(command)
     if name in paths:
         return name
-    return next((path for path in paths if path.rpartition(".")[2] == name), None)
+    bare = next((path for path in paths if path.rpartition(".")[2] == name), None)
+    return bare or second_names(command).get(name)
+
+
+def second_names(command: type[Command]) -> dict[str, str]:
+    """Other spellings of settings (`lr`, `per_device_train_batch_size`) to their dotted names."""
+    flags = {path: meta(info).get("flags", ()) for path, info in leaf_paths(command).items()}
+    return {flag[2:].replace("-", "_"): path for path, some in flags.items() for flag in some if flag.startswith("--")}
 
 
 def locate(command: type[Command], name: str) -> str | None:
@@ -40,7 +48,11 @@ def case(command: type[Command], lowered: str) -> str | None:
 
 def names(command: type[Command]) -> set[str]:
     """Every name by which a setting of a command can be given."""
-    known = set(leaf_paths(command)) | {path.rpartition(".")[2] for path in leaf_paths(command)}
+    known = (
+        set(leaf_paths(command))
+        | set(second_names(command))
+        | {path.rpartition(".")[2] for path in leaf_paths(command)}
+    )
     if issubclass(command, Run):
         for stage in STAGES:
             inner = names(stage_command(stage))
