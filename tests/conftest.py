@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tisdpo_cli.engine.reporter import Silent
 
 # On models this small a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -68,6 +71,40 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Listener(Silent):
+    """Keeps what is said, and sends this process a signal after so many units of work."""
+
+    def __init__(self, stop_after: int | None = None, number: int = signal.SIGTERM) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+        self.titles: list[str] = []
+        self.left, self.number = stop_after, number
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+    def stage(self, title: str) -> None:
+        self.titles.append(title)
+
+    def progress(self, title: str, total: int, done: int, unit: str) -> Listener:
+        return self
+
+    def advance(self, units: int, figures: Mapping[str, float]) -> None:
+        if self.left is not None:
+            before, self.left = self.left, self.left - units
+            if before > 0 >= self.left:
+                os.kill(os.getpid(), self.number)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
 @pytest.fixture(scope="session")

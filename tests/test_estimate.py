@@ -6,18 +6,17 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
-from conftest import pair_rows, read_jsonl, write_jsonl
+from conftest import Listener, pair_rows, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tisdpo_cli.cli.faults import explain
@@ -31,40 +30,6 @@ from tisdpo_cli.settings.sources import load
 from tisdpo_cli.weights import Stream, recipe, response_weights
 
 SIDES = ("chosen", "rejected")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Listener(Silent):
-    """Keeps what is said, and sends this process a signal after so many pairs."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.said: list[str] = []
-        self.left = stop_after
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    def progress(self, title: str, total: int, done: int, unit: str) -> Listener:
-        return self
-
-    def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        if self.left is not None:
-            before, self.left = self.left, self.left - units
-            if before > 0 >= self.left:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def run(command: str, listener: Silent | None = None, **given: object) -> Made:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tisdpo, read_jsonl, write_jsonl
+from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
 
 from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine import pipeline
@@ -46,40 +44,6 @@ train:
   learning_rate: 1e-3
 """
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Listener(Silent):
-    """Keeps the titles of stages, and sends this process SIGTERM after so many updates of all stages together."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.titles: list[str] = []
-        self.left = stop_after
-
-    def stage(self, title: str) -> None:
-        self.titles.append(title)
-
-    def progress(self, title: str, total: int, done: int, unit: str) -> Listener:
-        return self
-
-    def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        if self.left is not None:
-            before, self.left = self.left, self.left - units
-            if before > 0 >= self.left:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def write_config(world: Path, folder: Path, more: str = "", data: Path | None = None) -> Path:

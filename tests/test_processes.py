@@ -8,11 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Done, read_jsonl, write_jsonl
 
 import tisdpo_cli
@@ -28,14 +26,6 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 PROGRAM = ["-m", "tisdpo_cli"]
 CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 SHORT: dict[str, object] = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(command: str, settings: dict[str, object]) -> list[str]:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tisdpo, read_jsonl, write_jsonl
+from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
 
 from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine.pairs import train_pairs
@@ -34,44 +34,6 @@ SHORT: dict[str, object] = {"max_steps": 8, "batch_size": 8, "learning_rate": 1e
 LONG = {**SHORT, "max_steps": 120, "save_every": 2}
 # One thread: on a busy machine a tiny model is many times faster so. It is the same in all processes that are compared.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Listener(Silent):
-    """Keeps what is said, and sends this process a signal after so many updates."""
-
-    def __init__(self, stop_after: int | None = None, number: int = signal.SIGTERM) -> None:
-        self.said: list[str] = []
-        self.warned: list[str] = []
-        self.left, self.number = stop_after, number
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warned.append(text)
-
-    def progress(self, title: str, total: int, done: int, unit: str) -> Listener:
-        return self
-
-    def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        if self.left is not None:
-            self.left -= units
-            if self.left == 0 and units:
-                os.kill(os.getpid(), self.number)
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def train(world: Path, out: Path, listener: Silent | None = None, **settings: object) -> Made:

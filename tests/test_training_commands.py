@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import oracle
@@ -28,14 +28,6 @@ REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accu
 PLAIN = ["loss", *REWARDS, "logps/chosen", "logps/rejected"]
 WEIGHTED = [f"weighted_{name}" for name in REWARDS]
 UPDATE = ["grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Listener(Silent):
