@@ -6,15 +6,14 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import largest_file
 from safetensors import SafetensorError
 
 from tisdpo_cli.checkpoints import newest_checkpoint, open_checkpoint, save_checkpoint
@@ -47,17 +46,6 @@ def names(directory: Path) -> list[str]:
 
 def steps_in(directory: Path) -> list[int]:
     return [int(name.removeprefix("step-")) for name in names(directory)]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond `size` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---------------------------------------------------------------- saved and opened

@@ -5,21 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
+from conftest import Listener, Tisdpo, largest_file, read_jsonl, write_jsonl
 
 from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine.pairs import train_pairs
@@ -117,17 +115,6 @@ def assert_same(out: Path, whole: Path) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond `size` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="module")

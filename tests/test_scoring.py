@@ -43,15 +43,6 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small spend their time waiting for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=FAMILIES, scope="module")
 def model(request):
     """A random model of a family, with every bias and norm random too."""

@@ -52,15 +52,6 @@ class Case:
     rate: float
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small spend their time waiting for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def bos_tokenizer():
     """A tokenizer of bytes that puts `<s>` in front and has no padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

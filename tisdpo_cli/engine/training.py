@@ -19,7 +19,7 @@ from tisdpo_cli.files import sha256, told_when_unwritable
 from tisdpo_cli.models import Tokenizer, save_model
 from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
 from tisdpo_cli.scoring import TokenScorer
-from tisdpo_cli.settings.commands import Command, Estimate, TrainPairs, TrainSft
+from tisdpo_cli.settings.commands import COMMANDS, Command, Estimate, TrainPairs, TrainSft
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
 
@@ -207,6 +207,4 @@ def _publish(output: Output, model: nn.Module, tokenizer: Tokenizer, record: Map
 
 def describe(settings: Command) -> str:
     """Name of the command that a settings model belongs to."""
-    from tisdpo_cli.settings.commands import COMMANDS
-
     return next(name for name, model in COMMANDS.items() if type(settings) is model)
