@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from tisdpo_cli.cli.app import app
 from tisdpo_cli.errors import UsageFault
-from tisdpo_cli.settings.commands import COMMANDS, STAGES, leaf_paths
+from tisdpo_cli.losses import OBJECTIVES
+from tisdpo_cli.settings.commands import COMMANDS, leaf_paths
 from tisdpo_cli.settings.sources import Loaded, load, to_yaml
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
@@ -30,7 +31,8 @@ NEEDED = {
 def needed(command: str, *without: str) -> dict[str, str]:
     """Flags without which the command has nothing to work on."""
     paths = leaf_paths(COMMANDS[command])
-    return {name: value for name, value in NEEDED.items() if name in paths and name not in without}
+    optional = {"model"} if command == "estimate" else set()
+    return {name: value for name, value in NEEDED.items() if name in paths and name not in optional.union(without)}
 
 
 @pytest.fixture
@@ -474,12 +476,13 @@ def test_printed_settings_hold_no_character_that_fights_back(loads) -> None:
 def test_what_stands_at_the_top_applies_to_every_stage_that_has_it(loads) -> None:
     text = "max_length: 90\ndata: {max_prompt_length: 30}\nbeta: 0.2\nbatch_size: 4\ntransform: origin\nseed: 5\n"
     run = loads("run", text, flags=needed("run", "model")).settings
-    assert [getattr(run, s).data.max_length for s in STAGES if s != "inspect_weights"] == [90] * 5
-    assert [getattr(run, s).data.max_prompt_length for s in STAGES if s != "inspect_weights"] == [30] * 5
+    assert [stage.data.max_length for stage in run.stages().values()] == [90] * 5
+    assert [stage.data.max_prompt_length for stage in run.stages().values()] == [30] * 5
     assert [getattr(run, s).method.beta for s in ("train_dpo", "train_reverse", "train")] == [0.2] * 3
     assert [getattr(run, s).optim.batch_size for s in ("train_sft", "train_dpo", "train")] == [4] * 3
     assert run.train.weights.transform == run.inspect_weights.weights.transform == "origin"
-    assert [getattr(run, s).seed for s in STAGES if s != "estimate"] == [5] * 5
+    assert [stage.seed for name, stage in run.stages().items() if name != "estimate"] == [5] * 4
+    assert run.inspect_weights.seed == 5
 
 
 def test_a_stages_section_wins_within_the_same_source(loads) -> None:
@@ -541,7 +544,122 @@ def test_one_stages_output_is_the_next_ones_input(loads) -> None:
     assert (run.estimate.forward, run.estimate.reverse) == (run.train_dpo.output_dir, run.train_reverse.output_dir)
     assert run.train.dataset == run.inspect_weights.scored == run.estimate.output_dir
     assert {s.dataset for s in (run.train_sft, run.train_dpo, run.train_reverse, run.estimate)} == {"d"}
-    assert len({getattr(run, s).output_dir for s in STAGES[:-1]}) == 5
+    assert len({stage.output_dir for stage in run.stages().values()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "contrast"),
+    [
+        ("dpo", ["train_dpo", "train_reverse"], ("out/dpo", "out/reverse", None)),
+        ("sft", ["sft_chosen", "sft_rejected"], ("out/sft-chosen", "out/sft-rejected", None)),
+        ("prompt", [], (None, None, "m")),
+    ],
+)
+def test_the_method_decides_which_models_make_the_contrast(loads, method, stages, contrast) -> None:
+    run = loads("run", flags={"model": "m", "dataset": "d", "output_dir": "out", "method": method}).settings
+    assert list(run.stages()) == [*stages, "estimate", "train"]
+    assert (run.estimate.forward, run.estimate.reverse, run.estimate.model) == contrast
+    assert all(getattr(run, name).model == "m" for name in stages)
+    assert run.train.model == "m"
+
+
+def test_method_sft_learns_one_side_each(loads) -> None:
+    text = "target: both\nhidden_size: 96\nmethod: sft\n"
+    run = loads("run", text, flags={"dataset": "d", "output_dir": "out"}).settings
+    assert (run.train_sft.target, run.sft_chosen.target, run.sft_rejected.target) == ("both", "chosen", "rejected")
+    assert (run.train_sft.hidden_size, run.train_sft.init) == (96, True)
+    assert not run.sft_chosen.init
+    assert run.sft_chosen.model == run.sft_rejected.model == run.train_sft.output_dir
+
+
+def test_a_section_of_another_method_is_told_and_not_used(loads) -> None:
+    text = "train_dpo: {beta: 0.5}\nsft_chosen: {lr: 1e-4}\nmethod: prompt\nmodel: m\n"
+    loaded = loads("run", text, flags={"dataset": "d", "output_dir": "out"})
+    assert [name in loaded.notices[0] for name in ("train_dpo", "sft_chosen", "train_reverse")] == [True, True, False]
+    assert loads("run", "train_dpo: {beta: 0.5}\n", flags={"dataset": "d", "output_dir": "out"}).notices == ()
+
+
+def test_the_top_of_a_pipeline_gives_templates_to_estimate(loads) -> None:
+    text = "method: prompt\nmodel: m\nnegative_template: 'Be rude. {}'\n"
+    run = loads("run", text, flags={"dataset": "d", "output_dir": "out"}).settings
+    assert run.estimate.templates()["reverse"] == "Be rude. {}"
+    assert run.estimate.templates()["forward"] != "{}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({}, "--forward and --reverse"),
+        ({"forward": "f"}, "--reverse"),
+        ({"reverse": "r"}, "--forward"),
+        ({"forward": "f", "reverse": "r", "model": "m"}, "not all"),
+        ({"model": "m", "positive_template": "no place"}, "exactly once"),
+        ({"model": "m", "negative_template": "{} and {}"}, "exactly once"),
+        ({"model": "m", "negative_template": "harmfull"}, "harmful"),
+    ],
+)
+def test_estimate_needs_two_sides(loads, flags, word) -> None:
+    with pytest.raises(UsageFault, match=word):
+        loads("estimate", flags={"dataset": "d", "output_dir": "o", **flags})
+
+
+def test_two_models_read_plain_prompts_unless_told_otherwise(loads) -> None:
+    assert set(loads("estimate").settings.templates().values()) == {"{}"}
+    framed = loads("estimate", "positive_template: harmless\n").settings.templates()
+    assert framed["forward"] != framed["reverse"] == "{}"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("loss: tdpo\n", "loss"),
+        ("loss: ipo\nalpha: 1\n", "alpha"),
+        ("loss: tdpo1\nalpha: 1\n", "it has: none"),
+        ("loss: tdpo2\nalpha: 0\n", "above 0"),
+        ("loss: tdpo2\nlabel_smoothing: 0.1\n", "label_smoothing"),
+        ("label_smoothing: 0.5\n", "below 0.5"),
+        ("alpha: -1\n", "at least 0"),
+        ("length_normalize: true\n", "length_normalize"),
+        ("reference_free: true\nalpha: 0.5\n", "reference"),
+    ],
+)
+def test_an_objective_refuses_what_it_does_not_have(loads, text, word) -> None:
+    with pytest.raises(UsageFault, match=word):
+        loads("train-dpo", text)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_token_weights_go_with_objectives_that_take_them(loads, name) -> None:
+    assert loads("train-dpo", f"loss: {name}\n").settings.method.objective().name == name
+    if OBJECTIVES[name].takes_weights:
+        assert loads("train", f"loss: {name}\n").settings.method.objective().name == name
+    else:
+        with pytest.raises(UsageFault, match="train-dpo"):
+            loads("train", f"loss: {name}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("decay: 1\n", "decay"),
+        ("decay: 0\n", "decay"),
+        ("dead_zone: 0\n", "dead_zone"),
+        ("center: token\n", "center"),
+        ("spans: letter\n", "spans"),
+        ("weights_are: final\ntransform: exp\n", "transform"),
+        ("weights_are: final\ncenter: dataset\nnormalize: mean\n", "center, normalize"),
+        ("weights_are: final\nmu: 2\n", "mu"),
+        ("weights_are: ready\n", "weights-are"),
+    ],
+)
+def test_steps_and_final_weights_are_checked(loads, text, word) -> None:
+    with pytest.raises(UsageFault, match=word):
+        loads("train", text)
+
+
+def test_final_weights_have_no_scores_to_show(loads) -> None:
+    with pytest.raises(UsageFault, match="no scores"):
+        loads("inspect-weights", "weights_are: final\nshow: scores\n")
 
 
 def test_train_sft_runs_only_where_it_is_wanted(loads) -> None:

@@ -37,14 +37,34 @@ class Tokenizer:
     digest: str
     notices: tuple[str, ...] = ()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts, without special tokens: text that spells a special token stays text."""
-        if not texts:
-            return []
-        encoded = self.backend(
-            list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    def encode(self, texts: Sequence[str], markers: bool = False) -> list[list[int]]:
+        """Ids of texts, without a BOS or EOS.
+
+        Args:
+            texts: of prompts and responses, or of a template.
+            markers: whether text that spells a special token is that token, as in a template; data stays text.
+        """
+        return self._tokenized(texts, markers)["input_ids"] if texts else []
+
+    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Where the tokens of `encode` begin and end in each text, in characters.
+
+        Raises:
+            ModelError: the tokenizer does not know; only those of the `tokenizers` library do.
+        """
+        if not self.backend.is_fast:
+            raise ModelError("this tokenizer does not say where its tokens are in the text", fix="leave out --spans")
+        return self._tokenized(texts, return_offsets_mapping=True)["offset_mapping"] if texts else []
+
+    def _tokenized(self, texts: Sequence[str], markers: bool = False, **more: bool) -> Any:
+        return self.backend(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=not markers,
+            return_attention_mask=False,
+            verbose=False,
+            **more,
         )
-        return encoded["input_ids"]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token; tokens that share a character get U+FFFD in the place of their part."""
@@ -94,8 +114,17 @@ def _digest(backend: Any, bos: int | None, eos: int) -> str:
     return hashlib.sha256(f"{bos}/{eos}/{body}".encode()).hexdigest()
 
 
-def check_fit(path: Path, tokenizer: Tokenizer, max_length: int, trust_remote_code: bool = False) -> None:
+def check_fit(
+    path: Path, tokenizer: Tokenizer, max_length: int, trust_remote_code: bool = False, template: int = 0
+) -> None:
     """Compare a tokenizer and a maximal length with a model's configuration, before its weights are read.
+
+    Args:
+        path: the model's directory.
+        tokenizer: in use with it.
+        max_length: tokens of a row.
+        trust_remote_code: whether code that comes with the model may run.
+        template: tokens that a prompt template adds to a row.
 
     Raises:
         ModelError: ids of the tokenizer have no row in the embedding.
@@ -111,11 +140,12 @@ def check_fit(path: Path, tokenizer: Tokenizer, max_length: int, trust_remote_co
             fix="use the model's own tokenizer, or resize its embedding",
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
+    if positions is not None and max_length + template > positions:
+        added = f" with the {template} tokens of a template" if template else ""
         raise UsageFault(
-            f"max_length {max_length} is beyond the {positions} positions of this model",
+            f"max_length {max_length}{added} is beyond the {positions} positions of this model",
             where=f"--max-length {max_length}",
-            fix=f"lower it to {positions}",
+            fix=f"lower it to {positions - template}",
         )
 
 

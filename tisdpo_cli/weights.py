@@ -1,4 +1,4 @@
-"""From token scores r_t to token weights w_t: every transform, the presets, normalisation and the EOS.
+"""From token scores r_t to token weights w_t: steps, every transform, the presets, normalisation and the EOS.
 
 Pure maths on one response at a time; it knows no file, no sign convention of a file and no model. It never
 imports torch itself (it works on the tensors it is given), so that the settings can read names, parameters and
@@ -10,24 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from tisdpo_cli.params import Param, Value, described, with_defaults
+from tisdpo_cli.steps import STEPS, Context, apply_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Side = Literal["chosen", "rejected"]
 EosWeight = Literal["zero", "one", "score"]
-
-
-@dataclass(frozen=True)
-class Param:
-    """A parameter of a transform: its default, what it means, and the parameter it must stay below."""
-
-    default: float
-    help: str
-    below: str | None = None
-    above_zero: bool = False
-    at_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Stream:
         return int.from_bytes(digest[:8], "big") >> 1
 
 
-Function = Callable[["Tensor", Side, Mapping[str, float], Stream], "Tensor"]
+Function = Callable[["Tensor", Side, Mapping[str, Any], Stream], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Transform:
     help: str
     params: Mapping[str, Param] = field(default_factory=dict)
     clamp: tuple[str, str, Literal["r", "signed"]] | None = None
-    positive: Callable[[Mapping[str, float]], bool] = lambda _params: False
+    positive: Callable[[Mapping[str, Any]], bool] = lambda _params: False
 
 
 def signed(scores: Tensor, side: Side) -> Tensor:
@@ -71,11 +63,11 @@ def signed(scores: Tensor, side: Side) -> Tensor:
     return scores if side == "chosen" else -scores
 
 
-def _exp(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+def _exp(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
     return p["k"] * (p["mu"] * signed(r.clamp(p["L"], p["U"]), side)).exp()
 
 
-def _rank_based(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+def _rank_based(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
     if r.numel() == 1:
         return r.new_ones(1)
     _values, group, sizes = signed(r, side).unique(sorted=True, return_inverse=True, return_counts=True)
@@ -84,23 +76,23 @@ def _rank_based(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Ten
     return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
 
 
-def _threshold_and_scale(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+def _threshold_and_scale(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
     fraction = (signed(r, side).clamp(p["min_val"], p["max_val"]) - p["min_val"]) / (p["max_val"] - p["min_val"])
     return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
 
 
-def _threshold(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+def _threshold(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
     return signed(r, side).clamp(p["lower_threshold"], p["upper_threshold"])
 
 
-def _binary(r: Tensor, side: Side, p: Mapping[str, float], _: Stream) -> Tensor:
+def _binary(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
     s = signed(r, side)
     # Rounded before the floor: 18.4 % of 375 tokens is 69, and 68.99… in floating point.
     kept = max(1, int(round(s.numel() * p["top_percent"] / 100, 9)))
     return (s >= s.topk(kept).values[-1]).to(r.dtype)
 
 
-def _random(r: Tensor, _side: Side, p: Mapping[str, float], stream: Stream) -> Tensor:
+def _random(r: Tensor, _side: Side, p: Mapping[str, Any], stream: Stream) -> Tensor:
     import random
 
     draw = random.Random(stream.derived_seed()).random
@@ -108,7 +100,7 @@ def _random(r: Tensor, _side: Side, p: Mapping[str, float], stream: Stream) -> T
     return p["min_val"] + (p["max_val"] - p["min_val"]) * fractions
 
 
-def _origin(r: Tensor, side: Side, _p: Mapping[str, float], _s: Stream) -> Tensor:
+def _origin(r: Tensor, side: Side, _p: Mapping[str, Any], _s: Stream) -> Tensor:
     return signed(r, side)
 
 
@@ -131,7 +123,7 @@ TRANSFORMS: dict[str, Transform] = {
         _exp,
         "k·exp(±μ·clamp(r, L, U)), the paper's",
         {
-            "k": Param(1.0, "factor of exp", above_zero=True),
+            "k": Param(1.0, "factor of exp", above=0.0),
             "mu": Param(1.0, "slope μ of exp"),
             "L": Param(-0.5, "lower clamp of r in exp", below="U"),
             "U": Param(1.5, "upper clamp of r in exp"),
@@ -162,7 +154,7 @@ TRANSFORMS: dict[str, Transform] = {
     "binary": Transform(
         _binary,
         "1 for the top tokens, 0 for the rest",
-        {"top_percent": Param(100.0, "share of tokens that get weight 1", above_zero=True, at_most=100.0)},
+        {"top_percent": Param(100.0, "share of tokens that get weight 1", above=0.0, at_most=100.0)},
     ),
     "random": Transform(_random, "uniform noise, a control", _values(0.7, 1.3), positive=lambda p: p["min_val"] > 0),
     "origin": Transform(_origin, "the signed score itself"),
@@ -199,27 +191,50 @@ PRESETS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A transform with all its parameters, and what happens after it. Make it with `recipe`."""
+    """Steps, a transform with all its parameters, and what happens after it. Make it with `recipe`."""
 
     transform: str
-    params: Mapping[str, float]
+    params: Mapping[str, Any]
     normalize: Literal["none", "mean"] = "none"
     eos_weight: EosWeight = "score"
+    steps: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def entry(self) -> Transform:
+        """The transform."""
+        return FINAL if self.final else TRANSFORMS[self.transform]
+
+    @property
+    def final(self) -> bool:
+        """Whether what is read are weights already."""
+        return self.transform == FINAL_NAME
 
     def describe(self) -> str:
-        """`rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
-        params = ", ".join(f"{name} {value:g}" for name, value in self.params.items())
+        """`center dataset → rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
+        params = described(self.params)
         shown = f"{self.transform} ({params})" if params else self.transform
+        steps = [described({name: self.steps[name]}) for name in STEPS if name in self.steps]
         normalised = ", mean 1" if self.normalize == "mean" else ""
-        return f"{shown}{normalised}, EOS {self.eos_weight}"
+        return f"{' → '.join([*steps, shown])}{normalised}, EOS {self.eos_weight}"
+
+
+# Weights that come from elsewhere are taken as they are.
+FINAL_NAME = "ready weights"
+FINAL = Transform(lambda weights, _side, _params, _stream: weights, "as they are")
+
+
+def final_recipe(eos_weight: EosWeight) -> Recipe:
+    """For a file that holds weights: nothing is made of them, only the EOS may be set."""
+    return Recipe(FINAL_NAME, {}, eos_weight=eos_weight)
 
 
 def recipe(
     transform: str | None,
     preset: str | None = None,
-    given: Mapping[str, float] | None = None,
+    given: Mapping[str, Value] | None = None,
     normalize: Literal["none", "mean"] = "none",
     eos_weight: EosWeight = "score",
+    steps: Mapping[str, Value] | None = None,
 ) -> Recipe:
     """Resolve names and parameters: those given, over the preset's, over the transform's defaults.
 
@@ -232,16 +247,11 @@ def recipe(
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}; choose from {', '.join(TRANSFORMS)}")
     entry = TRANSFORMS[name]
-    strangers = [key for key in given or {} if key not in entry.params]
-    if strangers:
-        has = ", ".join(entry.params) or "none"
-        raise ValueError(f"transform {name} has no parameter {', '.join(strangers)} (it has: {has})")
-    defaults = {key: param.default for key, param in entry.params.items()}
-    params = {**defaults, **preset_params.get(name, {}), **(given or {})}
-    _check_params(name, entry, params)
+    params = with_defaults(f"transform {name}", entry.params, {**preset_params.get(name, {}), **(given or {})})
     if normalize == "mean" and not entry.positive(params):
         raise ValueError(f"normalize mean needs weights above zero, which transform {name} does not promise here")
-    return Recipe(name, params, normalize, eos_weight)
+    wanted = with_defaults("the steps", {key: step.param for key, step in STEPS.items()}, steps or {})
+    return Recipe(name, params, normalize, eos_weight, wanted)
 
 
 def _preset(preset: str | None) -> tuple[str | None, dict[str, dict[str, float]]]:
@@ -252,52 +262,50 @@ def _preset(preset: str | None) -> tuple[str | None, dict[str, dict[str, float]]
     return PRESETS[preset]
 
 
-def _check_params(name: str, entry: Transform, params: Mapping[str, float]) -> None:
-    for key, param in entry.params.items():
-        value = params[key]
-        if param.above_zero and not value > 0:
-            raise ValueError(f"{key} of transform {name} must be above 0, not {value:g}")
-        if param.at_most is not None and value > param.at_most:
-            raise ValueError(f"{key} of transform {name} must be at most {param.at_most:g}, not {value:g}")
-        if param.below is not None and not value < params[param.below]:
-            raise ValueError(f"{key} of transform {name} must be below {param.below} ({params[param.below]:g})")
-
-
 def transform_scores(scores: Tensor, side: Side, how: Recipe, stream: Stream) -> Tensor:
-    """Weights [n] of the n scored tokens of one response, in the order of its scores r [n] (float32)."""
+    """Weights [n] of n tokens of one response from their scores r [n] (float32) after the steps, in their order."""
     if scores.numel() == 0:
         return scores.clone()
-    return TRANSFORMS[how.transform].function(scores, side, how.params, stream)
+    return how.entry.function(scores, side, how.params, stream)
 
 
 def clipped(scores: Tensor, side: Side, how: Recipe) -> Tensor:
-    """Which scores [n] lie outside the range that the transform clamps to; none where it does not clamp."""
-    clamp = TRANSFORMS[how.transform].clamp
-    if clamp is None:
+    """Which scores [n], after the steps, lie outside the range that the transform clamps to; none without a clamp."""
+    if how.entry.clamp is None:
         return scores.isnan()
-    low, high, what = clamp
+    low, high, what = how.entry.clamp
     values = scores if what == "r" else signed(scores, side)
     return (values < how.params[low]) | (values > how.params[high])
 
 
 def response_weights(
-    scores: Tensor, eos_score: Tensor | None, kept: int, has_eos: bool, how: Recipe, stream: Stream
+    scores: Tensor,
+    eos_score: Tensor | None,
+    kept: int,
+    has_eos: bool,
+    how: Recipe,
+    stream: Stream,
+    context: Context = Context(),  # noqa: B008 (it is frozen)
 ) -> Tensor:
     """Weights of one response as it is trained: [kept] tokens, and the EOS where the response has one.
 
-    The order is: transform all scored tokens of the uncut response without the EOS, cut, normalise, set the EOS.
-    With `score` the EOS is weighed as one more token of the uncut response; it leaves the others as they are.
+    The order is: steps and transform on all scored tokens of the uncut response without the EOS, cut, normalise, set
+    the EOS. With `score` the EOS is weighed as one more token of the uncut response; it leaves the others as they are.
 
     Args:
         scores: [n] float32 scores r of the uncut response without its EOS, n ≥ kept.
         eos_score: [1] score of the EOS; needed where has_eos and the EOS is weighed by its score.
         kept: tokens of the response that are trained, the EOS not counted.
         has_eos: whether the response still ends with its EOS.
-        how: transform, normalisation, and the treatment of the EOS.
+        how: steps, transform, normalisation, and the treatment of the EOS.
         stream: names the response, for its side and for random transforms.
+        context: what the steps need beside the scores.
     """
-    side = stream.side
-    weights = transform_scores(scores, side, how, stream)[:kept]
+
+    def weighed(r: Tensor) -> Tensor:
+        return transform_scores(apply_steps(r, how.steps, context), stream.side, how, stream)
+
+    weights = weighed(scores)[:kept]
     divisor = weights.mean() if how.normalize == "mean" and kept else scores.new_ones(())
     weights = weights / divisor if how.normalize == "mean" else weights
     if not has_eos:
@@ -307,7 +315,7 @@ def response_weights(
             raise ValueError("the weight of the EOS needs its score")
         joined = scores.new_zeros(scores.numel() + 1)
         joined[:-1], joined[-1:] = scores, eos_score
-        eos = transform_scores(joined, side, how, stream)[-1:] / divisor
+        eos = weighed(joined)[-1:] / divisor
     else:
         eos = scores.new_full((1,), 1.0 if how.eos_weight == "one" else 0.0)
     extended = scores.new_zeros(kept + 1)

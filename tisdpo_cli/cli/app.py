@@ -57,6 +57,8 @@ def _prepare(command: type[Command], flags: dict[str, Any], common: Common) -> C
     from tisdpo_cli.engine.preflight import check
 
     check(loaded.settings)
+    for notice in loaded.notices:
+        _reporter().note(notice)
     return loaded.settings
 
 

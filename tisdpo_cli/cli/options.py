@@ -23,6 +23,7 @@ _PANELS = (
     "Data",
     "Stages",
     "Method",
+    "Steps before the transform",
     "Token weights",
     "Optimisation",
     "Memory",

@@ -17,7 +17,7 @@ from rich.text import Text
 from tisdpo_cli.cli.text import glyphs, visible
 
 if TYPE_CHECKING:
-    from tisdpo_cli.engine.inspect import Inspection, Token, TokenSummary
+    from tisdpo_cli.engine.facts import Inspection, Token, TokenSummary
     from tisdpo_cli.engine.pipeline import PipelineMade
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -73,7 +73,7 @@ def _coloured(console: Console) -> bool:
 def _header(inspection: Inspection) -> list[RenderableType]:
     models = inspection.provenance.get("models")
     lines = [Text(f"{visible(inspection.source)} · {inspection.split} · {inspection.pairs} pairs", style="bold")]
-    lines.append(Text(f"transform: {inspection.transform}"))
+    lines.append(Text(f"weights: {inspection.transform}"))
     for name, entry in models.items() if isinstance(models, dict) else ():
         if isinstance(entry, dict):
             told = f"{name}: {entry.get('path')} ({str(entry.get('sha256'))[:12]})"
@@ -86,6 +86,8 @@ _ROWS = (
     ("of them not scored", "unscored", "{:d}"),
     ("mean score r", "mean_score", "{:+.4f}"),
     ("spread of r", "sd_score", "{:.4f}"),
+    ("mean r after the steps", "mean_adjusted", "{:+.4f}"),
+    ("spread of r after the steps", "sd_adjusted", "{:.4f}"),
     ("mean weight", "mean_weight", "{:.4f}"),
     ("spread of weights", "sd_weight", "{:.4f}"),
     ("lowest weight", "min_weight", "{:.4f}"),
@@ -101,9 +103,12 @@ def _summary(inspection: Inspection) -> Table:
     for side in inspection.sides:
         table.add_column(side, justify="right")
     for label, key, form in _ROWS:
-        table.add_row(label, *(form.format(getattr(side, key)) for side in inspection.sides.values()))
+        values = [getattr(side, key) for side in inspection.sides.values()]
+        if None not in values:
+            table.add_row(label, *map(form.format, values))
     table.add_row("by position", *(_spark(curve) for curve in inspection.curves.values()))
-    table.add_row("Σr separates the pair", f"{inspection.separation:.1%}", "")
+    if inspection.separation is not None:
+        table.add_row("Σr separates the pair", f"{inspection.separation:.1%}", "")
     return table
 
 
@@ -117,14 +122,13 @@ def _spark(values: Sequence[float]) -> str:
 
 def _extremes(inspection: Inspection) -> Text:
     text = Text()
-    lists = (("highest r", inspection.highest), ("lowest r", inspection.lowest))
-    for label, tokens in lists:
-        text.append(f"{label}: ", style="bold").append(_list(tokens)).append("\n")
+    for label, tokens in (("highest", inspection.highest), ("lowest", inspection.lowest)):
+        text.append(f"{label} {inspection.ranked_by}: ", style="bold").append(_list(tokens)).append("\n")
     return text
 
 
 def _list(tokens: Sequence[TokenSummary]) -> str:
-    return "  ".join(f"{glyphs(t.text)} {t.mean_score:+.2f} (×{t.count})" for t in tokens) or "none frequent enough"
+    return "  ".join(f"{glyphs(t.text)} {t.mean:+.2f} (×{t.count})" for t in tokens) or "none frequent enough"
 
 
 def pair_view(inspection: Inspection, coloured: bool | None = None, width: int | None = None) -> RenderableType:
@@ -168,15 +172,18 @@ def _arrange(panels: Sequence[Panel], width: int) -> RenderableType:
 
 
 def _value(token: Token, inspection: Inspection) -> float | None:
-    return token.weight if inspection.show == "weights" else token.score
+    return {"weights": token.weight, "scores": token.score, "adjusted": token.adjusted}[inspection.show]
+
+
+def _neutral(inspection: Inspection) -> float:
+    return 1.0 if inspection.show == "weights" else 0.0
 
 
 def _position(value: float, inspection: Inspection) -> float:
     """Where a value lies on the colour scale of the file: −1 to 1, 0 is neutral (weight 1, score 0)."""
-    if inspection.show == "scores":
-        distance = value
-    else:
-        distance = math.log(max(value, 1e-9)) if inspection.logarithmic else value - 1
+    distance = value - _neutral(inspection)
+    if inspection.logarithmic:
+        distance = math.log(max(value, 1e-9))
     return max(-1.0, min(1.0, distance / inspection.scale))
 
 
@@ -184,7 +191,7 @@ def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
     shown = glyphs(token.text) if token.kind != "eos" else f"⟦{glyphs(token.text)}⟧"
     value = _value(token, inspection)
     if not coloured:
-        form = "+.2f" if inspection.show == "scores" else ".2f"
+        form = ".2f" if inspection.show == "weights" else "+.2f"
         return Text(shown + ("{–}" if value is None else f"{{{value:{form}}}}"))
     if value is None:
         return Text(shown, style="dim strike")
@@ -203,12 +210,11 @@ def _style(position: float, clipped: bool) -> str:
 
 
 def _legend(inspection: Inspection, coloured: bool) -> Text:
-    what = "weight" if inspection.show == "weights" else "score r"
-    neutral = "1" if inspection.show == "weights" else "0"
+    what = {"weights": "weight", "scores": "score r", "adjusted": "r after the steps"}[inspection.show]
+    neutral = _neutral(inspection)
     if not coloured:
-        return Text(f"token{{{what}}}, neutral {neutral}; ⟦⟧ end of sequence; · space; ⏎ newline", style="dim")
-    neutral_value = 0.0 if inspection.show == "scores" else 1.0
-    low, high = neutral_value - inspection.scale, neutral_value + inspection.scale
+        return Text(f"token{{{what}}}, neutral {neutral:g}; ⟦⟧ end of sequence; · space; ⏎ newline", style="dim")
+    low, high = neutral - inspection.scale, neutral + inspection.scale
     if inspection.logarithmic:
         low, high = math.exp(-inspection.scale), math.exp(inspection.scale)
     text = Text(f"{what} {low:.2f} ", style="dim")

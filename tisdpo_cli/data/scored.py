@@ -1,7 +1,8 @@
 """The scored dataset: the one place that knows the columns and the sign of its files.
 
 A file holds `−r_t = log π⁻ − log π⁺` in both columns, for every token of the uncut response without its EOS (null
-where it was not scored), and the EOS scores in columns of their own. Everything else speaks of r_t.
+where it was not scored), and the EOS scores in columns of their own. Everything else speaks of r_t. A file of final
+weights has the same columns, and in them the weights as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from tisdpo_cli.data.reader import BadRow, Row
-from tisdpo_cli.errors import DataError
+from tisdpo_cli.errors import DataError, UsageFault
+from tisdpo_cli.files import sha256
 
 MANIFEST = "estimate.json"
 SIDES = ("chosen", "rejected")
@@ -25,13 +27,21 @@ _FLOAT32_END = 2.0**128 - 2.0**103
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores r of one response in nats: of its tokens (None where not scored), and of its EOS where there is one."""
+    """Scores r of one response in nats: of its tokens (None where not scored), and of its EOS where there is one.
+
+    Of a file of final weights, the weights.
+    """
 
     tokens: list[float | None]
     eos: float | None
 
+    @property
+    def known(self) -> list[float]:
+        """Of the tokens that have one."""
+        return [r for r in self.tokens if r is not None]
 
-def read_scores(row: Row, side: str, tokens: int, shown: str) -> Scores | BadRow:
+
+def read_scores(row: Row, side: str, tokens: int, shown: str, final: bool = False) -> Scores | BadRow:
     """The scores of one side of a row, checked against the number of tokens of its response.
 
     Args:
@@ -39,10 +49,11 @@ def read_scores(row: Row, side: str, tokens: int, shown: str) -> Scores | BadRow
         side: `chosen` or `rejected`.
         tokens: tokens of the uncut response under the tokenizer in use, the EOS not counted.
         shown: what to call the tokenizer in a message.
+        final: whether the file holds weights.
     """
     column = f"{side}_weight"
     if column not in row.columns:
-        return BadRow(row.where, f"no column {column!r}: this dataset is not scored; make it with `tisdpo estimate`")
+        return BadRow(row.where, f"no column {column!r}: {_NOTHING_THERE[final]}")
     values = row.columns[column]
     if not isinstance(values, list):
         return BadRow(row.where, f"{column!r} must be a list of numbers")
@@ -56,17 +67,25 @@ def read_scores(row: Row, side: str, tokens: int, shown: str) -> Scores | BadRow
     eos = row.columns.get(f"{side}_eos_weight")
     if eos is not None and not _is_number(eos):
         return BadRow(row.where, f"'{side}_eos_weight' must be a number")
-    return Scores([None if v is None else -float(v) for v in values], None if eos is None else -float(eos))
+    sign = 1.0 if final else -1.0
+    return Scores([None if v is None else sign * v for v in values], None if eos is None else sign * eos)
 
 
-def require_scores(rows: Iterable[Row], dataset: str) -> None:
-    """Stop where no row has scores at all.
+_NOTHING_THERE = {
+    False: "this dataset is not scored; make it with `tisdpo estimate`",
+    True: "there are no final weights; they are one number per response token, the end of the sequence left out",
+}
+
+
+def require_scores(rows: Iterable[Row], dataset: str, final: bool = False) -> None:
+    """Stop where no row has scores (or final weights) at all.
 
     Raises:
         DataError: the dataset is not scored.
     """
     if not any(f"{side}_weight" in row.columns for row in rows for side in SIDES):
-        raise DataError("this dataset is not scored", where=dataset, fix="make it with `tisdpo estimate`")
+        what, _, fix = _NOTHING_THERE[final].partition("; ")
+        raise DataError(what, where=dataset, fix=fix)
 
 
 def hold_eos_scores(rows: Iterable[Row]) -> bool:
@@ -114,11 +133,37 @@ def read_manifest(dataset: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def recorded(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
+    """What `estimate.json` says of a split, or None where it says nothing."""
+    counts = manifest.get("counts")
+    known = counts.get(split.stem) if isinstance(counts, dict) else None
+    return known if isinstance(known, dict) else None
+
+
+def check_meaning(manifest: dict[str, Any], split: Path, final: bool) -> str | None:
+    """What to tell where a split is no longer as it was scored, which is the user's right.
+
+    Raises:
+        UsageFault: it is as it was scored, and is to be taken for final weights.
+    """
+    known = recorded(manifest, split)
+    if known is None:
+        return None
+    unchanged = known.get("sha256") == sha256(split)
+    if final and unchanged:
+        raise UsageFault(
+            f"{split.name} holds scores, as {MANIFEST} says, not weights",
+            where="--weights-are final",
+            fix="leave it out to make weights of them",
+        )
+    return None if unchanged else f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
+
+
 def unscored_needed(scores: Scores, kept: int, needs_eos: bool) -> str | None:
-    """Which score a training under its settings would need and does not have, or None."""
+    """Which score (or final weight) a training under its settings would need and does not have, or None."""
     missing: Sequence[int] = [t for t, r in enumerate(scores.tokens[:kept]) if r is None]
     if missing:
-        return f"token {missing[0]} was cut away when the file was scored"
+        return f"token {missing[0]} has none (null: it was cut away when the file was made)"
     if needs_eos and scores.eos is None:
-        return "the end-of-sequence token was cut away when the file was scored"
+        return "the end-of-sequence token has none (null: it was cut away when the file was made)"
     return None

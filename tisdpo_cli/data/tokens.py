@@ -71,6 +71,33 @@ class EncodedPair:
         return 2 * len(self.prompt) + len(self.chosen.ids) + len(self.rejected.ids)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Token ids that a template puts around a prompt.
+
+    Attributes:
+        before: in front of the prompt, behind its BOS.
+        after: behind it, in front of the response.
+    """
+
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+    def around(self, prompt: list[int], bos: int | None) -> list[int]:
+        """The prompt, already cut, in its frame; a BOS stands in front of all, once.
+
+        >>> Frame([5, 6], [7]).around([0, 1, 2], bos=0)
+        [0, 5, 6, 1, 2, 7]
+        """
+        begins = bos is not None and prompt[:1] == [bos]
+        head, rest = (prompt[:1], prompt[1:]) if begins else ([], prompt)
+        before = self.before[1:] if begins and self.before[:1] == head else self.before
+        return [*head, *before, *rest, *self.after]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
+
+
 @dataclass
 class Cuts:
     """What truncation and tokenisation did to a split, counted."""

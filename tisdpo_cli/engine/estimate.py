@@ -1,4 +1,7 @@
-"""estimate: every response token of every split under both contrastive models, written back as a scored dataset.
+"""estimate: every response token of every split under both sides of a contrast, written back as a scored dataset.
+
+A side is a model and what a template puts around its prompts; the two sides may share the model, which is then loaded
+once. Rows are cut as training cuts them, before the template comes around the prompt: both sides score the same tokens.
 
 The rows are cut into batches once, by length; a batch is always computed alone, whoever computes it, so that the
 file has the same bytes on one process or several, in one go or after an interruption. What is done is kept in
@@ -21,7 +24,7 @@ from torch import Tensor
 from tisdpo_cli.artefacts import check_safetensors, locate_model
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.scored import MANIFEST, Scores, scored_columns, write_rows
-from tisdpo_cli.data.tokens import EncodedPair
+from tisdpo_cli.data.tokens import EncodedPair, Frame
 from tisdpo_cli.engine.reporter import Progress, Reporter
 from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.engine.splits import Split, limits_of, read_split
@@ -31,11 +34,21 @@ from tisdpo_cli.files import PARTIAL, sha256, sync, told_when_unwritable, write_
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
 from tisdpo_cli.outputs import Output, settle_permissions, versions
 from tisdpo_cli.scoring import TokenScorer, collate, score
-from tisdpo_cli.settings.commands import Estimate
+from tisdpo_cli.settings.commands import CONTRAST, Estimate
 from tisdpo_cli.settings.sources import to_yaml
+from tisdpo_cli.templates import around
 
 # Batches in a part: what an interruption costs at most, for each model.
 _BATCHES_PER_PART = 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the contrast: a model, and what is put around its prompts."""
+
+    name: str
+    path: Path
+    frame: Frame
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,9 @@ class Part:
     number: int
     batches: list[list[int]]
 
-    def name(self, model: str) -> str:
-        """Its file for one of the models."""
-        return f"{self.split}-{self.number:06d}-{model}.safetensors"
+    def name(self, side: str) -> str:
+        """Its file for one of the sides."""
+        return f"{self.split}-{self.number:06d}-{side}.safetensors"
 
 
 def estimate(settings: Estimate, reporter: Reporter) -> Made:
@@ -57,10 +70,8 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
     Raises:
         TisdpoError: anything the user can do something about; see the subclasses in `errors`.
     """
-    paths = {
-        name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code)
-        for name in ("forward", "reverse")
-    }
+    options = ["model"] if settings.model is not None else list(CONTRAST)
+    paths = {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
     with claim_output(runtime, settings, describe(settings), paths, files) as output:
@@ -72,19 +83,25 @@ def estimate(settings: Estimate, reporter: Reporter) -> Made:
 def _estimate(
     settings: Estimate, runtime: Runtime, output: Output, paths: dict[str, Path], files: dict[str, Path]
 ) -> Made:
-    if output.made_from["content of forward"] == output.made_from["content of reverse"]:
-        runtime.reporter.warn("forward and reverse are the same model: every score will be 0")
     tokenizer = _shared_tokenizer(settings, paths)
+    sides = _sides(settings, paths, tokenizer)
+    contents = {output.made_from[f"content of {name}"] for name in paths}
+    if len(contents) == 1 and sides[0].frame == sides[1].frame:
+        runtime.reporter.warn("forward and reverse are the same model under the same prompts: every score will be 0")
     splits = {name: read_split(path, settings.data, tokenizer) for name, path in files.items()}
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
         runtime.reporter.note(notice)
+    for side in sides:
+        if len(side.frame):
+            told = f"{side.name}: prompts stand in {settings.templates()[side.name]!r}"
+            runtime.reporter.note(f"{told}, {len(side.frame)} tokens beside those of --max-length")
     began = time.time()
     if runtime.main:
         output.start(to_yaml(settings))
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = [part for name, split in splits.items() for part in _parts(name, split.encoded, settings.batch_size)]
-    tokens = _Scorer(settings, runtime, tokenizer.pad, output, splits).run(paths, parts)
+    tokens = _Scorer(settings, runtime, tokenizer, output, splits).run(sides, parts)
     runtime.wait()
     tokens = sum(runtime.gather([tokens]))
     seconds = time.time() - began
@@ -105,21 +122,34 @@ def _estimate(
 
 
 def _shared_tokenizer(settings: Estimate, paths: dict[str, Path]) -> Tokenizer:
-    """The tokenizer of both models, which must be one.
+    """The tokenizer of all models, which must be one.
 
     Raises:
-        ModelError: the two turn text into other ids, or have other vocabularies.
+        ModelError: the two turn text into other ids.
     """
-    forward, reverse = (load_tokenizer(paths[name], settings.trust_remote_code) for name in ("forward", "reverse"))
-    if forward.digest != reverse.digest:
+    first, *others = (load_tokenizer(path, settings.trust_remote_code) for path in paths.values())
+    if any(other.digest != first.digest for other in others):
         raise ModelError(
             "forward and reverse model have different tokenizers, their scores cannot be compared",
             where=str(paths["reverse"]),
             fix="train both from the same model",
         )
-    for path in paths.values():
-        check_fit(path, forward, settings.data.max_length, settings.trust_remote_code)
-    return forward
+    return first
+
+
+def _sides(settings: Estimate, paths: dict[str, Path], tokenizer: Tokenizer) -> list[Side]:
+    """Both sides, checked as far as no weights are needed.
+
+    Raises:
+        ModelError: a model and the tokenizer do not fit.
+        UsageFault: rows with their templates would be longer than a model can read.
+    """
+    sides = []
+    for name, template in settings.templates().items():
+        before, after = tokenizer.encode(list(around(template)), markers=True)
+        sides.append(Side(name, paths.get(name) or paths["model"], Frame(before, after)))
+        check_fit(sides[-1].path, tokenizer, settings.data.max_length, settings.trust_remote_code, len(sides[-1].frame))
+    return sides
 
 
 def _parts(split: str, encoded: Sequence[EncodedPair], batch_size: int) -> list[Part]:
@@ -133,43 +163,42 @@ class _Scorer:
     """Computes what is not there yet, on this rank's share of the parts."""
 
     def __init__(
-        self, settings: Estimate, runtime: Runtime, pad: int, output: Output, splits: dict[str, Split]
+        self, settings: Estimate, runtime: Runtime, tokenizer: Tokenizer, output: Output, splits: dict[str, Split]
     ) -> None:
-        self.settings, self.runtime, self.pad, self.splits = settings, runtime, pad, splits
+        self.settings, self.runtime, self.tokenizer, self.splits = settings, runtime, tokenizer, splits
         self.folder, self.precision = output.parts, str(output.made_from["dtype"])
 
-    def run(self, paths: dict[str, Path], parts: list[Part]) -> int:
-        """Score all parts under both models; returns the number of tokens that went through a model now."""
+    def run(self, sides: list[Side], parts: list[Part]) -> int:
+        """Score all parts on both sides; returns the number of tokens that went through a model now."""
         # Listed once for all: another rank may finish a part while this one looks.
-        every = [(model, part) for part in parts for model in paths]
-        there = set(self.runtime.on_main(lambda: [p.name(m) for m, p in every if self._is_there(p, m)]))
-        todo = [(model, part) for model, part in every if part.name(model) not in there]
-        if len(todo) < 2 * len(parts):
-            self.runtime.reporter.note(
-                f"going on: {2 * len(parts) - len(todo)} of {2 * len(parts)} parts are scored already"
-            )
+        every = [(side, part) for part in parts for side in sides]
+        there = set(self.runtime.on_main(lambda: [p.name(s.name) for s, p in every if self._is_there(p, s.name)]))
+        todo = [(side, part) for side, part in every if part.name(side.name) not in there]
+        if len(todo) < len(every):
+            self.runtime.reporter.note(f"going on: {len(every) - len(todo)} of {len(every)} parts are scored already")
         mine = [item for i, item in enumerate(todo) if i // 2 % self.runtime.world == self.runtime.rank]
-        groups = [[m] for m in paths] if self.settings.sequential else [list(paths)]
+        paths = list(dict.fromkeys(side.path for side in sides))
+        groups = [[path] for path in paths] if self.settings.sequential else [paths]
         total = sum(len(batch) for _, part in mine for batch in part.batches)
         tokens = 0
         with (
             StopRequest() as stop,
-            self.runtime.reporter.progress("scoring with both models", total, 0, "scoring") as progress,
+            self.runtime.reporter.progress("scoring both sides", total, 0, "scoring") as progress,
         ):
             for group in groups:
-                work = [item for item in mine if item[0] in group]
+                work = [item for item in mine if item[0].path in group]
                 if not work:
                     continue
-                models = {name: self._load(paths[name]) for name in group}
-                for name, part in work:
-                    tokens += self._part(models[name], name, part, progress, stop)
+                models = {path: self._load(path) for path in group}
+                for side, part in work:
+                    tokens += self._part(models[side.path], side, part, progress, stop)
                 del models
                 gc.collect()
             _stop_if_asked(stop)
         return tokens
 
-    def _is_there(self, part: Part, model: str) -> bool:
-        path = self.folder / part.name(model)
+    def _is_there(self, part: Part, side: str) -> bool:
+        path = self.folder / part.name(side)
         try:
             if path.is_file():
                 check_safetensors(path)
@@ -182,29 +211,31 @@ class _Scorer:
         model = load_model(path, self.settings.trust_remote_code).to(self.runtime.device).requires_grad_(False)
         return TokenScorer(model, autocast_dtype(self.precision))
 
-    def _part(self, scorer: TokenScorer, name: str, part: Part, progress: Progress, stop: StopRequest) -> int:
+    def _part(self, scorer: TokenScorer, side: Side, part: Part, progress: Progress, stop: StopRequest) -> int:
         tensors, tokens = {}, 0
         encoded = self.splits[part.split].encoded
         for number, batch in enumerate(part.batches):
             _stop_if_asked(stop)
             began = time.perf_counter()
-            logps, count = self._batch(scorer, [encoded[i] for i in batch])
+            logps, count = self._batch(scorer, side.frame, [encoded[i] for i in batch])
             if not torch.isfinite(logps).all():
                 raise LocalFault("a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32")
             tensors[str(number)] = logps
             tokens += count
             progress.advance(len(batch), {"tokens_per_second": count / (time.perf_counter() - began)})
-        final, partial = self.folder / part.name(name), self.folder / f"{PARTIAL}{part.name(name)}"
+        final, partial = (self.folder / f"{prefix}{part.name(side.name)}" for prefix in ("", PARTIAL))
         with told_when_unwritable(final, kind=LocalFault):
             save_file(tensors, partial)
             sync([partial])
             partial.replace(final)
         return tokens
 
-    def _batch(self, scorer: TokenScorer, pairs: list[EncodedPair]) -> tuple[Tensor, int]:
+    def _batch(self, scorer: TokenScorer, frame: Frame, pairs: list[EncodedPair]) -> tuple[Tensor, int]:
         """Log-probs [N] of all response tokens of some pairs (chosen and rejected of one after the other)."""
-        rows = [(pair.prompt, side.ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
-        batch = collate(rows, self.pad).to(self.runtime.device)
+        prompts = [frame.around(pair.prompt, self.tokenizer.bos) for pair in pairs]
+        responses = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
+        rows = [(prompt, ids) for prompt, both in zip(prompts, responses, strict=True) for ids in both]
+        batch = collate(rows, self.tokenizer.pad).to(self.runtime.device)
         with torch.inference_mode():
             return score(scorer, batch).cpu().clone(), batch.real_tokens
 
@@ -220,7 +251,7 @@ def _scores_of(split: Split, parts: Sequence[Part], folder: Path) -> list[tuple[
     """r = log π⁺ − log π⁻ of every row of a split, in the order of the rows."""
     scores: list[tuple[Scores, Scores]] = [(Scores([], None), Scores([], None))] * len(split.encoded)
     for part in parts:
-        forward, reverse = (load_file(folder / part.name(model)) for model in ("forward", "reverse"))
+        forward, reverse = (load_file(folder / part.name(side)) for side in CONTRAST)
         for number, batch in enumerate(part.batches):
             r = iter((forward[str(number)] - reverse[str(number)]).tolist())
             for i in batch:
@@ -275,10 +306,10 @@ def _manifest(
     limits = limits_of(settings.data)
     return {
         "models": {
-            name: {"path": getattr(settings, name), "sha256": output.made_from[f"content of {name}"]}
-            for name in ("forward", "reverse")
+            side: {"path": path, "sha256": output.made_from[f"content of {'model' if settings.model else side}"]}
+            for side, path in settings.models().items()
         },
-        "templates": None,
+        "templates": settings.templates(),
         "dataset": {"path": settings.dataset, "sha256": output.made_from["content of dataset"]},
         "tokenizer": tokenizer.digest,
         "dtype": dtype,

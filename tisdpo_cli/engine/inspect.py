@@ -1,4 +1,4 @@
-"""inspect-weights: the facts about scores and weights of a scored dataset, for people and for programs.
+"""inspect-weights: the facts about scores and weights of a scored dataset, found.
 
 It makes facts; how they look on a terminal is the CLI's business.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.pairs import Pair, read_pairs
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import MANIFEST, Scores, hold_eos_scores, read_manifest, read_scores, require_scores
-from tisdpo_cli.engine.pairs import side_weights
+from tisdpo_cli.data.scored import MANIFEST, SIDES, Scores, check_meaning, read_manifest, require_scores
+from tisdpo_cli.engine.facts import Inspection, PairView, SideSummary, Token, TokenSummary
 from tisdpo_cli.engine.splits import columns_of
+from tisdpo_cli.engine.weighing import Weighing, fit_centers, known, weighing
 from tisdpo_cli.errors import DataError, UsageFault
 from tisdpo_cli.models import Tokenizer, load_tokenizer
 from tisdpo_cli.settings.commands import InspectWeights
-from tisdpo_cli.weights import Recipe, Stream, clipped
+from tisdpo_cli.steps import Centers, Context
+from tisdpo_cli.weights import clipped
 
 _CURVE_BINS = 24
 # Scores of contrastive models that have learned something are spread over tenths of a nat.
@@ -32,95 +34,20 @@ _NO_SIGNAL = 0.01
 
 
 @dataclass(frozen=True)
-class Token:
-    """One response token. `score` is r in nats, `weight` what the transform makes of it; None beyond the cut."""
+class _Side:
+    """One response. Of the tokens that have a score: r, r after the steps, whether that is clipped.
 
-    position: int
-    id: int
-    text: str
-    kind: str
-    score: float | None
-    weight: float | None
-    clipped: bool
-
-
-@dataclass(frozen=True)
-class PairView:
-    """A pair, token by token."""
-
-    index: int
-    where: str
-    prompt: str
-    chosen: list[Token]
-    rejected: list[Token]
-
-
-@dataclass(frozen=True)
-class SideSummary:
-    """What there is on one side of the file. Means and spreads over tokens, the EOS included where scored."""
-
-    tokens: int
-    unscored: int
-    mean_score: float
-    sd_score: float
-    mean_weight: float
-    sd_weight: float
-    min_weight: float
-    max_weight: float
-    share_clipped: float
-    effective_sample_size: float
-
-
-@dataclass(frozen=True)
-class TokenSummary:
-    """A token over all its occurrences."""
-
-    text: str
-    count: int
-    mean_score: float
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything that is shown.
-
-    Attributes:
-        separation: share of pairs in which Σ r of the chosen response is above that of the rejected one.
-        curves: mean of the shown value by relative position, for each side.
-        scale: half width of the colour scale: the 99th percentile of the distance from neutral.
-        logarithmic: whether that distance is |log weight|; it is |weight − 1| where some weights are not above 0,
-            and |score| for scores.
-        notices: what to tell beside the view, skipped rows for example.
+    `weights` goes on with the EOS where it has one; `eos_adjusted` is its score after the steps. In a file of final
+    weights r and weights are the same.
     """
 
-    source: str
-    split: str
-    transform: str
-    show: str
-    pairs: int
-    separation: float
-    sides: dict[str, SideSummary]
-    highest: list[TokenSummary]
-    lowest: list[TokenSummary]
-    curves: dict[str, list[float]]
-    scale: float
-    logarithmic: bool
-    notices: list[str]
-    pair: PairView
-    provenance: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Side:
     ids: list[int]
     scores: Scores
     known: Tensor
+    adjusted: Tensor
     weights: Tensor
     clipped: Tensor
+    eos_adjusted: float | None
 
     @property
     def shown(self) -> Tensor:
@@ -128,6 +55,13 @@ class _Side:
         extra = self.weights.numel() - self.known.numel()
         eos = 0.0 if self.scores.eos is None else self.scores.eos
         return torch.cat([self.known, torch.full((extra,), eos)])
+
+    def values(self, show: str) -> Tensor:
+        """What is shown of the tokens that have a score, the EOS left out."""
+        return {"scores": self.known, "adjusted": self.adjusted, "weights": self.weights[: len(self.known)]}[show]
+
+
+Sides = Sequence[tuple[_Side, _Side]]
 
 
 def inspect_weights(settings: InspectWeights) -> Inspection:
@@ -139,33 +73,45 @@ def inspect_weights(settings: InspectWeights) -> Inspection:
     files = find_splits(settings.scored)
     if settings.split not in files:
         raise UsageFault(f"no split {settings.split!r} here (there is {', '.join(files)})", where="--split")
+    final = settings.weights.weights_are == "final"
     read = read_pairs(files[settings.split], columns_of(settings.data), settings.data.on_bad_row)
-    require_scores((pair.row for pair in read.pairs), settings.scored)
+    require_scores((pair.row for pair in read.pairs), settings.scored, final)
+    check_meaning(read_manifest(Path(settings.scored).expanduser()) or {}, files[settings.split], final)
     tokenizer = load_tokenizer(_tokenizer_path(settings))
-    recipe = settings.weights.recipe(hold_eos_scores(pair.row for pair in read.pairs))
-    pairs, sides, skipped = _all_sides(settings, tokenizer, read.pairs, recipe)
-    at = _position_of(settings.index, pairs) if settings.index is not None else _widest(sides)
+    centers = _centers(settings, files["train"], tokenizer)
+    how = weighing(settings.weights, settings.seed, tokenizer, read.pairs, centers)
+    pairs, sides, skipped = _all_sides(settings, read.pairs, how)
+    at = _position_of(settings.index, pairs) if settings.index is not None else _widest(sides, final)
     logarithmic, scale = _scale(sides, settings.show)
     highest, lowest = _extreme_tokens(sides, tokenizer, settings.top, settings.min_count)
     return Inspection(
         source=settings.scored,
         split=settings.split,
-        transform=recipe.describe(),
+        transform=how.recipe.describe(),
         show=settings.show,
         pairs=len(pairs),
-        separation=statistics.fmean(float(_total(c) > _total(r)) for c, r in sides),
-        sides={"chosen": _summary([c for c, _ in sides]), "rejected": _summary([r for _, r in sides])},
+        separation=None if final else statistics.fmean(float(_total(c) > _total(r)) for c, r in sides),
+        sides={name: _summary([both[k] for both in sides], how) for k, name in enumerate(SIDES)},
+        ranked_by="weight" if final else "r after the steps" if how.recipe.steps else "r",
         highest=highest,
         lowest=lowest,
-        curves={
-            name: _curve([both[k] for both in sides], settings.show) for k, name in enumerate(("chosen", "rejected"))
-        },
+        curves={name: _curve([both[k] for both in sides], settings.show) for k, name in enumerate(SIDES)},
         scale=scale,
         logarithmic=logarithmic,
-        notices=[*read.notices, *skipped, *_without_signal(sides)],
-        pair=_view(pairs[at], sides[at], tokenizer),
+        notices=[*read.notices, *skipped, *([] if final else _without_signal(sides))],
+        pair=_view(pairs[at], sides[at], tokenizer, final),
         provenance=_provenance(settings),
     )
+
+
+def _centers(settings: InspectWeights, train: Path, tokenizer: Tokenizer) -> Centers | None:
+    """The means that training subtracts: those of the train split, whatever split is shown."""
+    if "center" not in settings.weights.steps():
+        return None
+    pairs = read_pairs(train, columns_of(settings.data), settings.data.on_bad_row).pairs
+    chosen, rejected = (tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in SIDES)
+    tokens = [(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
+    return fit_centers(settings.weights, pairs, tokens)
 
 
 def _tokenizer_path(settings: InspectWeights) -> Path:
@@ -182,39 +128,39 @@ def _tokenizer_path(settings: InspectWeights) -> Path:
 
 
 def _all_sides(
-    settings: InspectWeights, tokenizer: Tokenizer, pairs: Sequence[Pair], recipe: Recipe
+    settings: InspectWeights, pairs: Sequence[Pair], how: Weighing
 ) -> tuple[list[Pair], list[tuple[_Side, _Side]], list[str]]:
     """The pairs whose scores can be used, both sides of each, and what to say of the others."""
-    chosen = tokenizer.encode([pair.chosen for pair in pairs])
-    rejected = tokenizer.encode([pair.rejected for pair in pairs])
+    chosen, rejected = (how.tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in SIDES)
     kept, sides, bad = [], [], []
-    for pair, *both in zip(pairs, chosen, rejected, strict=True):
-        made = []
-        for side, ids in zip(("chosen", "rejected"), both, strict=True):
-            scores = read_scores(pair.row, side, len(ids), "the tokenizer beside it")
-            if isinstance(scores, BadRow):
-                bad.append(scores)
-                break
-            made.append(_side(ids, scores, recipe, Stream(settings.seed, pair.index, side)))  # type: ignore[arg-type]
+    for pair, contexts, *both in zip(pairs, how.contexts_of_pairs(pairs), chosen, rejected, strict=True):
+        made = [_side(pair, side, ids, how, c) for side, ids, c in zip(SIDES, both, contexts, strict=True)]
+        faults = [side for side in made if isinstance(side, BadRow)]
+        if faults:
+            bad.append(faults[0])
         else:
             kept.append(pair)
             sides.append((made[0], made[1]))
-    return kept, sides, stop_or_skip(bad, len(pairs), settings.data.on_bad_row)
+    return kept, sides, stop_or_skip(bad, len(pairs), settings.data.on_bad_row)  # type: ignore[return-value]
 
 
-def _side(ids: list[int], scores: Scores, recipe: Recipe, stream: Stream) -> _Side:
-    known = torch.tensor([r for r in scores.tokens if r is not None], dtype=torch.float32)
-    whole = len(known) == len(ids)
-    has_eos = whole and (scores.eos is not None or recipe.eos_weight != "score")
-    weights = side_weights(scores, len(known), has_eos, recipe, stream)
-    return _Side(ids, scores, known, weights, clipped(known, stream.side, recipe))
+def _side(pair: Pair, side: Any, ids: list[int], how: Weighing, context: Context) -> _Side | BadRow:
+    scores = how.read(pair, side, len(ids), "the tokenizer beside it")
+    if isinstance(scores, BadRow):
+        return scores
+    values, stepped = known(scores), how.adjusted(scores, context)
+    adjusted, eos_adjusted = stepped[: len(values)], stepped[len(values) :].tolist()
+    has_eos = len(values) == len(ids) and (scores.eos is not None or how.recipe.eos_weight != "score")
+    weights = how.weights(scores, len(values), has_eos, pair.index, side, context)
+    hit = clipped(adjusted, side, how.recipe)
+    return _Side(ids, scores, values, adjusted, weights, hit, eos_adjusted[0] if eos_adjusted else None)
 
 
 def _total(side: _Side) -> float:
     return float(side.known.sum()) + (side.scores.eos or 0.0)
 
 
-def _without_signal(sides: Sequence[tuple[_Side, _Side]]) -> list[str]:
+def _without_signal(sides: Sides) -> list[str]:
     scores = torch.cat([side.known for both in sides for side in both])
     if len(scores) and float(scores.std(correction=0)) >= _NO_SIGNAL:
         return []
@@ -233,18 +179,22 @@ def _position_of(index: int, pairs: Sequence[Pair]) -> int:
     return found
 
 
-def _widest(sides: Sequence[tuple[_Side, _Side]]) -> int:
-    """The pair whose scores are spread most."""
-    return max(
-        range(len(sides)), key=lambda i: sum(float(s.known.square().mean()) if len(s.known) else 0.0 for s in sides[i])
-    )
+def _widest(sides: Sides, final: bool) -> int:
+    """The pair whose scores are spread most, or whose final weights are farthest from 1."""
+    neutral = 1.0 if final else 0.0
+
+    def spread(side: _Side) -> float:
+        return float((side.known - neutral).square().mean()) if len(side.known) else 0.0
+
+    return max(range(len(sides)), key=lambda i: sum(spread(side) for side in sides[i]))
 
 
-def _summary(sides: Sequence[_Side]) -> SideSummary:
-    scores = torch.cat([side.shown for side in sides])
+def _summary(sides: Sequence[_Side], how: Weighing) -> SideSummary:
     weights = torch.cat([side.weights for side in sides])
     if not len(weights):
         raise DataError("no token of this split is scored")
+    scores = None if how.recipe.final else torch.cat([side.shown for side in sides])
+    adjusted = torch.cat([side.adjusted for side in sides]) if how.recipe.steps else None
     sizes = [
         float(w.sum() ** 2 / (w.square().sum() * len(w))) for w in (s.weights for s in sides) if w.square().sum() > 0
     ]
@@ -252,8 +202,10 @@ def _summary(sides: Sequence[_Side]) -> SideSummary:
     return SideSummary(
         tokens=sum(len(side.ids) for side in sides),
         unscored=sum(len(side.ids) - len(side.known) for side in sides),
-        mean_score=float(scores.mean()),
-        sd_score=float(scores.std(correction=0)),
+        mean_score=_mean(scores),
+        sd_score=_spread(scores),
+        mean_adjusted=_mean(adjusted),
+        sd_adjusted=_spread(adjusted),
         mean_weight=float(weights.mean()),
         sd_weight=float(weights.std(correction=0)),
         min_weight=float(weights.min()),
@@ -263,24 +215,35 @@ def _summary(sides: Sequence[_Side]) -> SideSummary:
     )
 
 
+def _mean(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.mean())
+
+
+def _spread(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.std(correction=0))
+
+
 def _extreme_tokens(
     sides: Iterable[tuple[_Side, _Side]], tokenizer: Tokenizer, top: int, min_count: int
 ) -> tuple[list[TokenSummary], list[TokenSummary]]:
-    """Tokens with the highest and the lowest mean score over both sides."""
-    scores: dict[int, list[float]] = defaultdict(list)
+    """Tokens with the highest and the lowest mean score after the steps, or final weight, over both sides."""
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for both in sides:
         for side in both:
-            for token, r in zip(side.ids, side.scores.tokens, strict=True):
-                if r is not None:
-                    scores[token].append(r)
-    frequent = {token: values for token, values in scores.items() if len(values) >= min_count}
-    ranked = sorted(frequent, key=lambda token: (-statistics.fmean(frequent[token]), token))
+            scored = (token for token, r in zip(side.ids, side.scores.tokens, strict=True) if r is not None)
+            values = zip(side.adjusted.tolist(), side.values("weights").tolist(), strict=True)
+            for token, value in zip(scored, values, strict=True):
+                found[token].append(value)
+    means = {
+        token: [statistics.fmean(column) for column in zip(*values, strict=True)]
+        for token, values in found.items()
+        if len(values) >= min_count
+    }
+    ranked = sorted(means, key=lambda token: (-means[token][0], token))
 
     def summaries(tokens: Sequence[int]) -> list[TokenSummary]:
         texts = tokenizer.pieces(tokens)
-        return [
-            TokenSummary(x, len(frequent[t]), statistics.fmean(frequent[t])) for t, x in zip(tokens, texts, strict=True)
-        ]
+        return [TokenSummary(x, len(found[t]), *means[t]) for t, x in zip(tokens, texts, strict=True)]
 
     return summaries(ranked[:top]), summaries(ranked[::-1][:top])
 
@@ -289,22 +252,21 @@ def _curve(sides: Sequence[_Side], show: str) -> list[float]:
     """Mean by relative position in the response."""
     sums, counts = torch.zeros(_CURVE_BINS), torch.zeros(_CURVE_BINS)
     for side in sides:
-        values = (side.weights if show == "weights" else side.known)[: len(side.known)]
+        values = side.values(show)
         bins = (torch.arange(len(values)) * _CURVE_BINS // max(1, len(values))).long()
         sums.index_add_(0, bins, values)
         counts.index_add_(0, bins, torch.ones_like(values))
     return (sums / counts.clamp(min=1)).tolist()
 
 
-def _scale(sides: Sequence[tuple[_Side, _Side]], show: str) -> tuple[bool, float]:
+def _scale(sides: Sides, show: str) -> tuple[bool, float]:
     """Whether the colour scale is logarithmic, and its half width. The EOS is left out: it may be set to zero."""
-    every = [side for both in sides for side in both]
-    if show == "scores":
-        return False, _percentile(torch.cat([side.known for side in every]).abs())
-    weights = torch.cat([side.weights[: len(side.known)] for side in every])
-    if bool((weights > 0).all()):
-        return True, _percentile(weights.log().abs())
-    return False, _percentile((weights - 1).abs())
+    values = torch.cat([side.values(show) for both in sides for side in both])
+    if show != "weights":
+        return False, _percentile(values.abs())
+    if bool((values > 0).all()):
+        return True, _percentile(values.log().abs())
+    return False, _percentile((values - 1).abs())
 
 
 def _percentile(sizes: Tensor) -> float:
@@ -312,26 +274,31 @@ def _percentile(sizes: Tensor) -> float:
     return max(float(ordered[int(0.99 * (len(ordered) - 1))]), 1e-6)
 
 
-def _view(pair: Pair, both: tuple[_Side, _Side], tokenizer: Tokenizer) -> PairView:
-    chosen, rejected = (_tokens(side, tokenizer) for side in both)
+def _view(pair: Pair, both: tuple[_Side, _Side], tokenizer: Tokenizer, final: bool) -> PairView:
+    chosen, rejected = (_tokens(side, tokenizer, final) for side in both)
     return PairView(pair.index, pair.row.where, pair.prompt, chosen, rejected)
 
 
-def _tokens(side: _Side, tokenizer: Tokenizer) -> list[Token]:
-    weights = side.weights.tolist()
-    hit = iter(side.clipped.tolist())
-    made, known = [], 0
-    for position, (token, text, r) in enumerate(
+def _tokens(side: _Side, tokenizer: Tokenizer, final: bool) -> list[Token]:
+    def token(position: int, at: int, text: str, kind: str, *values: float | None, hit: bool = False) -> Token:
+        score, adjusted, weight = values
+        scores = (None, None) if final else (score, adjusted)
+        return Token(position, at, text, kind, scores[0], scores[1], weight, hit)
+
+    columns = (side.known, side.adjusted, side.values("weights"), side.clipped)
+    rows = iter(zip(*(column.tolist() for column in columns), strict=True))
+    made = []
+    for position, (at, text, r) in enumerate(
         zip(side.ids, tokenizer.pieces(side.ids), side.scores.tokens, strict=True)
     ):
         if r is None:
-            made.append(Token(position, token, text, "unscored", None, None, False))
-            continue
-        made.append(Token(position, token, text, "text", r, weights[known], next(hit)))
-        known += 1
-    if len(weights) > known:
-        eos = tokenizer.eos
-        made.append(Token(len(side.ids), eos, tokenizer.pieces([eos])[0], "eos", side.scores.eos, weights[-1], False))
+            made.append(token(position, at, text, "unscored", None, None, None))
+        else:
+            *values, hit = next(rows)
+            made.append(token(position, at, text, "text", *values, hit=hit))
+    if len(side.weights) > len(side.known):
+        text, weight = tokenizer.pieces([tokenizer.eos])[0], float(side.weights[-1])
+        made.append(token(len(side.ids), tokenizer.eos, text, "eos", side.scores.eos, side.eos_adjusted, weight))
     return made
 
 

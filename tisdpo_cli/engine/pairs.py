@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_manifest, read_scores, require_scores, unscored_needed
+from tisdpo_cli.data.scored import check_meaning, read_manifest, require_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
 from tisdpo_cli.engine.splits import Split, read_split, trainable
 from tisdpo_cli.engine.training import Made, Ready, claim_output, describe, finished, plan_training, run_training
+from tisdpo_cli.engine.weighing import Weighing, fit_centers, weighing
 from tisdpo_cli.errors import DataError, ModelError, TrainingError
-from tisdpo_cli.files import sha256
-from tisdpo_cli.losses import pair_losses, response_sums
+from tisdpo_cli.losses import Loss, pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
-from tisdpo_cli.scoring import TokenScorer, collate, score
+from tisdpo_cli.scoring import TokenScorer, collate, compare
 from tisdpo_cli.settings.commands import Train, TrainPairs, TrainReverse
-from tisdpo_cli.weights import Recipe, Side, Stream, response_weights
+from tisdpo_cli.steps import Centers, Context
+from tisdpo_cli.weights import Recipe, Side
 
 # In float32 the policy and its reference are the same function before the first update.
 _STEP0_TOLERANCE = 1e-4
@@ -34,6 +33,7 @@ _STEP0_TOLERANCE = 1e-4
 _REWARDS = ("chosen", "rejected", "margins", "accuracies")
 _PLAIN = ("loss", *(f"rewards/{name}" for name in _REWARDS), "logps/chosen", "logps/rejected")
 _WEIGHTED = tuple(f"weighted_rewards/{name}" for name in _REWARDS)
+_KL = ("kl/chosen", "kl/rejected", "kl/margins")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WeightedPair:
 
 
 class PairTask:
-    """The (token-weighted) DPO loss over pairs: what one forward pass computes.
+    """A preference objective over pairs: what one forward pass computes.
 
     Attributes:
         metrics: names of the sums that `forward` gives, in order.
@@ -55,11 +55,12 @@ class PairTask:
     unit = "pairs"
 
     def __init__(
-        self, pairs: Sequence[WeightedPair], reference: nn.Module, beta: float, pad: int, device: torch.device
+        self, pairs: Sequence[WeightedPair], reference: TokenScorer, loss: Loss, pad: int, device: torch.device
     ) -> None:
-        self.pairs, self.reference, self.beta, self.pad, self.device = pairs, reference, beta, pad, device
+        self.pairs, self.reference, self.loss, self.pad, self.device = pairs, reference, loss, pad, device
         self.weighted = any(pair.chosen_weights is not None for pair in pairs)
-        self.metrics: tuple[str, ...] = _PLAIN + (_WEIGHTED if self.weighted else ())
+        computes_kl = loss.needs.divergence is not None
+        self.metrics: tuple[str, ...] = _PLAIN + (_WEIGHTED if self.weighted else ()) + (_KL if computes_kl else ())
         self.costs: list[int] = [pair.tokens.tokens for pair in pairs]
 
     def where(self, example: int) -> str:
@@ -76,15 +77,17 @@ class PairTask:
         sides: list[tuple[Sequence[int], Response]] = [(p.tokens.prompt, p.tokens.chosen) for p in pairs]
         sides += [(p.tokens.prompt, p.tokens.rejected) for p in pairs]
         batch = collate([(prompt, response.ids) for prompt, response in sides], self.pad).to(self.device)
-        logps = score(scorer, batch)
-        with torch.no_grad():
-            ref_logps = score(self.reference, batch)
-        result = pair_losses(logps, ref_logps, self._weights(pairs, logps), batch.owner, len(pairs), self.beta)
-        sums = response_sums(logps.detach(), batch.owner, len(sides))
+        compared = compare(scorer, self.reference, batch, self.loss.needs.divergence)
+        weights = self._weights(pairs, compared.logps)
+        result = pair_losses(*compared, weights, batch.owner, len(pairs), self.loss)
+        logps = response_sums(compared.logps.detach(), batch.owner, len(sides))
         r = result.rewards
-        columns = [result.losses.detach(), *_rewards(r.chosen, r.rejected), sums[: len(pairs)], sums[len(pairs) :]]
+        columns = [result.losses.detach(), *_rewards(r.chosen, r.rejected), *_halves(logps)]
         if self.weighted:
             columns += _rewards(r.weighted_chosen, r.weighted_rejected)
+        if result.kl is not None:
+            chosen, rejected = _halves(result.kl)
+            columns += [chosen, rejected, chosen - rejected]
         return result.losses.sum(), torch.stack([column.double().sum() for column in columns])
 
     def _weights(self, pairs: Sequence[WeightedPair], like: Tensor) -> Tensor:
@@ -92,6 +95,11 @@ class PairTask:
             return torch.ones_like(like)
         parts = [pair.chosen_weights for pair in pairs] + [pair.rejected_weights for pair in pairs]
         return torch.cat([part for part in parts if part is not None]).to(like.device)
+
+
+def _halves(of_both: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected of values [2B]."""
+    return of_both[: len(of_both) // 2], of_both[len(of_both) // 2 :]
 
 
 def _rewards(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
@@ -137,7 +145,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             policy,
             tokenizer,
             settings.optim.learning_rate,
-            lambda loss: _check_step0(loss, settings.ref_model is None, runtime.reporter),
+            lambda loss: _check_step0(loss, settings.method.objective(), settings.ref_model is None, runtime.reporter),
         )
 
 
@@ -166,7 +174,7 @@ def _tasks(
     scorer = TokenScorer(reference.to(runtime.device).requires_grad_(False), autocast_dtype(precision))
 
     def task(pairs: list[WeightedPair]) -> PairTask:
-        return PairTask(pairs, scorer, settings.method.beta, tokenizer.pad, runtime.device)
+        return PairTask(pairs, scorer, settings.method.objective(), tokenizer.pad, runtime.device)
 
     return task(train), task(held) if held else None
 
@@ -177,23 +185,27 @@ def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None
         f"policy = {settings.model} ({size / 1e6:.1f} M parameters, trainable), reference = "
         f"{settings.ref_model or settings.model} (frozen), dropout off"
     )
+    loss = settings.method.objective()
+    left_out = "; the reference is read for the metrics alone" if not loss.needs.reference else ""
+    reporter.note(f"loss = {loss.describe()}: {loss.objective.help}{left_out}")
     if isinstance(settings, TrainReverse):
         reporter.note("reverse: in all metrics 'chosen' is the side preferred here, the dataset's rejected column")
 
 
-def _check_step0(loss: float, same_start: bool, reporter: Reporter) -> None:
-    """Before any update the margins are 0 and the loss is ln 2, or something is wrong with the models."""
-    expected = math.log(2)
-    if not same_start:
-        reporter.note(f"step-0 loss {loss:.4f} (policy and reference differ)")
+def _check_step0(value: float, loss: Loss, same_start: bool, reporter: Reporter) -> None:
+    """Before any update the margins are 0 and the loss has its value there, or something is wrong with the models."""
+    expected = loss.at_the_start()
+    if expected is None or not same_start:
+        why = "it leaves the reference out" if expected is None else "policy and reference differ"
+        reporter.note(f"step-0 loss {value:.4f} ({why})")
         return
-    if not abs(loss - expected) <= _STEP0_TOLERANCE:
+    if not abs(value - expected) <= _STEP0_TOLERANCE * max(1.0, expected):
         raise TrainingError(
-            f"the loss before the first update is {loss:.6f}, not ln 2 = {expected:.4f}: policy and reference do not "
-            "agree though they are the same model",
+            f"the loss before the first update is {value:.6f}, not {loss.objective.start} = {expected:.4f}: policy and "
+            "reference do not agree though they are the same model",
             fix="the model is not deterministic in evaluation mode; look for active dropout or noise in its code",
         )
-    reporter.note(f"step-0 loss {loss:.4f} = ln 2 as expected")
+    reporter.note(f"step-0 loss {value:.4f} = {loss.objective.start} as expected")
 
 
 def _prepare(
@@ -202,16 +214,22 @@ def _prepare(
     """The pairs to train, and those to evaluate."""
     for notice in tokenizer.notices:
         reporter.note(notice)
-    train = _weighted_pairs(settings, read_split(files["train"], settings.data, tokenizer), tokenizer, reporter)
+    train = read_split(files["train"], settings.data, tokenizer)
+    centers = None
+    if isinstance(settings, Train):
+        tokens = [(pair.chosen.uncut, pair.rejected.uncut) for pair in train.encoded]
+        centers = fit_centers(settings.weights, train.pairs, tokens)
     wanted = settings.evaluation.eval_pairs
-    if "test" not in files or wanted == 0:
-        return train, []
-    return train, _weighted_pairs(
-        settings, read_split(files["test"], settings.data, tokenizer, wanted), tokenizer, reporter
-    )
+    splits = [train]
+    if "test" in files and wanted:
+        splits.append(read_split(files["test"], settings.data, tokenizer, wanted))
+    made = [_weighted_pairs(settings, split, tokenizer, centers, reporter) for split in splits]
+    return made[0], made[1] if len(made) > 1 else []
 
 
-def _weighted_pairs(settings: TrainPairs, split: Split, tokenizer: Tokenizer, reporter: Reporter) -> list[WeightedPair]:
+def _weighted_pairs(
+    settings: TrainPairs, split: Split, tokenizer: Tokenizer, centers: Centers | None, reporter: Reporter
+) -> list[WeightedPair]:
     kept, dropped = trainable(split)
     for notice in (*split.notices, *dropped):
         reporter.note(notice)
@@ -219,76 +237,61 @@ def _weighted_pairs(settings: TrainPairs, split: Split, tokenizer: Tokenizer, re
         return [WeightedPair(pair.swapped()) for pair in kept]
     if not isinstance(settings, Train):
         return [WeightedPair(pair) for pair in kept]
-    return _with_weights(settings, split, kept, tokenizer, reporter)
-
-
-def _with_weights(
-    settings: Train, split: Split, kept: list[EncodedPair], tokenizer: Tokenizer, reporter: Reporter
-) -> list[WeightedPair]:
-    """Scores of the file become weights; rows are checked one by one and all faults are told together."""
-    require_scores((pair.row for pair in split.pairs), str(split.path))
-    manifest = read_manifest(Path(settings.dataset).expanduser())
-    if manifest is not None and manifest.get("tokenizer") != tokenizer.digest:
-        raise DataError(
-            "was scored with another tokenizer than this model's",
-            where=settings.dataset,
-            fix="score it again with models that share the tokenizer",
-        )
-    for notice in _changed_since(split, manifest or {}):
-        reporter.note(notice)
-    eos_scores = hold_eos_scores(split.pairs[pair.index].row for pair in kept)
-    recipe = settings.weights.recipe(eos_scores)
-    reporter.note(f"{split.path.name}: weights by {recipe.describe()}" + _why_eos(settings, eos_scores))
+    _check_scored(settings, split, tokenizer, reporter)
+    how = weighing(settings.weights, settings.seed, tokenizer, [split.pairs[pair.index] for pair in kept], centers)
+    reporter.note(f"{split.path.name}: weights by {how.recipe.describe()}" + _why_eos(settings, how.recipe))
     weighted, bad = [], []
-    for pair in kept:
-        made = _weigh(split, pair, recipe, settings.seed)
+    contexts = how.contexts_of_pairs([split.pairs[pair.index] for pair in kept])
+    for pair, both in zip(kept, contexts, strict=True):
+        made = _weigh(split, pair, how, both)
         bad.append(made) if isinstance(made, BadRow) else weighted.append(made)
     for line in stop_or_skip(bad, len(kept), settings.data.on_bad_row):
         reporter.warn(line)
     return weighted
 
 
-def _changed_since(split: Split, manifest: dict[str, Any]) -> list[str]:
-    """A notice where the file is no longer as it was scored; that is the user's right."""
-    counts = manifest.get("counts")
-    known = counts.get(split.path.stem) if isinstance(counts, dict) else None
-    if not isinstance(known, dict) or known.get("sha256") == sha256(split.path):
-        return []
-    return [
-        f"{split.path.name} has changed since it was scored ({known.get('rows')} rows then, {len(split.pairs)} now)"
-    ]
+def _check_scored(settings: Train, split: Split, tokenizer: Tokenizer, reporter: Reporter) -> None:
+    """The file holds what the settings say it does, made with this tokenizer."""
+    final = settings.weights.weights_are == "final"
+    require_scores((pair.row for pair in split.pairs), str(split.path), final)
+    manifest = read_manifest(Path(settings.dataset).expanduser())
+    if manifest is None:
+        return
+    if manifest.get("tokenizer") != tokenizer.digest:
+        raise DataError(
+            "was scored with another tokenizer than this model's",
+            where=settings.dataset,
+            fix="score it again with models that share the tokenizer",
+        )
+    changed = check_meaning(manifest, split.path, final)
+    if changed:
+        reporter.note(changed)
 
 
-def _why_eos(settings: Train, eos_scores: bool) -> str:
+def _why_eos(settings: Train, recipe: Recipe) -> str:
     if settings.weights.eos_weight != "auto":
         return ""
-    return " (auto: the file holds EOS scores)" if eos_scores else " (auto: the file holds no EOS scores)"
+    what = "weights" if recipe.final else "scores"
+    return f" (auto: the file holds {'' if recipe.eos_weight == 'score' else 'no '}EOS {what})"
 
 
-def _weigh(split: Split, pair: EncodedPair, recipe: Recipe, seed: int) -> WeightedPair | BadRow:
-    row, weights = split.pairs[pair.index].row, []
+def _weigh(split: Split, pair: EncodedPair, how: Weighing, contexts: tuple[Context, Context]) -> WeightedPair | BadRow:
+    weights = []
     sides: tuple[tuple[Side, Response], ...] = (("chosen", pair.chosen), ("rejected", pair.rejected))
-    for side, response in sides:
-        scores = read_scores(row, side, response.uncut, "this model's tokenizer")
+    for (side, response), context in zip(sides, contexts, strict=True):
+        scores = how.read(split.pairs[pair.index], side, response.uncut, "this model's tokenizer")
         if isinstance(scores, BadRow):
             return scores
-        needs_eos = response.has_eos and recipe.eos_weight == "score"
+        needs_eos = response.has_eos and how.recipe.eos_weight == "score"
         missing = unscored_needed(scores, response.kept, needs_eos)
         if missing:
             return BadRow(
-                row.where,
+                pair.where,
                 f"{side}: {missing}; score with this --max-length and --max-prompt-length, or train with "
                 "those of estimate.json",
             )
-        weights.append(side_weights(scores, response.kept, response.has_eos, recipe, Stream(seed, pair.index, side)))
+        weights.append(how.weights(scores, response.kept, response.has_eos, pair.index, side, context))
     return WeightedPair(pair, *weights)
-
-
-def side_weights(scores: Scores, kept: int, has_eos: bool, recipe: Recipe, stream: Stream) -> Tensor:
-    """Weights [kept + EOS] float32 of one response from its scores."""
-    known = torch.tensor([r for r in scores.tokens if r is not None], dtype=torch.float32)
-    eos = None if scores.eos is None else torch.tensor([scores.eos], dtype=torch.float32)
-    return response_weights(known, eos, kept, has_eos, recipe, stream)
 
 
 def _show_first(reporter: Reporter, pair: WeightedPair, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.engine.estimate import estimate
-from tisdpo_cli.engine.inspect import Inspection, inspect_weights
+from tisdpo_cli.engine.facts import Inspection
+from tisdpo_cli.engine.inspect import inspect_weights
 from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.sft import train_sft
@@ -18,6 +19,8 @@ _TITLES = {
     "train_sft": "starting model (SFT)",
     "train_dpo": "forward contrastive model π⁺ (DPO)",
     "train_reverse": "reverse contrastive model π⁻ (DPO, pairs swapped)",
+    "sft_chosen": "positive contrastive model π⁺ (SFT on chosen)",
+    "sft_rejected": "negative contrastive model π⁻ (SFT on rejected)",
     "estimate": "token scores r = log π⁺ − log π⁻",
     "train": "policy with the token-weighted loss (TIS-DPO)",
 }
@@ -46,10 +49,10 @@ def run(settings: Run, reporter: Reporter) -> PipelineMade:
         TisdpoError: what stopped a stage.
     """
     stages: dict[str, Made] = {}
-    todo = [name for name in _TITLES if getattr(settings, name) is not None]
-    for number, name in enumerate(todo, start=1):
+    todo = settings.stages()
+    for number, (name, stage) in enumerate(todo.items(), start=1):
         reporter.stage(f"{number}/{len(todo)} {name.replace('_', '-')}: {_TITLES[name]}")
-        stages[name] = _stage(getattr(settings, name), reporter)
+        stages[name] = _stage(stage, reporter)
     return PipelineMade(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights))
 
 

@@ -21,7 +21,8 @@ def check(settings: Command) -> None:
     """
     trust = getattr(settings, "trust_remote_code", False)
     if isinstance(settings, Run):
-        trust = (settings.train_sft or settings.train_dpo).trust_remote_code
+        first = next(iter(settings.stages().values()))
+        trust = getattr(first, "trust_remote_code", False)
     for name in _DATASETS:
         dataset = getattr(settings, name, None)
         if dataset is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -23,8 +23,11 @@ from tisdpo_cli.settings.groups import (
     SftOptim,
     Weights,
 )
+from tisdpo_cli.templates import TEMPLATES, template_text
 
 _MODEL = "Model"
+# The two sides of the contrast that scores are made of.
+CONTRAST = ("forward", "reverse")
 _RUNTIME = "Runtime"
 
 
@@ -103,6 +106,11 @@ def _remote_code() -> Any:
     return setting(False, "run code that comes with the model", _MODEL)
 
 
+def _template_help(side: str, default: str) -> str:
+    names = ", ".join(TEMPLATES)
+    return f"prompt of the {side} side: {names}, or text with {{}} for the prompt ({default} with --model)"
+
+
 def _dry_run() -> Any:
     return setting(
         False, "check everything, show the plan and the first row, train nothing", _RUNTIME, shapes_result=False
@@ -142,6 +150,12 @@ class Train(TrainPairs):
     dataset: PathText = _path_input("scored dataset, from `tisdpo estimate`", "Data", "-d")
     weights: Weights = Weights()
 
+    @model_validator(mode="after")
+    def _loss_takes_weights(self) -> Train:
+        if not self.method.objective().objective.takes_weights:
+            raise ValueError(f"loss {self.method.loss} takes no token weights; train it with train-dpo")
+        return self
+
 
 class TrainSft(Command):
     """Train a starting model by supervised fine-tuning, or make one from the data with --init."""
@@ -166,13 +180,17 @@ class TrainSft(Command):
     overwrite: bool = _overwrite()
     dry_run: bool = _dry_run()
 
+    @classmethod
+    def new_model_shape(cls) -> dict[str, int]:
+        """The settings that shape a new model, with their defaults."""
+        return {name: cls.model_fields[name].default for name in ("vocab_size", "hidden_size", "layers", "heads")}
+
     @model_validator(mode="after")
     def _one_start(self) -> TrainSft:
         if self.init == (self.model is not None):
             raise ValueError("give either --model PATH or --init")
         if not self.init:
-            shape = ("vocab_size", "hidden_size", "layers", "heads")
-            idle = [name for name in shape if getattr(self, name) != type(self).model_fields[name].default]
+            idle = [name for name, default in self.new_model_shape().items() if getattr(self, name) != default]
             if idle:
                 raise ValueError(f"{', '.join(idle)} shape a new model and need --init")
         elif self.vocab_size < 258:
@@ -188,10 +206,18 @@ class TrainSft(Command):
 
 
 class Estimate(Command):
-    """Score every response token under both contrastive models and write the dataset back with the scores."""
+    """Score every response token under both contrastive models and write the dataset back with the scores.
 
-    forward: PathText = _path_input("forward contrastive model π⁺, from `tisdpo train-dpo`", _MODEL)
-    reverse: PathText = _path_input("reverse contrastive model π⁻, from `tisdpo train-reverse`", _MODEL)
+    The two are --forward and --reverse, or one --model under two prompt templates.
+    """
+
+    forward: PathText | None = _path_input("positive model π⁺, from `tisdpo train-dpo`", _MODEL, default=None)
+    reverse: PathText | None = _path_input("negative model π⁻, from `tisdpo train-reverse`", _MODEL, default=None)
+    model: PathText | None = _path_input(
+        "one model for both, told apart by the templates", _MODEL, "-m", "--model-name-or-path", default=None
+    )
+    positive_template: str | None = setting(None, _template_help("forward", "harmless"), _MODEL, metavar="NAME|TEXT")
+    negative_template: str | None = setting(None, _template_help("reverse", "harmful"), _MODEL, metavar="NAME|TEXT")
     trust_remote_code: bool = _remote_code()
     dataset: PathText = _path_input("preference pairs to score: JSONL file, directory or hub id", "Data", "-d")
     output_dir: PathText = output_setting()
@@ -206,6 +232,38 @@ class Estimate(Command):
     )
     overwrite: bool = _overwrite()
 
+    def templates(self) -> dict[str, str]:
+        """The text of the template of each side; a plain prompt where two models make the contrast."""
+        defaults = ("plain", "plain") if self.model is None else ("harmless", "harmful")
+        chosen = (self.positive_template or defaults[0], self.negative_template or defaults[1])
+        return dict(zip(CONTRAST, map(template_text, chosen), strict=True))
+
+    def models(self) -> dict[str, str]:
+        """The option and the path of each side's model."""
+        if self.model is not None:
+            return dict.fromkeys(CONTRAST, self.model)
+        assert self.forward is not None
+        assert self.reverse is not None
+        return {"forward": self.forward, "reverse": self.reverse}
+
+    @field_validator("positive_template", "negative_template")
+    @classmethod
+    def _is_a_template(cls, value: str | None) -> str | None:
+        if value is not None:
+            template_text(value)
+        return value
+
+    @model_validator(mode="after")
+    def _two_sides(self) -> Estimate:
+        pair = (self.forward is not None) + (self.reverse is not None)
+        if self.model is None and pair < 2:
+            missing = [f"--{side}" for side in CONTRAST if getattr(self, side) is None]
+            verb = "are" if len(missing) > 1 else "is"
+            raise ValueError(f"{' and '.join(missing)} {verb} needed, or one --model for both sides")
+        if self.model is not None and pair:
+            raise ValueError("give --forward and --reverse, or one --model for both sides, not all")
+        return self
+
 
 class InspectWeights(Command):
     """Show what the weights say: a summary of the file, and a pair token by token."""
@@ -217,12 +275,20 @@ class InspectWeights(Command):
     index: NonNegativeInt | None = setting(
         None, "pair to show (0 is the first; the one with the largest spread)", "View", "-i"
     )
-    show: Literal["weights", "scores"] = setting("weights", "colour tokens by weight or by score r", "View")
+    show: Literal["weights", "scores", "adjusted"] = setting(
+        "weights", "colour tokens by weight, by score r, or by r after the steps", "View"
+    )
     top: PositiveInt = setting(8, "tokens in the lists of highest and lowest", "View")
     svg: PathText | None = setting(None, "write the view as a picture too", "View", shapes_result=False, metavar="FILE")
     min_count: PositiveInt = setting(5, "occurrences a token needs to be in these lists", "View")
     seed: Seed = _seed()
     weights: Weights = Weights()
+
+    @model_validator(mode="after")
+    def _shows_what_there_is(self) -> InspectWeights:
+        if self.weights.weights_are == "final" and self.show != "weights":
+            raise ValueError("a file of final weights holds no scores to show")
+        return self
 
 
 class Stages(Command):
@@ -231,6 +297,12 @@ class Stages(Command):
     model: PathText | None = _path_input("starting model (without a train_sft section)", _MODEL, "-m", default=None)
     dataset: PathText = _path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
     output_dir: PathText = output_setting()
+    method: Literal["dpo", "sft", "prompt"] = setting(
+        "dpo",
+        "contrastive models: forward and reverse DPO, SFT on chosen and on rejected, or one model with two prompts",
+        "Stages",
+        shapes_result=False,
+    )
     overwrite: bool = setting(
         False, "make stages again whose settings or inputs have changed", _RUNTIME, shapes_result=False
     )
@@ -243,11 +315,18 @@ class Run(Stages):
     seed: Seed = setting(0, "seed of every stage", "Stages")
     dtype: Dtype = setting("auto", "precision of every stage", "Stages")
     train_sft: TrainSft | None = None
-    train_dpo: TrainDpo
-    train_reverse: TrainReverse
+    train_dpo: TrainDpo | None = None
+    train_reverse: TrainReverse | None = None
+    sft_chosen: TrainSft | None = None
+    sft_rejected: TrainSft | None = None
     estimate: Estimate
     train: Train
     inspect_weights: InspectWeights
+
+    def stages(self) -> dict[str, Command]:
+        """The stages that make something, in order."""
+        every = {name: getattr(self, name) for name in STAGES if name != "inspect_weights"}
+        return {name: settings for name, settings in every.items() if settings is not None}
 
 
 COMMANDS: dict[str, type[Command]] = {
@@ -260,13 +339,17 @@ COMMANDS: dict[str, type[Command]] = {
     "train-sft": TrainSft,
 }
 
-# The stages of `run`, in order.
-STAGES: tuple[str, ...] = ("train_sft", "train_dpo", "train_reverse", "estimate", "train", "inspect_weights")
-
-
-def stage_command(stage: str) -> type[Command]:
-    """The settings model of a stage of `run`."""
-    return COMMANDS[stage.replace("_", "-")]
+# The stages of `run`, in order, each with the settings of its command.
+STAGES: dict[str, type[Command]] = {
+    "train_sft": TrainSft,
+    "train_dpo": TrainDpo,
+    "train_reverse": TrainReverse,
+    "sft_chosen": TrainSft,
+    "sft_rejected": TrainSft,
+    "estimate": Estimate,
+    "train": Train,
+    "inspect_weights": InspectWeights,
+}
 
 
 def leaf_paths(command: type[Command]) -> dict[str, FieldInfo]:
@@ -282,4 +365,4 @@ def leaf_paths(command: type[Command]) -> dict[str, FieldInfo]:
     return paths
 
 
-__all__ = ["COMMANDS", "STAGES", "Command", "Run", "leaf_paths", "stage_command"]
+__all__ = ["COMMANDS", "STAGES", "Command", "Run", "leaf_paths"]

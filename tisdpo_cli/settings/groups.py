@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import create_model, model_validator
 
+from tisdpo_cli.losses import OBJECTIVES, Loss, loss
+from tisdpo_cli.params import Param
 from tisdpo_cli.settings.fields import (
     FiniteFloat,
     Group,
@@ -15,7 +18,8 @@ from tisdpo_cli.settings.fields import (
     PositiveInt,
     setting,
 )
-from tisdpo_cli.weights import PRESETS, TRANSFORMS, Recipe, recipe
+from tisdpo_cli.steps import STEPS
+from tisdpo_cli.weights import PRESETS, TRANSFORMS, EosWeight, Recipe, final_recipe, recipe
 
 Dtype = Literal["auto", "float32", "bf16"]
 
@@ -62,10 +66,70 @@ class SftData(Data):
         return self
 
 
-class Method(Group):
-    """The preference loss."""
+# Options from registries ---------------------------------------------------------------------------------------
 
+Uses = list[tuple[str, Param]]
+
+
+def _uses(registry: Mapping[str, Mapping[str, Param]]) -> dict[str, Uses]:
+    """Every parameter of the entries of a registry by name, each once, with the entries that have it."""
+    names = dict.fromkeys(name for params in registry.values() for name in params)
+    return {name: [(entry, params[name]) for entry, params in registry.items() if name in params] for name in names}
+
+
+def _parameter_fields(registry: Mapping[str, Mapping[str, Param]], panel: str) -> dict[str, Any]:
+    """Fields, as `create_model` takes them, for all parameters in a registry. Unset is None, or False for a flag."""
+    return {name: _parameter_field(uses, panel) for name, uses in _uses(registry).items()}
+
+
+def _parameter_field(uses: Uses, panel: str) -> tuple[Any, Any]:
+    param = uses[0][1]
+    if isinstance(param.default, bool):
+        return bool, setting(False, f"{param.help} ({', '.join(entry for entry, _ in uses)})", panel)
+    if param.choices:
+        return Literal[param.choices] | None, setting(None, param.help, panel)
+    defaults = ", ".join(f"{entry} {p.default:g}" for entry, p in uses if p.default is not None)
+    return FiniteFloat | None, setting(None, f"{param.help} ({defaults})" if defaults else param.help, panel)
+
+
+def _given(group: Group, names: Iterable[str]) -> dict[str, Any]:
+    """The parameters of a group that were given."""
+    values = {name: getattr(group, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+_OBJECTIVE_PARAMS = {name: entry.params for name, entry in OBJECTIVES.items()}
+_TRANSFORM_PARAMS = {name: entry.params for name, entry in TRANSFORMS.items()}
+_STEP_PARAMS = {"steps": {name: step.param for name, step in STEPS.items()}}
+
+
+class MethodChoice(Group):
+    """Which objective is trained; its parameters are added from the registry of objectives."""
+
+    loss: Literal[tuple(OBJECTIVES)] = setting(  # type: ignore[valid-type]
+        "dpo", "the objective; dpo with token weights is TIS-DPO", "Method"
+    )
     beta: PositiveFloat = setting(0.1, "strength of the tie to the reference", "Method")
+
+    def objective(self) -> Loss:
+        """The objective with its parameters."""
+        return loss(self.loss, self.beta, _given(self, _uses(_OBJECTIVE_PARAMS)))
+
+    @model_validator(mode="after")
+    def _makes_an_objective(self) -> MethodChoice:
+        self.objective()
+        return self
+
+
+if TYPE_CHECKING:
+    Method = MethodChoice
+else:
+    Method = create_model(
+        "Method",
+        __base__=MethodChoice,
+        __doc__="The preference loss, with its parameters.",
+        **_parameter_fields(_OBJECTIVE_PARAMS, "Method"),
+    )
 
 
 # Where neither the batch size nor what it is the product of is given.
@@ -148,8 +212,11 @@ class Checkpoints(Group):
 
 
 class WeightChoice(Group):
-    """Which transform makes weights of the scores; its parameters are added from the registry of transforms."""
+    """How weights are made of the scores; steps and parameters are added from their registries."""
 
+    weights_are: Literal["scores", "final"] = setting(
+        "scores", "what the weight columns hold: scores to make weights of, or final weights", "Token weights"
+    )
     transform: Literal[tuple(TRANSFORMS)] | None = setting(  # type: ignore[valid-type]
         None, f"from scores to weights: {', '.join(TRANSFORMS)} (exp)", "Token weights"
     )
@@ -163,35 +230,36 @@ class WeightChoice(Group):
 
     def params(self) -> dict[str, float]:
         """The transform parameters that were given."""
-        chosen = {name: getattr(self, name) for name in parameter_names()}
-        return {name: value for name, value in chosen.items() if value is not None}
+        return _given(self, _uses(_TRANSFORM_PARAMS))
+
+    def steps(self) -> dict[str, Any]:
+        """The steps that were asked for."""
+        return _given(self, STEPS)
 
     def recipe(self, eos_scores: bool) -> Recipe:
         """The recipe for a file that does or does not hold EOS scores."""
-        eos = self.eos_weight
-        resolved = ("score" if eos_scores else "zero") if eos == "auto" else eos
-        return recipe(self.transform, self.preset, self.params(), self.normalize, resolved)
+        eos: EosWeight = ("score" if eos_scores else "zero") if self.eos_weight == "auto" else self.eos_weight
+        if self.weights_are == "final":
+            return final_recipe(eos)
+        return recipe(self.transform, self.preset, self.params(), self.normalize, eos, self.steps())
 
     @model_validator(mode="after")
     def _makes_a_recipe(self) -> WeightChoice:
+        made = {**self.params(), **self.steps(), **_given(self, ("transform", "preset"))}
+        idle = [*made, *(["normalize"] if self.normalize != "none" else [])]
+        if self.weights_are == "final" and idle:
+            raise ValueError(f"final weights are taken as they are: leave out {', '.join(idle)}")
         self.recipe(eos_scores=True)
         return self
 
 
-def parameter_names() -> list[str]:
-    """Names of all parameters of all transforms, each once."""
-    return list(dict.fromkeys(name for entry in TRANSFORMS.values() for name in entry.params))
-
-
-def _parameter_field(name: str) -> tuple[Any, Any]:
-    uses = [(transform, entry.params[name]) for transform, entry in TRANSFORMS.items() if name in entry.params]
-    defaults = ", ".join(f"{transform} {param.default:g}" for transform, param in uses)
-    return FiniteFloat | None, setting(None, f"{uses[0][1].help} ({defaults})", "Token weights")
-
-
-Weights = create_model(
-    "Weights",
-    __base__=WeightChoice,
-    __doc__="Which transform makes weights of the scores, with its parameters.",
-    **{name: _parameter_field(name) for name in parameter_names()},  # type: ignore[call-overload]
-)
+if TYPE_CHECKING:
+    Weights = WeightChoice
+else:
+    Weights = create_model(
+        "Weights",
+        __base__=WeightChoice,
+        __doc__="How weights are made of the scores: steps, a transform with its parameters, the end of the sequence.",
+        **_parameter_fields(_STEP_PARAMS, "Steps before the transform"),
+        **_parameter_fields(_TRANSFORM_PARAMS, "Token weights"),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from tisdpo_cli.settings.commands import STAGES, Command, Run, leaf_paths, stage_command
+from tisdpo_cli.settings.commands import STAGES, Command, Run, leaf_paths
 from tisdpo_cli.settings.fields import meta
 
 # Settings of stages that `run` decides, so that they cannot stand at its top.
@@ -34,9 +34,9 @@ def locate(command: type[Command], name: str) -> str | None:
         return path
     stage, _, rest = name.partition(".")
     if stage in STAGES:
-        inner = resolve(stage_command(stage), rest) if rest else ""
+        inner = resolve(STAGES[stage], rest) if rest else ""
         return None if inner is None else f"{stage}.{inner}"
-    shared = name.rpartition(".")[2] not in _NOT_SHARED and any(resolve(stage_command(s), name) for s in STAGES)
+    shared = name.rpartition(".")[2] not in _NOT_SHARED and any(resolve(STAGES[s], name) for s in STAGES)
     return name if shared else None
 
 
@@ -55,7 +55,7 @@ def names(command: type[Command]) -> set[str]:
     )
     if issubclass(command, Run):
         for stage in STAGES:
-            inner = names(stage_command(stage))
+            inner = names(STAGES[stage])
             known |= inner | {f"{stage}.{name}" for name in inner}
     return known
 

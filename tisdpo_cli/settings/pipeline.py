@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.settings.commands import STAGES, Stages, stage_command
+from tisdpo_cli.settings.commands import STAGES, Stages, TrainSft
 from tisdpo_cli.settings.names import resolve
 
 
@@ -23,9 +23,23 @@ _DIRECTORIES = {
     "train_sft": "sft",
     "train_dpo": "dpo",
     "train_reverse": "reverse",
+    "sft_chosen": "sft-chosen",
+    "sft_rejected": "sft-rejected",
     "estimate": "scored",
     "train": "tisdpo",
 }
+# The stages that make the contrastive models (positive, negative), for each method.
+_CONTRAST: dict[str, tuple[str, ...]] = {
+    "dpo": ("train_dpo", "train_reverse"),
+    "sft": ("sft_chosen", "sft_rejected"),
+    "prompt": (),
+}
+
+
+def planned(method: str, with_sft: bool) -> list[str]:
+    """The stages of a pipeline, in order."""
+    left_out = {stage for name, stages in _CONTRAST.items() if name != method for stage in stages}
+    return [stage for stage in STAGES if stage not in left_out and (with_sft or stage != "train_sft")]
 
 
 def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
@@ -34,22 +48,31 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
     start = at["train_sft"] if with_sft else head.model
     common = {"dataset": head.dataset, "overwrite": head.overwrite}
     # A dry run of one stage would leave the next without its input.
-    trained = {**common, "dry_run": False}
-    wired: dict[str, dict[str, Any]] = {}
-    if with_sft:
-        wired["train_sft"] = {**trained, "model": head.model, "init": head.model is None, "output_dir": at["train_sft"]}
-    for stage in ("train_dpo", "train_reverse"):
-        wired[stage] = {**trained, "model": start, "output_dir": at[stage]}
-    models = {"forward": at["train_dpo"], "reverse": at["train_reverse"]}
-    wired["estimate"] = {**common, **models, "output_dir": at["estimate"]}
-    wired["train"] = {**trained, "model": start, "dataset": at["estimate"], "output_dir": at["train"]}
-    wired["inspect_weights"] = {"scored": at["estimate"]}
-    return wired
+    trained = {**common, "dry_run": False, "model": start}
+    # A contrastive model starts from what is there: what shapes a new one at the top is not meant for it.
+    tuned = {**trained, "init": False, **TrainSft.new_model_shape()}
+    positive, negative = [at[stage] for stage in _CONTRAST[head.method]] or (None, None)
+    return {
+        "train_sft": {**trained, "model": head.model, "init": head.model is None, "output_dir": at["train_sft"]},
+        "train_dpo": {**trained, "output_dir": at["train_dpo"]},
+        "train_reverse": {**trained, "output_dir": at["train_reverse"]},
+        "sft_chosen": {**tuned, "target": "chosen", "output_dir": at["sft_chosen"]},
+        "sft_rejected": {**tuned, "target": "rejected", "output_dir": at["sft_rejected"]},
+        "estimate": {
+            **common,
+            "forward": positive,
+            "reverse": negative,
+            "model": start if head.method == "prompt" else None,
+            "output_dir": at["estimate"],
+        },
+        "train": {**trained, "dataset": at["estimate"], "output_dir": at["train"]},
+        "inspect_weights": {"scored": at["estimate"]},
+    }
 
 
 def stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: list[str]) -> Layer:
     """What a layer says of a stage. Its own section wins over the top of the same layer."""
-    command = stage_command(stage)
+    command = STAGES[stage]
     values: dict[str, Any] = {}
     for name, value in layer.values.items():
         first, _, rest = name.partition(".")

@@ -15,20 +15,21 @@ import yaml
 from pydantic import ValidationError
 
 from tisdpo_cli.errors import UsageFault
-from tisdpo_cli.settings.commands import COMMANDS, STAGES, Command, Run, Stages, leaf_paths, stage_command
+from tisdpo_cli.settings.commands import COMMANDS, STAGES, Command, Run, Stages, leaf_paths
 from tisdpo_cli.settings.fields import group_of
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
-from tisdpo_cli.settings.pipeline import Layer, stage_layer, wiring
+from tisdpo_cli.settings.pipeline import Layer, planned, stage_layer, wiring
 
 ENV_PREFIX = "TISDPO_"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings, and the source of every value that is not a default."""
+    """Settings, the source of every value that is not a default, and what to tell about them."""
 
     settings: Command
     origins: dict[str, str]
+    notices: tuple[str, ...] = ()
 
 
 def load(
@@ -84,17 +85,16 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
         Stages, [Layer(t.origin, {k: v for k, v in t.values.items() if k in leaf_paths(Stages)}) for t in tops]
     )
     assert isinstance(head.settings, Stages)
-    with_sft = head.settings.model is None or any(k.split(".")[0] == "train_sft" for la in layers for k in la.values)
-    wired = wiring(head.settings, with_sft)
+    sections = {name.partition(".")[0] for layer in layers for name in layer.values} & set(STAGES)
+    with_sft = head.settings.model is None or "train_sft" in sections
+    wired, stages_planned = wiring(head.settings, with_sft), planned(head.settings.method, with_sft)
     stages: dict[str, Command] = {}
     origins = _origins(tops)
     faults: list[str] = []
-    for stage in STAGES:
-        if stage not in wired:
-            continue
+    for stage in stages_planned:
         stage_layers = [Layer("run", wired[stage]), *(stage_layer(stage, la, wired[stage], faults) for la in layers)]
         try:
-            loaded = _build(stage_command(stage), stage_layers)
+            loaded = _build(STAGES[stage], stage_layers)
         except UsageFault as fault:
             faults += [f"{stage}: {line}" for line in (fault.details or (fault.what,))]
             continue
@@ -105,7 +105,9 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
         settings = Run(value_layers=[*(_nest(t.values) for t in tops)], **stages)  # type: ignore[arg-type, call-arg]
     except ValidationError as fault:
         _stop_at(_sentences(Run, fault))
-    return Loaded(settings, origins)
+    unused = [stage for stage in STAGES if stage in sections and stage not in stages_planned]
+    notice = f"method {head.settings.method} has no stage {' and '.join(unused)}; what is set there is not used"
+    return Loaded(settings, origins, (notice,) if unused else ())
 
 
 # One source at a time ---------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Ite
 
 
 def _is_section(command: type[Command], name: str) -> bool:
-    commands = [command, *(stage_command(stage) for stage in STAGES)] if issubclass(command, Run) else [command]
+    commands = [command, *(STAGES[stage] for stage in STAGES)] if issubclass(command, Run) else [command]
     groups = {key for c in commands for key, info in c.model_fields.items() if group_of(info) is not None}
     return name in STAGES or name.rpartition(".")[2] in groups
 
