@@ -55,13 +55,17 @@ def find_splits(dataset: str) -> dict[str, Path]:
             raise DataError("an output that is not finished", where=dataset, fix=fix)
         found = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
         if "train" not in found:
-            raise DataError(
-                "no train.jsonl in this directory",
-                where=dataset,
-                fix="a dataset is a JSONL file, or a directory with train.jsonl and optionally test.jsonl",
-            )
+            raise DataError("no train.jsonl in this directory", where=dataset, fix=_what_a_dataset_is(path))
         return found
     return fetch_splits(dataset, SPLITS, near_matches(path))
+
+
+def _what_a_dataset_is(folder: Path) -> str:
+    """What to do about a directory that is none; it may hold several."""
+    inside = sorted(file.parent for file in folder.glob("*/train.jsonl"))
+    if inside:
+        return f"it holds several datasets; name one of them: {', '.join(map(str, inside[:4]))}"
+    return "a dataset is a JSONL file, or a directory with train.jsonl and optionally test.jsonl"
 
 
 def _known_format(path: Path) -> None:
