@@ -366,3 +366,92 @@ def encode_and_cut(
         "chosen_kept": chosen_kept,
         "rejected_kept": rejected_kept,
     }
+
+
+# ---------------------------------------------------------------- divergences and the other objectives
+#
+# A pair may hold two lists more for each side, one number per token: policy_side_kl, the divergence
+# KL(policy || reference) at the token's position, and reference_side_kl, KL(reference || policy).
+
+
+def kl_per_position(p_logits: Any, q_logits: Any) -> torch.Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) at each position, from logits [T, V]: float64 [T]."""
+    p, q = as_float64(p_logits), as_float64(q_logits)
+    result = []
+    for t in range(p.shape[0]):
+        log_p = p[t] - torch.logsumexp(p[t], dim=0)
+        log_q = q[t] - torch.logsumexp(q[t], dim=0)
+        result.append((torch.exp(log_p) * (log_p - log_q)).sum())
+    return torch.stack(result)
+
+
+def token_kls(
+    policy: Any, reference: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(policy || reference) and KL(reference || policy) where each response token is predicted, float64."""
+    ids = torch.tensor([[*prompt_ids, *response_ids]], dtype=torch.long)
+    first = len(prompt_ids) - 1
+    places = slice(first, first + len(response_ids))
+    ours = policy(input_ids=ids, use_cache=False).logits[0, places]
+    theirs = reference(input_ids=ids, use_cache=False).logits[0, places].detach()
+    return kl_per_position(ours, theirs), kl_per_position(theirs, ours)
+
+
+def weighted_total(values: Any, weights: Any) -> torch.Tensor:
+    """sum_t w_t value_t."""
+    values, weights = as_float64(values), as_float64(weights)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(len(values)):
+        total = total + weights[t] * values[t]
+    return total
+
+
+def eta(pair: dict[str, Any]) -> torch.Tensor:
+    """sum w_t KL(policy || reference)_t of the chosen minus that of the rejected response, with gradient."""
+    return weighted_total(pair["policy_chosen_kl"], pair["chosen_weights"]) - weighted_total(
+        pair["policy_rejected_kl"], pair["rejected_weights"]
+    )
+
+
+def margin(pair: dict[str, Any]) -> torch.Tensor:
+    """u with token weights."""
+    return side_sum(pair, "chosen", weighted=True) - side_sum(pair, "rejected", weighted=True)
+
+
+def dpo_objective(
+    pair: dict[str, Any], beta: float, alpha: float = 0.0, label_smoothing: float = 0.0, reference_free: bool = False
+) -> torch.Tensor:
+    """-(1 - e) log sigma(z) - e log sigma(-z), z = beta (u - alpha eta); reference-free: u of log-probs alone."""
+    if reference_free:
+        u = weighted_total(pair["policy_chosen_logps"], pair["chosen_weights"]) - weighted_total(
+            pair["policy_rejected_logps"], pair["rejected_weights"]
+        )
+    else:
+        u = margin(pair)
+    z = beta * (u - alpha * eta(pair)) if alpha else beta * u
+    return (1 - label_smoothing) * minus_log_sigmoid(z) + label_smoothing * minus_log_sigmoid(-z)
+
+
+def ipo_objective(pair: dict[str, Any], beta: float, length_normalize: bool = False) -> torch.Tensor:
+    """(u - 1 / (2 beta))^2; normalised, each side's sum is divided by its number of tokens, the EOS included."""
+    chosen, rejected = (side_sum(pair, side, weighted=True) for side in ("chosen", "rejected"))
+    if length_normalize:
+        chosen = chosen / len(pair["policy_chosen_logps"])
+        rejected = rejected / len(pair["policy_rejected_logps"])
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def tdpo_objective(pair: dict[str, Any], beta: float, alpha: float | None = None) -> torch.Tensor:
+    """TDPO1 without alpha, TDPO2 with it; K sums KL(reference || policy), TDPO2 stops the gradient of K chosen."""
+    u = side_sum(pair, "chosen", weighted=False) - side_sum(pair, "rejected", weighted=False)
+    chosen, rejected = (as_float64(pair[f"reference_{side}_kl"]).sum() for side in ("chosen", "rejected"))
+    penalty = rejected - chosen if alpha is None else alpha * (rejected - chosen.detach())
+    return minus_log_sigmoid(beta * (u - penalty))
+
+
+OBJECTIVES = {
+    "dpo": dpo_objective,
+    "ipo": ipo_objective,
+    "tdpo1": tdpo_objective,
+    "tdpo2": lambda pair, beta, alpha=0.5: tdpo_objective(pair, beta, alpha),
+}

@@ -1,8 +1,9 @@
-"""The preference loss: DPO to the last bit with unit weights, the oracle within a bound, and by hand.
+"""The preference objectives: DPO to the last bit with unit weights, the oracle within a bound, and by hand.
 
 Bound: float32 losses and rewards agree with the float64 oracle within 1e-6 of their size, the gradient too.
 """
 
+import doctest
 import math
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tisdpo_cli.losses import dpo_objective, pair_losses, response_sums
+from tisdpo_cli import losses
+from tisdpo_cli.losses import OBJECTIVES, loss, pair_losses, response_sums
 
 BETA = 0.1
 
@@ -21,20 +23,21 @@ def random_pairs(seed, count, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 21, (2 * count,), generator=generator)
     total = int(lengths.sum())
-    draw = torch.rand(3, total, generator=generator, dtype=dtype)
+    draw = torch.rand(4, total, generator=generator, dtype=dtype)
     return SimpleNamespace(
         logps=-6 * draw[0],
         ref_logps=-6 * draw[1],
         weights=0.2 + 2 * draw[2],
+        kl=draw[3],
         owner=torch.repeat_interleave(torch.arange(2 * count), lengths),
         count=count,
     )
 
 
-def losses_of(batch, beta=BETA, **changed):
+def losses_of(batch, how=None, beta=BETA, **changed):
     """`pair_losses` of a batch, with some of it changed."""
     b = SimpleNamespace(**{**vars(batch), **changed})
-    return pair_losses(b.logps, b.ref_logps, b.weights, b.owner, b.count, beta)
+    return pair_losses(b.logps, b.ref_logps, b.kl, b.weights, b.owner, b.count, how or loss("dpo", beta))
 
 
 def as_oracle_pairs(batch):
@@ -50,6 +53,8 @@ def as_oracle_pairs(batch):
                 "reference_rejected_logps": batch.ref_logps[rejected],
                 "chosen_weights": batch.weights[chosen],
                 "rejected_weights": batch.weights[rejected],
+                **{f"{who}_chosen_kl": batch.kl[chosen] for who in ("policy", "reference")},
+                **{f"{who}_rejected_kl": batch.kl[rejected] for who in ("policy", "reference")},
             }
         )
     return pairs
@@ -139,7 +144,7 @@ def test_worked_example():
     logps = (ref_logps + m).requires_grad_()
     weights = torch.tensor([1.0, 2.0, 0.0, 2.0, 1.0, 1.0])
     owner = torch.tensor([0, 0, 1, 2, 3, 3])
-    result = pair_losses(logps, ref_logps, weights, owner, 2, beta=0.5)
+    result = pair_losses(logps, ref_logps, None, weights, owner, 2, loss("dpo", 0.5))
     assert result.losses.tolist() == pytest.approx([0.31326, 1.70141], abs=1e-5)
     assert result.rewards.chosen.tolist() == pytest.approx([0.25, 0.25])
     assert result.rewards.rejected.tolist() == pytest.approx([-0.5, 1.5])
@@ -178,7 +183,7 @@ def test_pairs_do_not_touch_each_other():
     alone = [
         losses_of(
             SimpleNamespace(
-                logps=batch.logps[own], ref_logps=batch.ref_logps[own], weights=batch.weights[own],
+                logps=batch.logps[own], ref_logps=batch.ref_logps[own], weights=batch.weights[own], kl=None,
                 owner=batch.owner[own] // 3, count=1,
             )
         ).losses
@@ -216,8 +221,195 @@ def test_rewards_carry_no_gradient():
 
 @pytest.mark.parametrize(("u", "expected"), [(1e5, 0.0), (-1e5, 1e4)])
 def test_far_margins_stay_finite(u, expected):
-    u = torch.tensor([u], requires_grad=True)
-    loss = dpo_objective(u, BETA)
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(expected)
-    assert u.grad.item() == pytest.approx(-BETA if expected else 0.0)
+    logps = torch.tensor([u, 0.0], requires_grad=True)
+    one = torch.ones(2)
+    value = pair_losses(logps, torch.zeros(2), None, one, torch.tensor([0, 1]), 1, loss("dpo", BETA)).losses
+    value.sum().backward()
+    assert value.item() == pytest.approx(expected)
+    assert logps.grad[0].item() == pytest.approx(-BETA if expected else 0.0)
+
+
+# ---------------------------------------------------------------- every objective
+
+CASES = [
+    ("dpo", {}),
+    ("dpo", {"alpha": 0.5}),
+    ("dpo", {"alpha": 1.0, "label_smoothing": 0.2}),
+    ("dpo", {"label_smoothing": 0.1}),
+    ("dpo", {"reference_free": True}),
+    ("ipo", {}),
+    ("ipo", {"length_normalize": True}),
+    ("tdpo1", {}),
+    ("tdpo2", {}),
+    ("tdpo2", {"alpha": 2.0}),
+]
+IDS = ["-".join([name, *params]) for name, params in CASES]
+
+
+def batch_for(name, seed, count, dtype=torch.float32):
+    """Random pairs, with unit weights where the objective takes none."""
+    batch = random_pairs(seed, count, dtype)
+    if not OBJECTIVES[name].takes_weights:
+        batch.weights = torch.ones_like(batch.weights)
+    return batch
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
+def test_every_objective_agrees_with_the_oracle(name, params, seed):
+    batch = batch_for(name, seed, 3)
+    logps, kl = (values.clone().requires_grad_() for values in (batch.logps, batch.kl))
+    exact_logps, exact_kl = (values.double().requires_grad_() for values in (batch.logps, batch.kl))
+    got = losses_of(batch, loss(name, BETA, params), logps=logps, kl=kl).losses
+    pairs = as_oracle_pairs(SimpleNamespace(**{**vars(batch), "logps": exact_logps, "kl": exact_kl}))
+    expected = torch.stack([oracle.OBJECTIVES[name](pair, BETA, **params) for pair in pairs])
+    # IPO squares a difference of sums, which has fewer digits than they.
+    bound = 1e-5 if name == "ipo" else 1e-6
+    assert torch.allclose(got.double(), expected, rtol=bound, atol=1e-7)
+    got.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(logps.grad.double(), exact_logps.grad, rtol=2 * bound, atol=1e-7)
+    if exact_kl.grad is None:
+        assert kl.grad is None or not kl.grad.any()
+    else:
+        assert torch.allclose(kl.grad.double(), exact_kl.grad, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
+def test_every_gradient_agrees_with_finite_differences(name, params):
+    batch = batch_for(name, 3, 2, torch.float64)
+    how = loss(name, BETA, params)
+    stopped = name == "tdpo2"  # a stopped gradient is not that of the value
+
+    def mean_loss(logps, kl):
+        return losses_of(batch, how, logps=logps, kl=kl).losses.mean()
+
+    kl = batch.kl.clone()
+    if not stopped:
+        kl.requires_grad_()
+    assert torch.autograd.gradcheck(mean_loss, (batch.logps.clone().requires_grad_(), kl), eps=1e-6, atol=1e-8)
+
+
+def one_pair(name, params, beta):
+    """The loss of a pair by hand: m = 3 for the chosen (two tokens, 1 and 2), -1 for the rejected token.
+
+    Log-probs -1 and -2 against -5, weights 1; KL 0.25 and 0.5 on the chosen tokens, 2 on the rejected one.
+    """
+    logps, ref_logps = torch.tensor([-1.0, -2.0, -5.0]), torch.tensor([-2.0, -4.0, -4.0])
+    kl, owner = torch.tensor([0.25, 0.5, 2.0]), torch.tensor([0, 0, 1])
+    return pair_losses(logps, ref_logps, kl, torch.ones(3), owner, 1, loss(name, beta, params)).losses.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "expected"),
+    [
+        # u = 3 + 1 = 4, eta = 0.75 - 2 = -1.25
+        ("dpo", {}, math.log1p(math.exp(-2.0))),  # z = 0.5 * 4
+        ("dpo", {"alpha": 0.8}, math.log1p(math.exp(-2.5))),  # z = 0.5 * (4 + 1)
+        ("dpo", {"label_smoothing": 0.25}, 0.75 * math.log1p(math.exp(-2.0)) + 0.25 * math.log1p(math.exp(2.0))),
+        ("dpo", {"reference_free": True}, math.log1p(math.exp(-1.0))),  # z = 0.5 * (-3 + 5)
+        ("ipo", {}, 9.0),  # (4 - 1)^2
+        ("ipo", {"length_normalize": True}, 2.25),  # (3 / 2 + 1 - 1)^2
+        ("tdpo1", {}, math.log1p(math.exp(-1.375))),  # z = 0.5 * (4 - (2 - 0.75))
+        ("tdpo2", {}, math.log1p(math.exp(-1.6875))),  # z = 0.5 * (4 - 0.5 * 1.25)
+        ("tdpo2", {"alpha": 1.0}, math.log1p(math.exp(-1.375))),
+    ],
+)
+def test_every_objective_by_hand(name, params, expected):
+    assert one_pair(name, params, beta=0.5) == pytest.approx(expected, rel=1e-6)
+
+
+def test_tdpo2_at_alpha_1_has_the_value_of_tdpo1_and_another_gradient():
+    batch = batch_for("tdpo1", 7, 3)
+    gradients = []
+    values = []
+    for name, params in (("tdpo1", {}), ("tdpo2", {"alpha": 1.0})):
+        logps, kl = batch.logps.clone().requires_grad_(), batch.kl.clone().requires_grad_()
+        result = losses_of(batch, loss(name, BETA, params), logps=logps, kl=kl).losses
+        result.sum().backward()
+        values.append(result.detach())
+        gradients.append((logps.grad, kl.grad))
+    chosen = batch.owner < batch.count
+    assert torch.allclose(*values, rtol=1e-6)
+    assert torch.allclose(gradients[0][0], gradients[1][0], rtol=1e-5)
+    assert torch.allclose(gradients[0][1][~chosen], gradients[1][1][~chosen], rtol=1e-5)
+    assert gradients[0][1][chosen].all()
+    assert not gradients[1][1][chosen].any()
+
+
+def test_without_smoothing_and_penalty_dpo_is_the_same_to_the_last_bit():
+    batch = random_pairs(8, 4)
+    plain = losses_of(batch).losses
+    for params in ({"label_smoothing": 0.0}, {"alpha": 0.0}, {"reference_free": False}):
+        assert torch.equal(losses_of(batch, loss("dpo", BETA, params)).losses, plain)
+
+
+@pytest.mark.parametrize(("name", "params"), [case for case in CASES if OBJECTIVES[case[0]].takes_weights])
+def test_token_weights_count(name, params):
+    batch = random_pairs(9, 2)
+    how = loss(name, BETA, params)
+    doubled = losses_of(batch, how, weights=2 * batch.weights).losses
+    assert not torch.allclose(losses_of(batch, how).losses, doubled)
+    # A token of weight 0 might as well not be there, but for the number of tokens.
+    masked = batch.weights.clone()
+    masked[0] = 0
+    moved = losses_of(batch, how, weights=masked, logps=batch.logps.clone().index_fill_(0, torch.tensor([0]), -1.0))
+    assert torch.equal(losses_of(batch, how, weights=masked).losses, moved.losses)
+
+
+def test_metrics_of_the_divergence_carry_no_weights_and_no_gradient():
+    batch = random_pairs(10, 2)
+    result = losses_of(batch, loss("dpo", BETA, {"alpha": 1.0}), kl=batch.kl.clone().requires_grad_())
+    assert torch.allclose(result.kl, response_sums(batch.kl, batch.owner, 4))
+    assert not result.kl.requires_grad
+    assert losses_of(batch, kl=None).kl is None
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "expected"),
+    [
+        ("dpo", {"alpha": 1.0}, math.log(2)),
+        ("dpo", {"label_smoothing": 0.3}, math.log(2)),
+        ("dpo", {"reference_free": True}, None),
+        ("ipo", {}, 25.0),
+        ("tdpo1", {}, math.log(2)),
+        ("tdpo2", {}, math.log(2)),
+    ],
+)
+def test_the_value_at_the_start(name, params, expected):
+    value = loss(name, BETA, params).at_the_start()
+    assert value == expected if expected is None else value == pytest.approx(expected, rel=1e-12)
+
+
+def test_objectives_say_what_they_need():
+    def needs(name, **params):
+        return loss(name, BETA, params).needs
+
+    assert needs("dpo") == needs("ipo") == (True, None)
+    assert needs("dpo", alpha=0.1) == (True, "policy||reference")
+    assert needs("dpo", reference_free=True) == (False, None)
+    assert needs("tdpo1") == needs("tdpo2") == (True, "reference||policy")
+    assert [name for name, entry in OBJECTIVES.items() if entry.takes_weights] == ["dpo", "ipo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "word"),
+    [
+        ("tdpo", {}, "unknown loss"),
+        ("ipo", {"alpha": 1.0}, "alpha"),
+        ("dpo", {"label_smoothing": 0.5}, "below 0.5"),
+        ("dpo", {"label_smoothing": -0.1}, "at least 0"),
+        ("dpo", {"alpha": -1.0}, "at least 0"),
+        ("dpo", {"alpha": math.nan}, "finite"),
+        ("tdpo2", {"alpha": 0.0}, "above 0"),
+        ("dpo", {"alpha": 0.5, "reference_free": True}, "reference"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(name, params, word):
+    with pytest.raises(ValueError, match=word):
+        loss(name, BETA, params)
+
+
+def test_the_examples_in_the_docstrings_hold():
+    assert doctest.testmod(losses).failed == 0
+    assert doctest.testmod(losses).attempted > 0

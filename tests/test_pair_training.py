@@ -22,6 +22,7 @@ from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.sft import EncodedExample, SftTask
 from tisdpo_cli.errors import TrainingError, UsageFault
+from tisdpo_cli.losses import loss
 from tisdpo_cli.outputs import read_metrics
 from tisdpo_cli.scoring import TokenScorer
 
@@ -57,9 +58,12 @@ def swapped(pairs):
     return [WeightedPair(pair.tokens.swapped(), pair.rejected_weights, pair.chosen_weights) for pair in pairs]
 
 
-def task_of(pairs, reference):
+DPO = loss("dpo", BETA)
+
+
+def task_of(pairs, reference, how=DPO):
     scorer = TokenScorer(copy.deepcopy(reference).requires_grad_(False))
-    return PairTask(pairs, scorer, BETA, EOS, torch.device("cpu"))
+    return PairTask(pairs, scorer, how, EOS, torch.device("cpu"))
 
 
 class Fixed(Plan):
@@ -90,7 +94,7 @@ def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def gradient_of_update(directory, pairs, batch, cutting):
+def gradient_of_update(directory, pairs, batch, cutting, how=DPO):
     """The gradient that one update by `Trainer` would follow, and its metrics.
 
     The policy is another model than the reference, so that no margin is 0.
@@ -98,11 +102,11 @@ def gradient_of_update(directory, pairs, batch, cutting):
     policy, accumulated = tiny_model(1), {}
     for name, parameter in policy.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: accumulated.update({name: p.grad.clone()}))
-    records = train(directory, policy, task_of(pairs, tiny_model(0)), Fixed(batch), cutting=cutting)
+    records = train(directory, policy, task_of(pairs, tiny_model(0), how), Fixed(batch), cutting=cutting)
     return torch.cat([accumulated[name].flatten() for name, _ in policy.named_parameters()]), records[-1]
 
 
-def oracle_gradient(pairs):
+def oracle_gradient(pairs, name="dpo", **params):
     """The same by the oracle, in float64, one sequence at a time."""
     policy, reference = tiny_model(1).double(), tiny_model(0).double()
     sides = []
@@ -113,13 +117,16 @@ def oracle_gradient(pairs):
             entry[f"policy_{side}_logps"] = oracle.token_logps(policy, pair.tokens.prompt, ids)
             entry[f"reference_{side}_logps"] = oracle.token_logps(reference, pair.tokens.prompt, ids).detach()
             entry[f"{side}_weights"] = [1.0] * len(ids) if weights is None else weights.tolist()
+            kls = oracle.token_kls(policy, reference, pair.tokens.prompt, ids)
+            entry[f"policy_{side}_kl"], entry[f"reference_{side}_kl"] = kls
         sides.append(entry)
-    loss = oracle.tis_dpo_loss(sides, BETA)
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in policy.parameters()]), loss.item(), oracle.rewards(sides, BETA)
+    value = torch.stack([oracle.OBJECTIVES[name](side, BETA, **params) for side in sides]).mean()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()]), value.item(), oracle.rewards(sides, BETA)
 
 
 def mean(values):
+    values = list(values)
     return sum(values) / len(values)
 
 
@@ -130,13 +137,62 @@ def mean(values):
 def test_an_update_agrees_with_the_oracle(tmp_path, weighted):
     pairs = make_pairs(7, weighted)
     gradient, metrics = gradient_of_update(tmp_path, pairs, range(7), Microbatching(3))
-    expected, loss, rewards = oracle_gradient(pairs)
+    expected, value, rewards = oracle_gradient(pairs)
     assert (gradient - expected).norm() <= BOUND * expected.norm()
-    assert metrics["loss"] == pytest.approx(loss, rel=BOUND)
+    assert metrics["loss"] == pytest.approx(value, rel=BOUND)
     for name, values in rewards.items():
         assert metrics[f"rewards/{name}"] == pytest.approx(mean(values), abs=BOUND)
     assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=BOUND)
     assert ("weighted_rewards/margins" in metrics) == weighted
+
+
+OBJECTIVES = [
+    ("dpo", {"alpha": 1.0}, True),
+    ("dpo", {"alpha": 0.5, "label_smoothing": 0.1}, False),
+    ("dpo", {"reference_free": True}, True),
+    ("ipo", {}, True),
+    ("ipo", {"length_normalize": True}, True),
+    ("tdpo1", {}, False),
+    ("tdpo2", {}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "weighted"), OBJECTIVES)
+def test_an_update_under_every_objective_agrees_with_the_oracle(tmp_path, name, params, weighted):
+    pairs = make_pairs(6, weighted)
+    gradient, metrics = gradient_of_update(tmp_path, pairs, range(6), Microbatching(4), loss(name, BETA, params))
+    expected, value, rewards = oracle_gradient(pairs, name, **params)
+    assert (gradient - expected).norm() <= BOUND * expected.norm()
+    assert metrics["loss"] == pytest.approx(value, rel=BOUND)
+    assert metrics["rewards/margins"] == pytest.approx(mean(rewards["margins"]), abs=BOUND)
+    assert ("kl/chosen" in metrics) == (name.startswith("tdpo") or "alpha" in params)
+
+
+def test_divergences_in_the_metrics_are_sums_over_responses(tmp_path):
+    pairs = make_pairs(5, weighted=True)
+    for name, params, which in (("dpo", {"alpha": 0.5}, 0), ("tdpo1", {}, 1)):
+        plain = pairs if which == 0 else [WeightedPair(pair.tokens) for pair in pairs]
+        _, metrics = gradient_of_update(tmp_path / name, plain, range(5), Microbatching(2), loss(name, BETA, params))
+        policy, reference = tiny_model(1).double(), tiny_model(0).double()
+        sums = {
+            side: mean(
+                oracle.token_kls(policy, reference, p.tokens.prompt, getattr(p.tokens, side).ids)[which].sum().item()
+                for p in pairs
+            )
+            for side in ("chosen", "rejected")
+        }
+        assert metrics["kl/chosen"] == pytest.approx(sums["chosen"], rel=BOUND)
+        assert metrics["kl/rejected"] == pytest.approx(sums["rejected"], rel=BOUND)
+        assert metrics["kl/margins"] == pytest.approx(sums["chosen"] - sums["rejected"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_microbatches_change_nothing_where_distributions_are_compared(tmp_path, name):
+    pairs, how = make_pairs(8), loss(name, BETA, {"alpha": 0.7})
+    whole, expected = gradient_of_update(tmp_path, pairs, range(8), Microbatching(8), how)
+    gradient, metrics = gradient_of_update(tmp_path / "x", pairs, [5, 0, 7, 2, 1, 6, 3, 4], Microbatching(3), how)
+    assert (gradient - whole).norm() <= BOUND * whole.norm()
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=BOUND)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -165,9 +221,9 @@ def test_a_ragged_last_window_counts_every_pair_once(tmp_path):
     last = plan.batch(2)
     assert len(last) == 3
     ragged, metrics = gradient_of_update(tmp_path, pairs, last, Microbatching(2))
-    expected, loss, _ = oracle_gradient([pairs[i] for i in last])
+    expected, value, _ = oracle_gradient([pairs[i] for i in last])
     assert (ragged - expected).norm() <= BOUND * expected.norm()
-    assert metrics["loss"] == pytest.approx(loss, rel=BOUND)
+    assert metrics["loss"] == pytest.approx(value, rel=BOUND)
 
 
 def test_a_whole_epoch_does_not_depend_on_the_cutting(tmp_path):
@@ -293,16 +349,24 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(tmp_path)
     assert torch.equal(flat(policy), flat(tiny_model(0)))
 
 
-@pytest.mark.parametrize("loss", [0.7, 0.6933, math.nan, math.inf])
-def test_a_wrong_loss_before_the_first_update_stops_the_run(loss):
+@pytest.mark.parametrize("value", [0.7, 0.6933, math.nan, math.inf])
+def test_a_wrong_loss_before_the_first_update_stops_the_run(value):
     """ln 2 = 0.69315; where policy and reference are the same model nothing else will do."""
     with pytest.raises(TrainingError, match="ln 2"):
-        _check_step0(loss, True, Silent())
+        _check_step0(value, DPO, True, Silent())
 
 
 def test_ln_2_before_the_first_update_is_fine():
-    _check_step0(LN2 + 5e-5, True, Silent())
-    _check_step0(1.5, False, Silent())
+    _check_step0(LN2 + 5e-5, DPO, True, Silent())
+    _check_step0(1.5, DPO, False, Silent())
+
+
+def test_every_objective_has_its_own_value_before_the_first_update():
+    _check_step0(25.0, loss("ipo", BETA), True, Silent())
+    _check_step0(LN2, loss("tdpo2", BETA), True, Silent())
+    _check_step0(3.0, loss("dpo", BETA, {"reference_free": True}), True, Silent())
+    with pytest.raises(TrainingError, match="1/"):
+        _check_step0(24.9, loss("ipo", BETA), True, Silent())
 
 
 # ---------------------------------------------------------------- learning rate and clipping

@@ -7,7 +7,7 @@ TRL 1.16 is what this was written against; it runs on the CPU, offline, and repo
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from tisdpo_cli.engine.plan import Microbatching, Plan
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.splits import vocabulary_of
+from tisdpo_cli.losses import loss
 from tisdpo_cli.models import Tokenizer, describe_tokenizer, make_model, make_tokenizer
 from tisdpo_cli.outputs import read_metrics
 from tisdpo_cli.scoring import TokenScorer
@@ -83,10 +84,17 @@ def with_bos():
     return Case(tokenizer, LlamaForCausalLM(config).eval(), "adamw", "adamw_torch", 1e-3)
 
 
-def train_here(case, policy, pairs, plan, directory):
+def pairs_of(case):
+    """The rows, tokenised by this case's tokenizer."""
+    columns = ([row[name] for row in ROWS] for name in ("prompt", "chosen", "rejected"))
+    wheres = [f"data.jsonl:{i + 1}" for i in range(len(ROWS))]
+    return encode_pairs(*columns, wheres, vocabulary_of(case.tokenizer), Limits(512, 256))[0]
+
+
+def train_here(case, policy, pairs, plan, directory, how):
     """Our metrics of each update."""
     reference = TokenScorer(copy.deepcopy(case.model).requires_grad_(False))
-    task = PairTask([WeightedPair(pair) for pair in pairs], reference, BETA, case.tokenizer.pad, torch.device("cpu"))
+    task = PairTask([WeightedPair(pair) for pair in pairs], reference, how, case.tokenizer.pad, torch.device("cpu"))
     schedule = Schedule(case.optimizer, case.rate, "constant", 0, 0.0, 1e9)
     trainer = Trainer(Runtime(Silent()), TokenScorer(policy), task, plan, Microbatching(2), schedule)
     metrics = directory / "metrics.jsonl"
@@ -96,7 +104,7 @@ def train_here(case, policy, pairs, plan, directory):
     return read_metrics(metrics)[1:]
 
 
-def trl_trainer(case, policy, rows, directory):
+def trl_trainer(case, policy, rows, directory, loss_type="sigmoid"):
     """TRL's trainer on rows in this order, which keeps the loss of every update unrounded."""
 
     class Recording(trl.DPOTrainer):
@@ -111,7 +119,7 @@ def trl_trainer(case, policy, rows, directory):
             pass  # off with HF_HUB_OFFLINE too, which conftest sets
 
     config = trl.DPOConfig(
-        output_dir=str(directory), beta=BETA, loss_type=["sigmoid"], max_length=None, pad_to_multiple_of=None,
+        output_dir=str(directory), beta=BETA, loss_type=[loss_type], max_length=None, pad_to_multiple_of=None,
         per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=UPDATES,
         train_sampling_strategy="sequential", optim=case.trl_optimizer, learning_rate=case.rate, weight_decay=0.0,
         lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, use_cpu=True, bf16=False, fp16=False,
@@ -132,13 +140,11 @@ def trl_trainer(case, policy, rows, directory):
 @pytest.mark.parametrize("make", [without_bos, with_bos])
 def test_the_first_updates_of_dpo_equal_those_of_trl(make, tmp_path):
     case, plan = make(), Plan(len(ROWS), BATCH, UPDATES, seed=3)
-    columns = ([row[name] for row in ROWS] for name in ("prompt", "chosen", "rejected"))
-    wheres = [f"data.jsonl:{i + 1}" for i in range(len(ROWS))]
-    pairs, _ = encode_pairs(*columns, wheres, vocabulary_of(case.tokenizer), Limits(512, 256))
+    pairs = pairs_of(case)
     order = [i for step in range(UPDATES) for i in plan.batch(step)]
     ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
 
-    records = train_here(case, ours, pairs, plan, tmp_path)
+    records = train_here(case, ours, pairs, plan, tmp_path, loss("dpo", BETA))
     trainer = trl_trainer(case, theirs, [ROWS[i] for i in order], tmp_path / "trl")
     for row, i in zip(trainer.train_dataset, order, strict=True):
         assert row["prompt_ids"] == pairs[i].prompt
@@ -150,12 +156,29 @@ def test_the_first_updates_of_dpo_equal_those_of_trl(make, tmp_path):
     assert len(records) == len(logged) == len(trainer.losses) == UPDATES
     assert trainer.losses[0] == pytest.approx(math.log(2), abs=BOUND)
     assert abs(trainer.losses[-1] - math.log(2)) > 100 * BOUND, "the updates must show"
-    for record, entry, loss in zip(records, logged, trainer.losses, strict=True):
-        assert record["loss"] == pytest.approx(loss, abs=BOUND)
+    for record, entry, value in zip(records, logged, trainer.losses, strict=True):
+        assert record["loss"] == pytest.approx(value, abs=BOUND)
         assert record["grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-4)
         assert record["learning_rate"] == entry["learning_rate"]
         for name in REWARDS:
             assert record[name] == pytest.approx(entry[name], abs=BOUND), name
         for name in ("logps/chosen", "logps/rejected"):
             assert record[name] == pytest.approx(entry[name], rel=1e-6), name
+    assert (flat(ours) - flat(theirs)).norm() <= 1e-4 * (flat(ours) - flat(case.model)).norm()
+
+
+def test_the_first_updates_of_ipo_equal_those_of_trl(tmp_path):
+    """TRL's IPO takes means over tokens."""
+    case, plan = without_bos(), Plan(len(ROWS), BATCH, UPDATES, seed=3)
+    case = replace(case, rate=1e-3)
+    pairs = pairs_of(case)
+    order = [i for step in range(UPDATES) for i in plan.batch(step)]
+    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    records = train_here(case, ours, pairs, plan, tmp_path, loss("ipo", BETA, {"length_normalize": True}))
+    trainer = trl_trainer(case, theirs, [ROWS[i] for i in order], tmp_path / "trl", "ipo")
+    trainer.train()
+    assert trainer.losses[0] == pytest.approx(25.0, abs=1e-4)
+    assert abs(trainer.losses[-1] - 25.0) > 100 * BOUND, "the updates must show"
+    for record, value in zip(records, trainer.losses, strict=True):
+        assert record["loss"] == pytest.approx(value, rel=BOUND)
     assert (flat(ours) - flat(theirs)).norm() <= 1e-4 * (flat(ours) - flat(case.model)).norm()
