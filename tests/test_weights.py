@@ -11,7 +11,8 @@ import oracle
 import pytest
 import torch
 
-from tisdpo_cli.weights import PRESETS, TRANSFORMS, Param, Stream, Transform, clipped, recipe, response_weights
+from tisdpo_cli.params import Param
+from tisdpo_cli.weights import PRESETS, TRANSFORMS, Stream, Transform, clipped, final_recipe, recipe, response_weights
 
 SIDES = ("chosen", "rejected")
 CLOSE = {"rel": 2e-6, "abs": 2e-6}
@@ -346,7 +347,7 @@ def test_a_new_transform_is_one_entry(monkeypatch):
     def scaled(r, side, p, stream):
         return p["factor"] * (r if side == "chosen" else -r)
 
-    entry = Transform(scaled, "a multiple of the signed score", {"factor": Param(2.0, "factor", above_zero=True)})
+    entry = Transform(scaled, "a multiple of the signed score", {"factor": Param(2.0, "factor", above=0.0)})
     monkeypatch.setitem(TRANSFORMS, "scaled", entry)
     assert weigh(recipe("scaled"), [1.0, -3.0], "rejected", eos=0.5, has_eos=True) == [-2.0, 6.0, -1.0]
     assert weigh(recipe("scaled", "aggressive", {"factor": 4.0}), [1.0]) == [4.0]
@@ -357,3 +358,22 @@ def test_a_new_transform_is_one_entry(monkeypatch):
         recipe("scaled", normalize="mean")
     with pytest.raises(ValueError, match=r"choose from .*scaled"):
         recipe("unknown")
+
+
+# ---------------------------------------------------------------- weights from elsewhere
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_final_weights_are_taken_as_they_are(side):
+    given = [0.5, -2.0, 0.0, 7.0]
+    assert weigh(final_recipe("zero"), given, side, has_eos=True) == [*given, 0.0]
+    assert weigh(final_recipe("one"), given, side, has_eos=True, kept=2) == [0.5, -2.0, 1.0]
+    assert weigh(final_recipe("score"), given, side, eos=3.0, has_eos=True) == [*given, 3.0]
+    assert not clipped(torch.tensor(given), side, final_recipe("one")).any()
+
+
+def test_a_recipe_tells_its_steps_in_their_order():
+    how = recipe("rank_based", steps={"decay": 0.9, "center": "dataset", "dead_zone": 0.25})
+    told = how.describe()
+    parts = ["center dataset", "dead_zone 0.25", "decay 0.9", "rank_based (min_scale 0.7, max_scale 1.3)"]
+    assert [told.index(part) for part in parts] == sorted(told.index(part) for part in parts)

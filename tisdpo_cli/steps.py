@@ -143,10 +143,10 @@ def _mean(sums: Sequence[float], counts: Sequence[int]) -> float:
     return sum(sums) / sum(counts) if counts else 0.0
 
 
-# Where a clause or a sentence ends. Latin marks end one only before white space: "3.14" and "a,b" go on.
+# Where a clause or a sentence ends. Most signs end one only before white space: "3.14" and "a,b" go on.
 _CLOSERS = r"[\"'”’»)\]」』）]*"
-_SENTENCE = rf"[.!?…]+{_CLOSERS}(?:\s*\n+|(?=\s))|[。！？]+{_CLOSERS}\n*|\n+"
-_CLAUSE = rf"[,;:—–]+{_CLOSERS}(?=\s)|[，、；：]+{_CLOSERS}"
+_SENTENCE = rf"[.!?…।؟]+{_CLOSERS}(?:\s*\n+|(?=\s))|[。！？]+{_CLOSERS}\n*|\n+"
+_CLAUSE = rf"[,;:—–،؛]+{_CLOSERS}(?=\s)|[，、；：]+{_CLOSERS}"
 _ENDS = {"clause": re.compile(f"{_SENTENCE}|{_CLAUSE}"), "sentence": re.compile(_SENTENCE)}
 # Inside a word: signs that join its parts, and marks that Python's \w leaves out.
 _JOINING = "'’-_\ufffd"
@@ -157,7 +157,7 @@ def spans_of(text: str, offsets: Sequence[tuple[int, int]], unit: str) -> list[i
 
     A word is a run of letters, digits, marks, apostrophes and hyphens, or a run of other signs; scripts without
     spaces have one word from sign to sign. A clause ends after `, ; : —` and with a sentence, a sentence after
-    `. ! ? …` (the Latin ones before white space only) and at a line break.
+    `. ! ? …` and at a line break; the full-width signs of Chinese and Japanese need no white space behind them.
 
     >>> spans_of("So sad, bye", [(0, 2), (2, 6), (6, 7), (7, 11)], "clause")
     [0, 0, 0, 1]
@@ -172,9 +172,11 @@ def spans_of(text: str, offsets: Sequence[tuple[int, int]], unit: str) -> list[i
     span = 0
     for begin, end in offsets:
         # White space belongs to the word behind it, and to the clause or sentence that it follows.
-        leading = len(text[begin:end]) - len(text[begin:end].lstrip())
-        blank = leading == end - begin
-        first = begin if blank and unit != "word" else begin + leading
+        first = begin
+        while first < (len(text) if unit == "word" else end) and text[first].isspace():
+            first += 1
+        if first == end and unit != "word":
+            first = begin
         while span < len(begins) and begins[span] <= first:
             span += 1
         spans.append(span)

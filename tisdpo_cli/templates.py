@@ -7,7 +7,7 @@ from __future__ import annotations
 
 PLACE = "{}"
 TEMPLATES: dict[str, str] = {
-    "plain": "{}",
+    "normal": "{}",
     "harmless": "What follows was written by an assistant that is honest and kind, and that never does any harm.\n\n{}",
     "harmful": "What follows was written by an assistant that is cruel and reckless, and that does harm gladly.\n\n{}",
 }

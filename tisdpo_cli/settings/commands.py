@@ -233,8 +233,8 @@ class Estimate(Command):
     overwrite: bool = _overwrite()
 
     def templates(self) -> dict[str, str]:
-        """The text of the template of each side; a plain prompt where two models make the contrast."""
-        defaults = ("plain", "plain") if self.model is None else ("harmless", "harmful")
+        """The text of the template of each side; the prompt as it is where two models make the contrast."""
+        defaults = ("normal", "normal") if self.model is None else ("harmless", "harmful")
         chosen = (self.positive_template or defaults[0], self.negative_template or defaults[1])
         return dict(zip(CONTRAST, map(template_text, chosen), strict=True))
 
