@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def run_tisdpo(*arguments: str | Path, env: Mapping[str, str] | None = None, tim
     full = {**os.environ, **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, env=full, timeout=timeout, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(*arguments: str | Path) -> Done:
+    """Run the program in this process: the same, without the seconds that a start takes."""
+    from tisdpo_cli.cli.app import main
+
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    handler = signal.getsignal(signal.SIGTERM)
+    sys.argv = ["tisdpo", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return Done(left.value.code, out.getvalue(), err.getvalue())
 
 
 def pair_rows(count: int) -> list[dict[str, str]]:

@@ -1,0 +1,120 @@
+"""Every objective through the program: it trains, resumes to the same bytes, and is told apart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import Done, Listener, read_jsonl, run_here, write_jsonl
+
+from tisdpo_cli.engine.pairs import train_pairs
+from tisdpo_cli.errors import Interrupted
+from tisdpo_cli.settings.commands import TrainDpo
+
+SHORT = ("--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "0")
+LOSSES = [
+    ("dpo", "--alpha", "1"),
+    ("dpo", "--label-smoothing", "0.1"),
+    ("dpo", "--reference-free"),
+    ("ipo",),
+    ("ipo", "--length-normalize"),
+    ("tdpo1",),
+    ("tdpo2", "--alpha", "0.3"),
+]
+
+
+def train(command: str, world: Path, output: Path, *arguments: str, data: Path | None = None) -> Done:
+    return run_here(command, "-m", world / "sft", "-d", data or world / "data", "-o", output, *SHORT, *arguments)
+
+
+def model_bytes(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=" ".join)
+def test_every_objective_learns(world: Path, tmp_path: Path, loss) -> None:
+    done = train("train-dpo", world, tmp_path / "o", "--max-steps", "10", "--loss", *loss)
+    assert done.code == 0, done.err
+    metrics = read_jsonl(tmp_path / "o" / "metrics.jsonl")
+    assert metrics[-1]["eval/rewards/accuracies"] > 0.9
+    assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"]
+    assert f"loss = {loss[0]} (β 0.1" in done.err
+    start = {"ipo": 25.0}.get(loss[0], math.log(2))
+    if "--reference-free" in loss:
+        assert "it leaves the reference out" in done.err
+    else:
+        assert metrics[0]["loss"] == pytest.approx(start, abs=1e-4)
+        assert "as expected" in done.err
+    assert metrics[0]["rewards/margins"] == 0
+    has_kl = "alpha" in " ".join(loss) or loss[0].startswith("tdpo")
+    assert ("kl/chosen" in metrics[-1]) == ("eval/kl/margins" in metrics[-1]) == has_kl
+    if has_kl:
+        assert (metrics[0]["kl/chosen"], metrics[0]["kl/rejected"]) == (0, 0)
+        assert metrics[-1]["kl/chosen"] > 0
+
+
+@pytest.mark.parametrize("loss", [("dpo", "--alpha", "0.5"), ("ipo",)], ids=" ".join)
+def test_token_weights_go_with_it(contrast: Path, tmp_path: Path, loss) -> None:
+    done = train("train", contrast, tmp_path / "o", "--max-steps", "6", "--loss", *loss, data=contrast / "scored")
+    assert done.code == 0, done.err
+    last = read_jsonl(tmp_path / "o" / "metrics.jsonl")[-1]
+    assert last["weighted_rewards/margins"] != last["rewards/margins"]
+
+
+def test_tdpo_takes_no_token_weights(contrast: Path, tmp_path: Path) -> None:
+    done = train("train", contrast, tmp_path / "o", "--loss", "tdpo1", data=contrast / "scored")
+    assert done.code == 2
+    assert "takes no token weights" in done.error
+
+
+def test_reverse_is_forward_on_swapped_pairs(world: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rows = read_jsonl(world / "data" / f"{split}.jsonl")
+        swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", swapped)
+    arguments = ("--loss", "tdpo2", "--max-steps", "3")
+    assert train("train-reverse", world, tmp_path / "a", *arguments).code == 0
+    assert train("train-dpo", world, tmp_path / "b", *arguments, data=tmp_path / "data").code == 0
+    assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("method", [{"alpha": 0.5}, {"loss": "tdpo2"}], ids=str)
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(world: Path, tmp_path: Path, method) -> None:
+    def settings(name: str) -> TrainDpo:
+        given = {
+            "model": str(world / "sft"), "dataset": str(world / "data"), "output_dir": str(tmp_path / name),
+            "method": method, "optim": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0},
+        }  # fmt: skip
+        return TrainDpo(value_layers=[given])
+
+    train_pairs(settings("whole"), Listener())
+    with pytest.raises(Interrupted):
+        train_pairs(settings("stopped"), Listener(stop_after=3))
+    train_pairs(settings("stopped"), Listener())
+    assert model_bytes(tmp_path / "whole") == model_bytes(tmp_path / "stopped")
+
+
+def test_gradient_checkpointing_and_smaller_passes_change_only_rounding(world: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, more in (("a", ()), ("b", ("--gradient-checkpointing",)), ("c", ("--micro-batch-size", "3"))):
+        done = train("train-dpo", world, tmp_path / name, "--max-steps", "3", "--alpha", "1", *more)
+        assert done.code == 0, done.err
+        losses.append([m["loss"] for m in read_jsonl(tmp_path / name / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_bf16_compares_distributions_too(world: Path, tmp_path: Path) -> None:
+    done = train("train-dpo", world, tmp_path / "o", "--max-steps", "2", "--loss", "tdpo1", "--dtype", "bf16")
+    assert done.code == 0, done.err
+    metrics = read_jsonl(tmp_path / "o" / "metrics.jsonl")
+    assert metrics[0]["kl/chosen"] == 0
+    assert metrics[2]["kl/chosen"] > 0
+
+
+def test_another_objective_is_another_output(world: Path, tmp_path: Path) -> None:
+    assert train("train-dpo", world, tmp_path / "o", "--max-steps", "1").code == 0
+    done = train("train-dpo", world, tmp_path / "o", "--max-steps", "1", "--loss", "ipo")
+    assert done.code == 2
+    assert "method.loss dpo → ipo" in done.error
