@@ -15,8 +15,10 @@ from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
 
 from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine import pipeline
+from tisdpo_cli.engine.estimate import estimate
 from tisdpo_cli.engine.pipeline import PipelineMade
 from tisdpo_cli.engine.reporter import Silent
+from tisdpo_cli.engine.sft import train_sft
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -297,3 +299,53 @@ def test_a_wrong_file_is_refused_before_anything_is_made(world: Path, tmp_path: 
     code, text = fault_of(write_config(world, tmp_path, more))
     assert (code, named in text.replace("-", "_")) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- other ways to a contrast
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ("sft", ["train_sft", "sft_chosen", "sft_rejected", "estimate", "train"]),
+        ("prompt", ["train_sft", "estimate", "train"]),
+    ],
+)
+def test_every_method_runs_to_the_end_and_is_skipped_the_second_time(world, tmp_path, method, stages) -> None:
+    config = write_config(world, tmp_path)
+    listener = Listener()
+    made = run(config, listener, method=method)
+    assert made_now(made) == stages
+    assert [title.split(": ")[0] for title in listener.titles] == [
+        f"{i}/{len(stages)} {name.replace('_', '-')}" for i, name in enumerate(stages, start=1)
+    ]
+    assert any(
+        value for row in read_jsonl(tmp_path / "out" / "scored" / "train.jsonl") for value in row["chosen_weight"]
+    )
+    assert made_now(run(config, method=method)) == []
+
+
+def test_method_sft_is_the_chain_of_its_commands(world: Path, tmp_path: Path) -> None:
+    """Two supervised trainings from the same start, each on one side, then the estimation."""
+    out = tmp_path / "out"
+    run(write_config(world, tmp_path), method="sft")
+    common = {"model": out / "sft", "dataset": world / "data", "batch_size": 8, "max_steps": 4, "warmup_steps": 0}
+    for target in ("chosen", "rejected"):
+        flags = {k: str(v) for k, v in {**common, "target": target, "output_dir": tmp_path / target}.items()}
+        train_sft(load(COMMANDS["train-sft"], flags).settings, Silent())
+        made = (tmp_path / target / "model.safetensors").read_bytes()
+        assert made == (out / f"sft-{target}" / "model.safetensors").read_bytes()
+    sides = {"forward": tmp_path / "chosen", "reverse": tmp_path / "rejected"}
+    flags = {k: str(v) for k, v in {**sides, "dataset": world / "data", "output_dir": tmp_path / "scored"}.items()}
+    estimate(load(COMMANDS["estimate"], flags).settings, Silent())
+    assert (tmp_path / "scored" / "train.jsonl").read_bytes() == (out / "scored" / "train.jsonl").read_bytes()
+
+
+def test_another_method_in_the_same_place_must_be_asked_for(world: Path, tmp_path: Path) -> None:
+    config = write_config(world, tmp_path)
+    run(config)
+    code, told = fault_of(config, method="prompt")
+    assert code == 2
+    assert "scored" in told
+    assert "--overwrite" in told
+    assert made_now(run(config, method="prompt", overwrite=True)) == ["estimate", "train"]

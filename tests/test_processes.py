@@ -82,6 +82,16 @@ def test_two_processes_are_one_with_twice_the_accumulation_to_the_byte(world: Pa
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
 
 
+@pytest.mark.parametrize("method", [{"alpha": 0.5}, {"loss": "tdpo2"}], ids=str)
+def test_distributions_are_compared_the_same_on_two_processes(world: Path, tmp_path: Path, method: dict) -> None:
+    given = {**SHORT, **method, "max_steps": 3, "model": world / "sft", "dataset": world / "data"}
+    done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    on_one("train-dpo", **given, output_dir=tmp_path / "one", micro_batch_size=4)
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
 def test_pairs_that_do_not_divide_are_each_used_once(contrast: Path, tmp_path: Path) -> None:
     """23 train and 7 test pairs, 3 per update, 1 per pass: some passes are empty on one of the processes.
 
@@ -103,8 +113,11 @@ def test_pairs_that_do_not_divide_are_each_used_once(contrast: Path, tmp_path: P
     assert (record["updates"], record["pairs"]) == (8, 23)
 
 
-def test_estimate_on_two_processes_writes_the_same_bytes(contrast: Path, tmp_path: Path) -> None:
-    given = {"forward": contrast / "dpo", "reverse": contrast / "reverse", "dataset": contrast / "data"}
+@pytest.mark.parametrize("by", ["two models", "two prompts"])
+def test_estimate_on_two_processes_writes_the_same_bytes(contrast: Path, tmp_path: Path, by: str) -> None:
+    two_models = {"forward": contrast / "dpo", "reverse": contrast / "reverse"}
+    sides = two_models if by == "two models" else {"model": contrast / "sft"}
+    given = {**sides, "dataset": contrast / "data"}
     done = on_two("estimate", **given, output_dir=tmp_path / "two", batch_size=1)
     assert (done.code, done.out) == (0, f"{tmp_path / 'two'}\n"), done.err
     lines = said_by_the_program(done.err)
