@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class Runtime:
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
         self.reporter: Reporter = reporter if self.main else Silent()
+        # Threads of a process group that lives on into the end of the interpreter abort it now and then.
+        atexit.register(_leave)
         self._check_launch()
 
     def _check_launch(self) -> None:
@@ -114,6 +117,11 @@ def _deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory with NaN is for debugging and costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _leave() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class StopRequest:
