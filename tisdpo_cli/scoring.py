@@ -143,7 +143,10 @@ class TokenScorer(nn.Module):
             with torch.no_grad():
                 ref_logps = reference._from_hidden(ref_h).float().log_softmax(-1)
             ours, theirs = (logps, ref_logps) if divergence == "policy||reference" else (ref_logps, logps)
-            kl = (ours.exp() * (ours - theirs)).sum(-1)
+            # expm1(−d) + d is never negative, and keeps its digits where the two are close; Σ p expm1(−d) is 0 in
+            # value and in gradient, for both sum to 1.
+            d = ours - theirs
+            kl = (ours.exp() * (torch.expm1(-d) + d)).sum(-1)
             own, other = (of.gather(1, chosen[:, None])[:, 0] for of in (logps, ref_logps))
             return own, other, kl
 
@@ -159,7 +162,7 @@ class TokenScorer(nn.Module):
 
         def keep(hidden: Tensor) -> Tensor:
             kept.append(_at(hidden, positions))
-            return hidden[:, :1]
+            return hidden[:1, :1]
 
         with _input_replaced(self._head(), keep):
             logits = self.model(input_ids=input_ids, use_cache=False).logits
@@ -223,11 +226,14 @@ def _body_left_out(model: nn.Module, hidden: Tensor) -> Iterator[None]:
     if body is model:
         yield
         return
+    of_its_own = body.__dict__.get("forward")  # accelerate and others put one on the instance
     body.forward = lambda *_args, **_kwargs: _BodyOutput(hidden)
     try:
         yield
     finally:
         del body.forward
+        if of_its_own is not None:
+            body.forward = of_its_own
 
 
 def score(scorer: nn.Module, batch: Batch) -> Tensor:
