@@ -143,21 +143,28 @@ def _mean(sums: Sequence[float], counts: Sequence[int]) -> float:
     return sum(sums) / sum(counts) if counts else 0.0
 
 
-# Where a clause or a sentence ends. Most signs end one only before white space: "3.14" and "a,b" go on.
-_CLOSERS = r"[\"'”’»)\]」』）]*"
-_SENTENCE = rf"[.!?…।؟]+{_CLOSERS}(?:\s*\n+|(?=\s))|[。！？]+{_CLOSERS}\n*|\n+"
-_CLAUSE = rf"[,;:—–،؛]+{_CLOSERS}(?=\s)|[，、；：]+{_CLOSERS}"
+# Where a clause or a sentence ends. Most signs end one only before white space: "3.14" and "a,b" go on. A run of signs
+# is tried from its first one only, or a long run would be read again from each.
+_CLOSERS = r"[\"'”’»)\]」』）*_`]*"
+
+
+def _run_of(signs: str) -> str:
+    return f"(?<![{signs}])[{signs}]+{_CLOSERS}"
+
+
+_SENTENCE = rf"{_run_of('.!?…।॥؟۔։')}(?:\s*\n+|(?=\s))|{_run_of('。！？｡')}\n*|\n+"
+_CLAUSE = rf"{_run_of(',;:—–،؛')}(?=\s)|{_run_of('，、；：､')}"
 _ENDS = {"clause": re.compile(f"{_SENTENCE}|{_CLAUSE}"), "sentence": re.compile(_SENTENCE)}
-# Inside a word: signs that join its parts, and marks that Python's \w leaves out.
-_JOINING = "'’-_\ufffd"
+# Inside a word: apostrophes, hyphens, and what stands for a piece of a character.
+_JOINING = "'’-\u2010\u2011_\ufffd"
 
 
 def spans_of(text: str, offsets: Sequence[tuple[int, int]], unit: str) -> list[int]:
     """The span of each token of a text, counted from 0.
 
-    A word is a run of letters, digits, marks, apostrophes and hyphens, or a run of other signs; scripts without
-    spaces have one word from sign to sign. A clause ends after `, ; : —` and with a sentence, a sentence after
-    `. ! ? …` and at a line break; the full-width signs of Chinese and Japanese need no white space behind them.
+    A word is a run of letters, digits, apostrophes and hyphens, or a run of other signs; scripts without spaces
+    have one word from sign to sign. A clause ends after `, ; : —` and with a sentence, a sentence after `. ! ? …`
+    and at a line break; the full-width signs of Chinese and Japanese need no white space behind them.
 
     >>> spans_of("So sad, bye", [(0, 2), (2, 6), (6, 7), (7, 11)], "clause")
     [0, 0, 0, 1]
@@ -168,14 +175,13 @@ def spans_of(text: str, offsets: Sequence[tuple[int, int]], unit: str) -> list[i
         unit: `word`, `clause` or `sentence`.
     """
     begins = _word_begins(text) if unit == "word" else [match.end() for match in _ENDS[unit].finditer(text)]
+    ahead = _next_sign(text)
     spans: list[int] = []
     span = 0
     for begin, end in offsets:
-        # White space belongs to the word behind it, and to the clause or sentence that it follows.
-        first = begin
-        while first < (len(text) if unit == "word" else end) and text[first].isspace():
-            first += 1
-        if first == end and unit != "word":
+        # White space belongs to what comes after it, but for a line break that ends a clause or sentence.
+        first = ahead[begin]
+        if unit != "word" and first >= end:
             first = begin
         while span < len(begins) and begins[span] <= first:
             span += 1
@@ -184,19 +190,31 @@ def spans_of(text: str, offsets: Sequence[tuple[int, int]], unit: str) -> list[i
     return [order[span] for span in spans]
 
 
+def _next_sign(text: str) -> list[int]:
+    """At each index of a text, and at its end, where the next character is that is no white space."""
+    ahead = [len(text)]
+    for i in range(len(text) - 1, -1, -1):
+        ahead.append(ahead[-1] if text[i].isspace() else i)
+    return ahead[::-1]
+
+
 def _word_begins(text: str) -> list[int]:
-    kinds = [_kind(character) for character in text]
-    return [i for i in range(1, len(text)) if kinds[i] and kinds[i] != kinds[i - 1]]
+    begins: list[int] = []
+    before = ""
+    for i, character in enumerate(text):
+        kind = _kind(character, before)
+        if i and kind and kind != before:
+            begins.append(i)
+        before = kind
+    return begins
 
 
-def _kind(character: str) -> str:
-    """`w` inside words, `p` for other signs, empty for white space."""
+def _kind(character: str, before: str) -> str:
+    """`w` inside words, `p` for other signs, empty for white space, given the kind of the character before."""
     if character.isspace():
         return ""
-    if character.isalnum() or character in _JOINING or _is_mark(character):
+    if character.isalnum() or character in _JOINING:
         return "w"
-    return "p"
-
-
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character).startswith("M")
+    category = unicodedata.category(character)
+    # Marks and joiners belong to the character that they change.
+    return (before or "w") if category[0] == "M" or category == "Cf" else "p"
