@@ -78,7 +78,7 @@ def out_of_bounds(param: Param, value: Value, others: Mapping[str, Value]) -> st
     for words, bound, holds in bounds:
         if bound is not None and not holds(number, bound):
             return f"{words} {bound:g}, not {number:g}"
-    if param.below is not None and not number < float(others[param.below]):
+    if param.below is not None and number >= float(others[param.below]):
         return f"below {param.below} ({others[param.below]:g})"
     return None
 
