@@ -1,6 +1,7 @@
 """The preference objectives: DPO to the last bit with unit weights, the oracle within a bound, and by hand.
 
-Bound: float32 losses and rewards agree with the float64 oracle within 1e-6 of their size, the gradient too.
+Bound: float32 losses and rewards agree with the float64 oracle within 1e-6 of their size, the gradient too; those of
+IPO, which squares a small difference of sums, within 1e-5.
 """
 
 import doctest
@@ -16,6 +17,20 @@ from tisdpo_cli import losses
 from tisdpo_cli.losses import OBJECTIVES, loss, pair_losses, response_sums
 
 BETA = 0.1
+
+CASES = [
+    ("dpo", {}),
+    ("dpo", {"alpha": 0.5}),
+    ("dpo", {"alpha": 1.0, "label_smoothing": 0.2}),
+    ("dpo", {"label_smoothing": 0.1}),
+    ("dpo", {"reference_free": True}),
+    ("ipo", {}),
+    ("ipo", {"length_normalize": True}),
+    ("tdpo1", {}),
+    ("tdpo2", {}),
+    ("tdpo2", {"alpha": 2.0}),
+]
+IDS = ["-".join([name, *params]) for name, params in CASES]
 
 
 def random_pairs(seed, count, dtype=torch.float32):
@@ -178,18 +193,20 @@ def test_swapping_a_pair_negates_its_margins():
     assert torch.allclose(difference, result.rewards.weighted_chosen - result.rewards.weighted_rejected, atol=1e-6)
 
 
-def test_pairs_do_not_touch_each_other():
-    batch = random_pairs(5, 3)
+@pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
+def test_pairs_do_not_touch_each_other(name, params):
+    batch, how = random_pairs(5, 3), loss(name, BETA, params)
     alone = [
         losses_of(
             SimpleNamespace(
-                logps=batch.logps[own], ref_logps=batch.ref_logps[own], weights=batch.weights[own], kl=None,
+                logps=batch.logps[own], ref_logps=batch.ref_logps[own], weights=batch.weights[own], kl=batch.kl[own],
                 owner=batch.owner[own] // 3, count=1,
-            )
+            ),
+            how,
         ).losses
         for own in ((batch.owner % 3 == b) for b in range(3))
     ]  # fmt: skip
-    assert torch.equal(losses_of(batch).losses, torch.cat(alone))
+    assert torch.equal(losses_of(batch, how).losses, torch.cat(alone))
 
 
 def test_gradient_agrees_with_finite_differences():
@@ -231,20 +248,6 @@ def test_far_margins_stay_finite(u, expected):
 
 # ---------------------------------------------------------------- every objective
 
-CASES = [
-    ("dpo", {}),
-    ("dpo", {"alpha": 0.5}),
-    ("dpo", {"alpha": 1.0, "label_smoothing": 0.2}),
-    ("dpo", {"label_smoothing": 0.1}),
-    ("dpo", {"reference_free": True}),
-    ("ipo", {}),
-    ("ipo", {"length_normalize": True}),
-    ("tdpo1", {}),
-    ("tdpo2", {}),
-    ("tdpo2", {"alpha": 2.0}),
-]
-IDS = ["-".join([name, *params]) for name, params in CASES]
-
 
 def batch_for(name, seed, count, dtype=torch.float32):
     """Random pairs, with unit weights where the objective takes none."""
@@ -277,17 +280,19 @@ def test_every_objective_agrees_with_the_oracle(name, params, seed):
 
 @pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
 def test_every_gradient_agrees_with_finite_differences(name, params):
+    """By log-probs and divergences; by those of the chosen responses not in tdpo2, which stops that gradient."""
     batch = batch_for(name, 3, 2, torch.float64)
-    how = loss(name, BETA, params)
-    stopped = name == "tdpo2"  # a stopped gradient is not that of the value
+    how, chosen = loss(name, BETA, params), batch.owner < batch.count
 
-    def mean_loss(logps, kl):
+    def mean_loss(logps, chosen_kl, rejected_kl):
+        kl = torch.cat([chosen_kl, rejected_kl])
         return losses_of(batch, how, logps=logps, kl=kl).losses.mean()
 
-    kl = batch.kl.clone()
-    if not stopped:
-        kl.requires_grad_()
-    assert torch.autograd.gradcheck(mean_loss, (batch.logps.clone().requires_grad_(), kl), eps=1e-6, atol=1e-8)
+    given = batch.logps, batch.kl[chosen], batch.kl[~chosen]
+    logps, chosen_kl, rejected_kl = (values.clone().requires_grad_() for values in given)
+    if name == "tdpo2":
+        chosen_kl = chosen_kl.detach()
+    assert torch.autograd.gradcheck(mean_loss, (logps, chosen_kl, rejected_kl), eps=1e-6, atol=1e-8)
 
 
 def one_pair(name, params, beta):
@@ -319,6 +324,130 @@ def test_every_objective_by_hand(name, params, expected):
     assert one_pair(name, params, beta=0.5) == pytest.approx(expected, rel=1e-6)
 
 
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "value", "by_logps", "by_kl"),
+    [
+        # u = (2 * 1 + 0.5 * 2) - 3 * -1 = 6; eta = (2 * 0.25 + 0.5 * 0.5) - 3 * 2 = -5.25; beta 0.5. dL/dz = -sigma(-z)
+        # and dz/du = 0.5, so a token's gradient is -0.5 w sigma(-z) if chosen and the negative if rejected.
+        # z = 0.5 * 6 = 3
+        ("dpo", {}, math.log1p(math.exp(-3)), [g * sigmoid(-3) for g in (-1, -0.25, 1.5)], [0, 0, 0]),
+        # z = 0.5 * (6 + 0.8 * 5.25) = 5.1, and by a divergence -0.8 times as much
+        (
+            "dpo", {"alpha": 0.8}, math.log1p(math.exp(-5.1)),
+            [g * sigmoid(-5.1) for g in (-1, -0.25, 1.5)], [g * sigmoid(-5.1) for g in (0.8, 0.2, -1.2)],
+        ),
+        # -0.75 log sigma(3) - 0.25 log sigma(-3); dL/dz = -0.75 sigma(-3) + 0.25 sigma(3)
+        (
+            "dpo", {"label_smoothing": 0.25}, 0.75 * math.log1p(math.exp(-3)) + 0.25 * math.log1p(math.exp(3)),
+            [g * (0.25 * sigmoid(3) - 0.75 * sigmoid(-3)) for g in (1, 0.25, -1.5)], [0, 0, 0],
+        ),
+        # u = (2 * -1 + 0.5 * -2) - 3 * -5 = 12, z = 6
+        (
+            "dpo", {"reference_free": True}, math.log1p(math.exp(-6)),
+            [g * sigmoid(-6) for g in (-1, -0.25, 1.5)], [0, 0, 0],
+        ),
+        # (6 - 1)^2 = 25, 2 (6 - 1) w
+        ("ipo", {}, 25.0, [20, 5, -30], [0, 0, 0]),
+        # (3 / 2 + 3 / 1 - 1)^2 = 3.5^2 = 12.25; 2 * 3.5 w / T
+        ("ipo", {"length_normalize": True}, 12.25, [7, 1.75, -21], [0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_token_weights_by_hand(name, params, value, by_logps, by_kl):
+    """The pair of `one_pair` with weights 2, 0.5 and 3."""
+    logps, ref_logps = torch.tensor([-1.0, -2.0, -5.0], requires_grad=True), torch.tensor([-2.0, -4.0, -4.0])
+    kl = torch.tensor([0.25, 0.5, 2.0], requires_grad=True)
+    weights, owner = torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0, 0, 1])
+    losses = pair_losses(logps, ref_logps, kl, weights, owner, 1, loss(name, 0.5, params)).losses
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([value], rel=1e-5)
+    assert logps.grad.tolist() == pytest.approx(by_logps, rel=1e-5)
+    assert (torch.zeros(3) if kl.grad is None else kl.grad).tolist() == pytest.approx(by_kl, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "by_logps", "by_kl"),
+    [
+        # z = 1.375: -0.5 sigma(-z) by the chosen log-probs and divergences, plus by the rejected ones
+        (
+            "tdpo1",
+            None,
+            [g * sigmoid(-1.375) for g in (-0.5, -0.5, 0.5)],
+            [g * sigmoid(-1.375) for g in (-0.5, -0.5, 0.5)],
+        ),
+        # z = 0.5 * (4 - 0.5 * 1.25) = 1.6875
+        ("tdpo2", 0.5, [g * sigmoid(-1.6875) for g in (-0.5, -0.5, 0.5)], [0, 0, 0.25 * sigmoid(-1.6875)]),
+        # z = 0.5 * (4 - 2 * 1.25) = 0.75
+        ("tdpo2", 2.0, [g * sigmoid(-0.75) for g in (-0.5, -0.5, 0.5)], [0, 0, sigmoid(-0.75)]),
+    ],
+)
+def test_gradients_of_tdpo_by_hand(name, alpha, by_logps, by_kl):
+    """The pair of `one_pair`: u = 4, K of the rejected minus K of the chosen response 2 - 0.75 = 1.25, beta 0.5."""
+    logps, ref_logps = torch.tensor([-1.0, -2.0, -5.0], requires_grad=True), torch.tensor([-2.0, -4.0, -4.0])
+    kl, owner = torch.tensor([0.25, 0.5, 2.0], requires_grad=True), torch.tensor([0, 0, 1])
+    how = loss(name, 0.5, {} if alpha is None else {"alpha": alpha})
+    pair_losses(logps, ref_logps, kl, torch.ones(3), owner, 1, how).losses.sum().backward()
+    assert logps.grad.tolist() == pytest.approx(by_logps, rel=1e-5)
+    assert kl.grad.tolist() == pytest.approx(by_kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_unit_weights_are_ipo_to_the_last_bit(normalize):
+    batch = random_pairs(12, 4)
+    ours, plain = batch.logps.clone().requires_grad_(), batch.logps.clone().requires_grad_()
+    how = loss("ipo", BETA, {"length_normalize": normalize})
+    losses = losses_of(batch, how, logps=ours, weights=torch.ones_like(ours)).losses
+    expected = []
+    for b in range(batch.count):
+        sides = []
+        for response in (b, batch.count + b):
+            total, tokens = torch.zeros(()), (batch.owner == response).nonzero()[:, 0]
+            for t in tokens:
+                total = total + (plain[t] - batch.ref_logps[t])
+            sides.append(total / len(tokens) if normalize else total)
+        expected.append((sides[0] - sides[1] - 1 / (2 * BETA)) ** 2)
+    assert torch.equal(losses, torch.stack(expected))
+    losses.sum().backward()
+    torch.stack(expected).sum().backward()
+    assert torch.equal(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("params", [{}, {"alpha": 0.5}, {"reference_free": True}], ids=str)
+def test_label_smoothing_mixes_in_the_swapped_pair(params):
+    batch, smoothing = random_pairs(13, 4), 0.3
+    smoothed = losses_of(batch, loss("dpo", BETA, {**params, "label_smoothing": smoothing})).losses
+    how = loss("dpo", BETA, params)
+    right = losses_of(batch, how).losses
+    wrong = losses_of(batch, how, owner=(batch.owner + batch.count) % (2 * batch.count)).losses
+    assert torch.allclose(smoothed, (1 - smoothing) * right + smoothing * wrong, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
+def test_rewards_are_the_same_whatever_the_objective(name, params):
+    batch = batch_for(name, 14, 3)
+    for got, expected in zip(losses_of(batch, loss(name, BETA, params)).rewards, losses_of(batch).rewards, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("u", [1e5, -1e5])
+@pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
+def test_far_margins_stay_finite_and_exact(name, params, u):
+    logps, kl = torch.tensor([u, 0.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
+    ref_logps, owner, one = torch.zeros(2), torch.tensor([0, 1]), torch.ones(2)
+    result = pair_losses(logps, ref_logps, kl, one, owner, 1, loss(name, BETA, params)).losses
+    result.sum().backward()
+    batch = SimpleNamespace(
+        logps=logps.detach(), ref_logps=ref_logps, weights=one, kl=kl.detach(), owner=owner, count=1
+    )
+    expected = oracle.OBJECTIVES[name](as_oracle_pairs(batch)[0], BETA, **params)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    assert logps.grad.isfinite().all()
+    assert kl.grad is None or kl.grad.isfinite().all()
+
+
 def test_tdpo2_at_alpha_1_has_the_value_of_tdpo1_and_another_gradient():
     batch = batch_for("tdpo1", 7, 3)
     gradients = []
@@ -339,9 +468,16 @@ def test_tdpo2_at_alpha_1_has_the_value_of_tdpo1_and_another_gradient():
 
 def test_without_smoothing_and_penalty_dpo_is_the_same_to_the_last_bit():
     batch = random_pairs(8, 4)
-    plain = losses_of(batch).losses
+
+    def value_and_gradient(params):
+        logps = batch.logps.clone().requires_grad_()
+        losses = losses_of(batch, loss("dpo", BETA, params), logps=logps).losses
+        losses.sum().backward()
+        return losses.detach(), logps.grad
+
+    plain = value_and_gradient({})
     for params in ({"label_smoothing": 0.0}, {"alpha": 0.0}, {"reference_free": False}):
-        assert torch.equal(losses_of(batch, loss("dpo", BETA, params)).losses, plain)
+        assert all(torch.equal(a, b) for a, b in zip(value_and_gradient(params), plain, strict=True))
 
 
 @pytest.mark.parametrize(("name", "params"), [case for case in CASES if OBJECTIVES[case[0]].takes_weights])
@@ -381,13 +517,47 @@ def test_the_value_at_the_start(name, params, expected):
     assert value == expected if expected is None else value == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
+def test_the_value_at_the_start_is_that_of_pairs_that_have_not_moved(name, params, beta):
+    batch, how = batch_for(name, 15, 3), loss(name, beta, params)
+    losses = losses_of(batch, how, logps=batch.ref_logps, kl=torch.zeros_like(batch.kl)).losses
+    if "reference_free" in params:
+        assert how.at_the_start() is None
+    else:
+        assert losses.tolist() == pytest.approx([how.at_the_start()] * 3, rel=1e-6)
+
+
+def test_ipo_starts_at_its_target_squared():
+    """(1 / (2 * 0.05))^2 = 100, (1 / (2 * 2))^2 = 0.0625; normalised or not."""
+    for params in ({}, {"length_normalize": True}):
+        assert loss("ipo", 0.05, params).at_the_start() == pytest.approx(100)
+        assert loss("ipo", 2.0, params).at_the_start() == pytest.approx(0.0625)
+
+
+def test_what_is_not_given_has_its_default():
+    assert loss("dpo", BETA).params == {"alpha": 0.0, "label_smoothing": 0.0, "reference_free": False}
+    assert loss("ipo", BETA).params == {"length_normalize": False}
+    assert loss("tdpo1", BETA).params == {}
+    assert loss("tdpo2", BETA).params == {"alpha": 0.5}
+    assert loss("dpo", BETA, {"alpha": 1.0}).params["label_smoothing"] == 0.0
+
+
+def test_an_objective_is_described_by_what_is_not_default():
+    assert loss("dpo", 0.1).describe() == "dpo (β 0.1)"
+    assert loss("dpo", 0.5, {"alpha": 0.25, "label_smoothing": 0.0}).describe() == "dpo (β 0.5, alpha 0.25)"
+    assert loss("ipo", 0.1, {"length_normalize": True}).describe() == "ipo (β 0.1, length_normalize)"
+
+
 def test_objectives_say_what_they_need():
     def needs(name, **params):
         return loss(name, BETA, params).needs
 
     assert needs("dpo") == needs("ipo") == (True, None)
     assert needs("dpo", alpha=0.1) == (True, "policy||reference")
+    assert needs("dpo", label_smoothing=0.1) == (True, None)
     assert needs("dpo", reference_free=True) == (False, None)
+    assert needs("ipo", length_normalize=True) == (True, None)
     assert needs("tdpo1") == needs("tdpo2") == (True, "reference||policy")
     assert [name for name, entry in OBJECTIVES.items() if entry.takes_weights] == ["dpo", "ipo"]
 
@@ -396,12 +566,21 @@ def test_objectives_say_what_they_need():
     ("name", "params", "word"),
     [
         ("tdpo", {}, "unknown loss"),
-        ("ipo", {"alpha": 1.0}, "alpha"),
+        ("DPO", {}, "unknown loss"),
+        ("dpo", {"length_normalize": True}, "no parameter length_normalize"),
+        ("ipo", {"alpha": 1.0}, "no parameter alpha"),
+        ("tdpo1", {"alpha": 1.0}, "no parameter alpha"),
+        ("tdpo2", {"label_smoothing": 0.1}, "no parameter label_smoothing"),
         ("dpo", {"label_smoothing": 0.5}, "below 0.5"),
         ("dpo", {"label_smoothing": -0.1}, "at least 0"),
         ("dpo", {"alpha": -1.0}, "at least 0"),
+        ("dpo", {"label_smoothing": 1.0}, "below 0.5"),
+        ("dpo", {"label_smoothing": math.nan}, "finite"),
         ("dpo", {"alpha": math.nan}, "finite"),
+        ("dpo", {"alpha": math.inf}, "finite"),
         ("tdpo2", {"alpha": 0.0}, "above 0"),
+        ("tdpo2", {"alpha": -0.5}, "above 0"),
+        ("tdpo2", {"alpha": math.nan}, "finite"),
         ("dpo", {"alpha": 0.5, "reference_free": True}, "reference"),
     ],
 )

@@ -177,7 +177,7 @@ class Bigram(torch.nn.Module):
         logits = torch.tensor(rows, dtype=torch.float64).log() + 5.0  # logits are free up to +c
         self.table = torch.nn.Parameter(logits)
 
-    def forward(self, input_ids, attention_mask, use_cache):
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
@@ -271,6 +271,109 @@ def test_rewards_are_unweighted():
     assert result["rejected"] == approx([0.15, 0])
     assert result["margins"] == approx([0.15, 0])
     assert result["accuracies"] == [1.0, 0.0]
+
+
+# ---------------------------------------------------------------- divergences and the other objectives
+
+HALF = [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]
+MOST = [[0.125, 0.75, 0.125], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]
+LN2, LN3 = math.log(2), math.log(3)
+
+
+def test_divergence_in_both_directions():
+    """p = 1/2, 1/4, 1/4 and q = 1/8, 3/4, 1/8; after tokens 1 and 2 the models agree.
+
+    KL(p || q) = 1/2 ln 4 + 1/4 ln(1/3) + 1/4 ln 2 = 5/4 ln 2 - 1/4 ln 3 = 0.591781.
+    KL(q || p) = 1/8 ln(1/4) + 3/4 ln 3 + 1/8 ln(1/2) = 3/4 ln 3 - 3/8 ln 2 = 0.564029.
+    Prompt [2, 0], response [1, 2, 0]: predicted after 0, 1 and 2.
+    """
+    forward, backward = oracle.token_kls(Bigram(HALF), Bigram(MOST), [2, 0], [1, 2, 0])
+    assert forward.dtype == backward.dtype == torch.float64
+    assert forward.tolist() == approx([1.25 * LN2 - 0.25 * LN3, 0, 0], abs=1e-15)
+    assert backward.tolist() == approx([0.75 * LN3 - 0.375 * LN2, 0, 0], abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("direction", "gradient"),
+    [
+        # p_v (ln(p_v / q_v) - KL), with ln(p / q) = 2 ln 2, -ln 3, ln 2 and KL = 0.591781
+        (0, [0.397257, -0.422598, 0.025341]),
+        # p - q
+        (1, [0.375, -0.5, 0.125]),
+    ],
+)
+def test_gradient_of_a_divergence_is_the_policys_alone(direction, gradient):
+    policy, reference = Bigram(HALF), Bigram(MOST)
+    oracle.token_kls(policy, reference, [0], [1])[direction].sum().backward()
+    assert policy.table.grad[0].tolist() == approx(gradient, abs=1e-6)
+    assert not policy.table.grad[1:].any()
+    assert reference.table.grad is None
+
+
+def with_kl(**changes):
+    """`make_pair` with divergences. Weighted, policy: 2 * 0.5 + 1 * 1 = 2 and 1 * 1 + 0 + 0 = 1.
+
+    Reference, plain: 0.25 + 0.75 = 1 and 1 + 2 + 0.5 = 3.5.
+    """
+    pair = make_pair() | {
+        "policy_chosen_kl": [0.5, 1],
+        "policy_rejected_kl": [1, 3, 5],
+        "reference_chosen_kl": [0.25, 0.75],
+        "reference_rejected_kl": [1, 2, 0.5],
+    }
+    return pair | changes
+
+
+def test_eta():
+    """2 - 1."""
+    assert oracle.eta(with_kl()).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "expected"),
+    [
+        # u = 4 + 1 = 5 weighted, 3 - 1.5 = 1.5 plain; beta = 0.4; log(1 + e^-2) = 0.1269280
+        ("dpo", {}, 0.1269280),  # z = 0.4 * 5 = 2
+        ("dpo", {"alpha": 0.5}, 0.1529776),  # z = 0.4 * (5 - 0.5 * 1) = 1.8
+        ("dpo", {"label_smoothing": 0.1}, 0.3269280),  # 0.9 * 0.1269280 + 0.1 * 2.1269280
+        ("dpo", {"alpha": 0.5, "label_smoothing": 0.1}, 0.3329776),  # 0.9 * 0.1529776 + 0.1 * 1.9529776
+        ("dpo", {"reference_free": True}, 0.9130153),  # u = (-2 - 2) - (-3) = -1, z = -0.4
+        ("ipo", {}, 14.0625),  # (5 - 1.25)^2
+        ("ipo", {"length_normalize": True}, 1.1736111),  # (4 / 2 + 1 / 3 - 1.25)^2 = (13 / 12)^2
+        ("tdpo1", {}, 0.9130153),  # z = 0.4 * (1.5 - (3.5 - 1)) = -0.4
+        ("tdpo2", {}, 0.6443967),  # z = 0.4 * (1.5 - 0.5 * 2.5) = 0.1
+        ("tdpo2", {"alpha": 1.0}, 0.9130153),
+    ],
+)
+def test_objectives(name, params, expected):
+    assert oracle.OBJECTIVES[name](with_kl(), 0.4, **params).item() == approx(expected, abs=1e-7)
+
+
+def test_the_plain_objective_is_the_method():
+    assert oracle.OBJECTIVES["dpo"](with_kl(), 0.4).item() == oracle.tis_dpo_loss([with_kl()], 0.4).item()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "chosen", "rejected"),
+    [
+        # z = 0.4 * (5 - 1) = 1.6 and sigma(-1.6) = 0.1679816: dL/dKL_t = 0.4 w_t sigma(-z), minus if rejected
+        ("dpo", "policy", [0.1343853, 0.0671926], [-0.0671926, 0, 0]),
+        # z = -0.4 and sigma(0.4) = 0.5986877: dL/dKL_t = -0.4 sigma(-z), plus if rejected
+        ("tdpo1", "reference", [-0.2394751] * 2, [0.2394751] * 3),
+        # the same value, and the chosen divergence stopped
+        ("tdpo2", "reference", [0, 0], [0.2394751] * 3),
+    ],
+)
+def test_gradients_of_the_penalties(name, kind, chosen, rejected):
+    """All with alpha = 1."""
+    keys = [f"{kind}_{side}_kl" for side in ("chosen", "rejected")]
+    pair = with_kl()
+    kls = [torch.tensor(pair[key], dtype=torch.float64, requires_grad=True) for key in keys]
+    params = {} if name == "tdpo1" else {"alpha": 1.0}
+    oracle.OBJECTIVES[name](pair | dict(zip(keys, kls, strict=True)), 0.4, **params).backward()
+    for kl, expected in zip(kls, (chosen, rejected), strict=True):
+        got = torch.zeros_like(kl) if kl.grad is None else kl.grad
+        assert got.tolist() == approx(expected, abs=1e-7)
 
 
 # ---------------------------------------------------------------- truncation

@@ -75,14 +75,22 @@ THEIR_PRESETS = {
 THEIR_METHODS = {"default": "binary", "aggressive": "threshold_and_scale", "named_params": "threshold_and_scale"}
 
 
-def untied(seed, count):
-    """Numbers of a file, two decimals, each once."""
-    return [n / 100 for n in random.Random(seed).sample(range(-400, 400), count)]
+PRESETS_AND_NONE = {None: THEIR_PRESETS["default"], **THEIR_PRESETS}
 
 
-def ours(stored, side, how):
+def untied(seed, count, decimals=None):
+    """Numbers of a file, no two of them the same float32: about one nat, or with two decimals as theirs."""
+    draw = random.Random(f"{seed} {count}")
+    if decimals == 2:
+        return [n / 100 for n in draw.sample(range(-400, 400), count)]
+    stored = [draw.gauss(0, 1.3) for _ in range(count)]
+    assert torch.tensor(stored).unique().numel() == count
+    return stored
+
+
+def ours(stored, side, how, row=0):
     """Weights of the numbers of a file by this program."""
-    return transform_scores(-torch.tensor(stored), side, how, Stream(0, 0, side)).tolist()
+    return transform_scores(-torch.tensor(stored), side, how, Stream(0, row, side)).tolist()
 
 
 def theirs(stored, side, method, parameters):
@@ -91,32 +99,85 @@ def theirs(stored, side, method, parameters):
     return DEFINITIONS[method](signed, parameters)
 
 
+def agreed(stored, side, method, parameters):
+    """What both should give: theirs, but where their `binary` keeps no token, this program keeps the best one."""
+    weights = theirs(stored, side, method, parameters)
+    if method == "binary" and not any(weights):
+        best = min(stored) if side == "chosen" else max(stored)
+        return [float(x == best) for x in stored]
+    return weights
+
+
+@pytest.mark.parametrize("decimals", [None, 2])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("method", DEFINITIONS)
-@pytest.mark.parametrize("preset", THEIR_PRESETS)
-def test_every_method_under_every_preset_agrees(preset, method, side):
-    how = recipe(method, preset)
-    for seed, count in enumerate((1, 2, 3, 8, 25, 60)):
-        if method == "binary" and count * THEIR_PRESETS[preset][method]["top_percent"] < 100:
-            continue  # there no token is left, here one always is
-        stored = untied(seed, count)
-        expected = theirs(stored, side, method, THEIR_PRESETS[preset][method])
+@pytest.mark.parametrize("preset", PRESETS_AND_NONE)
+def test_every_method_under_every_preset_agrees(preset, method, side, decimals):
+    how, parameters = recipe(method, preset), PRESETS_AND_NONE[preset][method]
+    for count in range(1, 61):
+        stored = untied(count, count, decimals)
+        expected = agreed(stored, side, method, parameters)
         assert ours(stored, side, how) == pytest.approx(expected, rel=2e-6, abs=2e-6)
 
 
 @pytest.mark.parametrize("preset", THEIR_PRESETS)
 def test_a_preset_alone_sets_its_method(preset):
-    stored = untied(9, 20)
     method = THEIR_METHODS[preset]
-    for side in SIDES:
-        expected = theirs(stored, side, method, THEIR_PRESETS[preset][method])
-        assert ours(stored, side, recipe(None, preset)) == pytest.approx(expected, rel=2e-6, abs=2e-6)
+    for count in (1, 20, 60):
+        stored = untied(9, count)
+        for side in SIDES:
+            expected = agreed(stored, side, method, THEIR_PRESETS[preset][method])
+            assert ours(stored, side, recipe(None, preset)) == pytest.approx(expected, rel=2e-6, abs=2e-6)
     assert set(PRESETS) == set(THEIR_PRESETS)
 
 
 @pytest.mark.parametrize("preset", THEIR_PRESETS)
-def test_random_weights_keep_to_the_range_of_the_preset(preset):
-    low, high = {"default": (0.7, 1.3), "aggressive": (0.5, 1.5), "named_params": (0.6, 1.4)}[preset]
-    drawn = ours(untied(1, 200), "chosen", recipe("random", preset))
+def test_presets_hold_the_same_numbers_for_every_method(preset):
+    for method, parameters in THEIR_PRESETS[preset].items():
+        assert recipe(method, preset).params == parameters
+    assert recipe(None, preset).transform == THEIR_METHODS[preset]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("count", [4, 33, 60, 200])
+def test_whole_percentages_keep_as_many_tokens(count, side):
+    stored = untied(2, count)
+    for percent in range(1, 101):
+        expected = agreed(stored, side, "binary", {"top_percent": percent})
+        assert ours(stored, side, recipe("binary", given={"top_percent": float(percent)})) == expected
+
+
+def test_a_top_that_holds_no_token_holds_one_here():
+    """Half of one token is none there, and the response would weigh nothing at all."""
+    assert theirs([0.3], "chosen", "binary", {"top_percent": 50}) == [0.0]
+    assert ours([0.3], "chosen", recipe("binary", "aggressive")) == [1.0]
+    assert ours([0.3, 0.1, -0.2], "chosen", recipe("binary", given={"top_percent": 20.0})) == [0.0, 0.0, 1.0]
+    assert ours([0.3, 0.1, -0.2], "rejected", recipe("binary", given={"top_percent": 20.0})) == [1.0, 0.0, 0.0]
+
+
+def test_the_sides_by_hand():
+    """−r = [-2, 0.5] in both columns: r is 2 and −0.5. Chosen, s = r; rejected, s = −r, the file's own numbers."""
+    stored = [-2.0, 0.5]
+    assert ours(stored, "chosen", recipe("origin")) == [2.0, -0.5]
+    assert ours(stored, "rejected", recipe("origin")) == [-2.0, 0.5]
+    assert ours(stored, "chosen", recipe("threshold")) == [1.0, -0.5]
+    assert ours(stored, "rejected", recipe("threshold")) == [-1.0, 0.5]
+    assert ours(stored, "chosen", recipe("rank_based")) == pytest.approx([1.3, 0.7], rel=2e-6)
+    assert ours(stored, "rejected", recipe("rank_based")) == pytest.approx([0.7, 1.3], rel=2e-6)
+    assert ours(stored, "chosen", recipe("threshold_and_scale")) == pytest.approx([1.3, 0.9], rel=2e-6)
+    assert ours(stored, "rejected", recipe("threshold_and_scale")) == pytest.approx([0.7, 1.1], rel=2e-6)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("preset", PRESETS_AND_NONE)
+def test_random_weights_keep_to_the_range_of_the_preset_and_can_be_drawn_again(preset, side):
+    """The numbers themselves are drawn anew in every run there."""
+    low, high = {"aggressive": (0.5, 1.5), "named_params": (0.6, 1.4)}.get(preset, (0.7, 1.3))
+    how, stored = recipe("random", preset), untied(1, 200)
+    drawn = ours(stored, side, how)
     assert low <= min(drawn) < low + 0.05
     assert high - 0.05 < max(drawn) <= high
+    random.seed(5)
+    torch.manual_seed(5)
+    assert ours([-x for x in stored], side, how) == drawn
+    assert ours(stored, side, how, row=1) != drawn

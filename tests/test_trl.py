@@ -1,4 +1,5 @@
-"""The first updates of plain DPO, side by side with TRL's DPOTrainer: same model, token ids, batches and optimiser.
+"""The first updates of DPO, with smoothed labels too, and of IPO, side by side with TRL's DPOTrainer: same model, token
+ids, batches and optimiser.
 
 Bound, in float32: losses and rewards within 1e-5, log-probs of responses within 1e-6 of their size, and the weights
 after four updates within 1e-4 of the way they have gone (AdamW turns rounding in tiny gradients into steps).
@@ -104,7 +105,7 @@ def train_here(case, policy, pairs, plan, directory, how):
     return read_metrics(metrics)[1:]
 
 
-def trl_trainer(case, policy, rows, directory, loss_type="sigmoid"):
+def trl_trainer(case, policy, rows, directory, batch=BATCH, **method):
     """TRL's trainer on rows in this order, which keeps the loss of every update unrounded."""
 
     class Recording(trl.DPOTrainer):
@@ -119,12 +120,12 @@ def trl_trainer(case, policy, rows, directory, loss_type="sigmoid"):
             pass  # off with HF_HUB_OFFLINE too, which conftest sets
 
     config = trl.DPOConfig(
-        output_dir=str(directory), beta=BETA, loss_type=[loss_type], max_length=None, pad_to_multiple_of=None,
-        per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=UPDATES,
+        output_dir=str(directory), beta=BETA, max_length=None, pad_to_multiple_of=None,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=1, max_steps=UPDATES,
         train_sampling_strategy="sequential", optim=case.trl_optimizer, learning_rate=case.rate, weight_decay=0.0,
         lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1e9, use_cpu=True, bf16=False, fp16=False,
         gradient_checkpointing=False, disable_dropout=True, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False,
+        disable_tqdm=True, dataloader_pin_memory=False, **method,
     )  # fmt: skip
     trainer = Recording(
         model=policy,
@@ -167,18 +168,30 @@ def test_the_first_updates_of_dpo_equal_those_of_trl(make, tmp_path):
     assert (flat(ours) - flat(theirs)).norm() <= 1e-4 * (flat(ours) - flat(case.model)).norm()
 
 
-def test_the_first_updates_of_ipo_equal_those_of_trl(tmp_path):
-    """TRL's IPO takes means over tokens."""
-    case, plan = without_bos(), Plan(len(ROWS), BATCH, UPDATES, seed=3)
-    case = replace(case, rate=1e-3)
+# Of TRL's losses only `aot` smooths labels as DPO does, but it sorts the log-ratios of a batch: a pair at a time, it is
+# DPO. And `ipo` takes means over tokens.
+@pytest.mark.parametrize(
+    ("how", "batch", "rate", "start", "method"),
+    [
+        (loss("ipo", BETA, {"length_normalize": True}), BATCH, 1e-3, 25.0, {"loss_type": ["ipo"]}),
+        (
+            loss("dpo", BETA, {"label_smoothing": 0.2}), 1, 0.5, math.log(2),
+            {"loss_type": ["aot"], "label_smoothing": 0.2},
+        ),
+    ],
+    ids=["ipo, length_normalize", "dpo, label_smoothing"],
+)  # fmt: skip
+def test_the_first_updates_of_other_objectives_equal_those_of_trl(how, batch, rate, start, method, tmp_path):
+    case, plan = replace(without_bos(), rate=rate), Plan(len(ROWS), batch, UPDATES, seed=3)
     pairs = pairs_of(case)
     order = [i for step in range(UPDATES) for i in plan.batch(step)]
     ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    records = train_here(case, ours, pairs, plan, tmp_path, loss("ipo", BETA, {"length_normalize": True}))
-    trainer = trl_trainer(case, theirs, [ROWS[i] for i in order], tmp_path / "trl", "ipo")
+    records = train_here(case, ours, pairs, plan, tmp_path, how)
+    trainer = trl_trainer(case, theirs, [ROWS[i] for i in order], tmp_path / "trl", batch, **method)
     trainer.train()
-    assert trainer.losses[0] == pytest.approx(25.0, abs=1e-4)
-    assert abs(trainer.losses[-1] - 25.0) > 100 * BOUND, "the updates must show"
+    assert len(records) == len(trainer.losses) == UPDATES
+    assert trainer.losses[0] == pytest.approx(start, abs=BOUND)
+    assert abs(trainer.losses[-1] - start) > 100 * BOUND, "the updates must show"
     for record, value in zip(records, trainer.losses, strict=True):
         assert record["loss"] == pytest.approx(value, rel=BOUND)
     assert (flat(ours) - flat(theirs)).norm() <= 1e-4 * (flat(ours) - flat(case.model)).norm()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tisdpo_cli.params import Param
+from tisdpo_cli.steps import Centers, Context
 from tisdpo_cli.weights import PRESETS, TRANSFORMS, Stream, Transform, clipped, final_recipe, recipe, response_weights
 
 SIDES = ("chosen", "rejected")
@@ -372,8 +373,103 @@ def test_final_weights_are_taken_as_they_are(side):
     assert not clipped(torch.tensor(given), side, final_recipe("one")).any()
 
 
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("eos_weight", ["zero", "one", "score"])
+def test_final_weights_keep_their_bits_sign_and_scale(eos_weight, side):
+    """Nothing is clamped, turned round, scaled or normalised, however large or small; a cut response has no EOS."""
+    given = torch.tensor([-0.0, 1e-42, -3e38, 1 / 3, *random_scores(5, 20)])
+    how, stream, eos = final_recipe(eos_weight), Stream(3, 4, side), torch.tensor([-0.125])
+    for kept in (24, 3, 0):
+        weights = response_weights(given, eos, kept, False, how, stream)
+        assert weights.view(torch.int32).tolist() == given[:kept].view(torch.int32).tolist()
+    weights = response_weights(given, eos, 24, True, how, stream)
+    assert weights[:-1].view(torch.int32).tolist() == given.view(torch.int32).tolist()
+    assert weights[-1] == {"zero": 0.0, "one": 1.0, "score": -0.125}[eos_weight]
+
+
+def test_final_weights_of_an_empty_response():
+    assert weigh(final_recipe("one"), [], has_eos=True) == [1.0]
+    assert weigh(final_recipe("score"), [], eos=-2.0, has_eos=True) == [-2.0]
+    assert weigh(final_recipe("zero"), []) == []
+
+
+def test_the_final_weight_of_an_eos_must_be_there_to_be_used():
+    with pytest.raises(ValueError, match="EOS needs its score"):
+        weigh(final_recipe("score"), [1.0], has_eos=True)
+
+
+def test_final_weights_are_no_transform_that_can_be_asked_for():
+    how = final_recipe("one")
+    assert how.final
+    assert not how.steps
+    assert how.normalize == "none"
+    assert how.describe() == "ready weights, EOS one"
+    assert how.transform not in TRANSFORMS
+    assert not any(recipe(name).final for name in TRANSFORMS)
+    with pytest.raises(ValueError, match="unknown transform"):
+        recipe(how.transform)
+
+
+# ---------------------------------------------------------------- steps in a recipe
+
+
 def test_a_recipe_tells_its_steps_in_their_order():
-    how = recipe("rank_based", steps={"decay": 0.9, "center": "dataset", "dead_zone": 0.25})
-    told = how.describe()
-    parts = ["center dataset", "dead_zone 0.25", "decay 0.9", "rank_based (min_scale 0.7, max_scale 1.3)"]
-    assert [told.index(part) for part in parts] == sorted(told.index(part) for part in parts)
+    """Whatever the order in which they were asked for."""
+    steps = {"decay": 0.9, "spans": "clause", "center": "dataset", "dead_zone": 0.25}
+    told = "center dataset → spans clause → dead_zone 0.25 → decay 0.9 → rank_based (min_scale 0.7, max_scale 1.3)"
+    for order in itertools.permutations(steps):
+        given = {name: steps[name] for name in order}
+        how = recipe("rank_based", steps=given, normalize="mean", eos_weight="one")
+        assert how == recipe("rank_based", steps=steps, normalize="mean", eos_weight="one")
+        assert how.describe() == f"{told}, mean 1, EOS one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"transform": None}, "exp (k 1, mu 1, L -0.5, U 1.5), EOS score"),
+        ({"transform": "origin", "eos_weight": "zero"}, "origin, EOS zero"),
+        ({"transform": None, "preset": "default"}, "binary (top_percent 100), EOS score"),
+        ({"transform": "origin", "steps": {"spans": "word"}}, "spans word → origin, EOS score"),
+        ({"transform": "origin", "steps": {"decay": 0.5, "center": "position"}},
+         "center position → decay 0.5 → origin, EOS score"),
+    ],
+)  # fmt: skip
+def test_a_recipe_tells_what_it_does_and_nothing_else(arguments, told):
+    assert recipe(**arguments).describe() == told
+
+
+def test_steps_come_before_the_transform_and_its_normalisation():
+    """r = [3, -1, 0.5] less 0.5, dead zone 1: [2.5, -1.5, 0]. By rank 1.3, 0.7, 1.0; clamped to 1, -1, 0.
+
+    For the rejected side the steps work on r all the same, and only then is it turned round.
+    """
+    context = Context(Centers(0.5, (), 0.0))
+    scores, steps = torch.tensor([3.0, -1.0, 0.5]), {"center": "dataset", "dead_zone": 1.0}
+
+    def after(side, transform, **more):
+        how = recipe(transform, steps=steps, **more)
+        return response_weights(scores, None, 3, False, how, Stream(0, 0, side), context).tolist()
+
+    assert after("chosen", "rank_based") == pytest.approx([1.3, 0.7, 1.0], **CLOSE)
+    assert after("rejected", "rank_based") == pytest.approx([0.7, 1.3, 1.0], **CLOSE)
+    assert after("chosen", "threshold") == [1, -1, 0]
+    assert after("rejected", "threshold") == [-1, 1, 0]
+    assert after("rejected", "origin") == [-2.5, 1.5, 0]
+    mean = (math.exp(1.5) + math.exp(-0.5) + 1) / 3
+    expected = [math.exp(1.5) / mean, math.exp(-0.5) / mean, 1 / mean]
+    assert after("chosen", "exp", normalize="mean") == pytest.approx(expected, **CLOSE)
+
+
+def test_random_draws_the_same_numbers_whatever_the_steps():
+    """It reads no scores, so that a control stays the control; the EOS is one draw more and changes no other."""
+    stream, scores = Stream(7, 3, "rejected"), torch.tensor(random_scores(2, 3))
+    context = Context(Centers(0.5, (), 0.1), [0, 0, 1])
+    every = {"center": "dataset", "spans": "word", "dead_zone": 0.2, "decay": 0.5}
+    pinned = [0.7563619, 1.2225614, 0.8397679]
+    drawn = weigh(recipe("random"), [0.0] * 4, "rejected", seed=7, row=3)
+    for steps in ({}, {"decay": 0.5}, every):
+        how = recipe("random", steps=steps)
+        weights = response_weights(scores, torch.tensor([2.0]), 3, True, how, stream, context)
+        assert weights[:3].tolist() == pytest.approx(pinned, abs=1e-6)
+        assert weights.tolist() == drawn
