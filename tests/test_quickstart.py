@@ -49,9 +49,13 @@ def test_the_words_that_carry_the_preference_stand_out(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.code == 0, done.err
     stages = json.loads(done.out)["stages"]
-    for name in ("train_dpo", "train_reverse", "train"):
-        # Far above chance; rounding alone (another number of threads, say) moves so short a training by some points.
-        assert stages[name]["final_metrics"]["eval/rewards/accuracies"] > 0.8
+    metrics = {name: stage.get("final_metrics", {}) for name, stage in stages.items()}
+    # Far above chance; rounding alone (another processor, say) moves so short a training by some points.
+    for name in ("train_dpo", "train_reverse"):
+        assert metrics[name]["eval/rewards/accuracies"] > 0.8
+    # The weighted loss is what this one follows.
+    assert metrics["train"]["eval/weighted_rewards/accuracies"] > 0.9
+    assert metrics["train"]["eval/rewards/accuracies"] > 0.7
     assert (tmp_path / "out" / "report.svg").read_text().startswith("<svg")
     scores = scores_by_preference(tmp_path / "out" / "scored")
     assert min(len(values) for values in scores.values()) > 100
