@@ -115,10 +115,13 @@ def test_files_of_the_reference_have_no_eos_scores() -> None:
     assert read_scores(plain, "chosen", 2, "t") == Scores([-1.0, 0.5], None)
     assert not hold_eos_scores([plain])
     scored = row(chosen_weight=[1.0], rejected_weight=[0.0], chosen_eos_weight=1.0)
-    assert not hold_eos_scores([scored])
+    with pytest.raises(DataError, match="no column 'rejected_eos_weight', which other rows or the other side have"):
+        hold_eos_scores([scored])
     whole = row(**scored.columns, rejected_eos_weight=None)
     assert hold_eos_scores([whole])
     assert hold_eos_scores([whole, row()]), "a row without scores says nothing about the file"
+    with pytest.raises(DataError, match="no column 'chosen_eos_weight'"):
+        hold_eos_scores([whole, plain])
     assert not hold_eos_scores([row()])
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import oracle
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, Vocabulary, cut, encode_pairs
@@ -277,3 +277,25 @@ def test_pieces_show_each_token():
     (ids,) = tokenizer.encode(["again, Boxkämpfer"])
     assert "".join(tokenizer.pieces(ids)).replace("�", "") in ("again, Boxkämpfer", "again, Boxkmpfer")
     assert tokenizer.pieces([tokenizer.eos]) == ["<|endoftext|>"]
+
+
+def word_piece_tokenizer():
+    """A tokenizer like that of Llama 2: a sign for spaces, bytes as tokens of their own, a decoder that strips."""
+    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return describe_tokenizer(tokenizer, "test")
+
+
+def test_pieces_keep_the_space_that_a_decoder_strips():
+    tokenizer = word_piece_tokenizer()
+    (ids,) = tokenizer.encode(["once again, 👍 thanks"])
+    assert "".join(tokenizer.pieces(ids)).replace("\ufffd", "") == " once again,  thanks"
+    assert b"".join(tokenizer.token_bytes(ids)).decode() == " once again, 👍 thanks"
+    assert "⟨f0⟩⟨9f⟩⟨91⟩⟨8d⟩" in "".join(tokenizer.labels(ids))
+    assert tokenizer.pieces([tokenizer.eos]) == ["</s>"]

@@ -192,9 +192,8 @@ class Loss:
         return float(self.objective.function(side, side, self.beta, self.params))
 
     def describe(self) -> str:
-        """`dpo (β 0.1, alpha 0.5)`: only what differs from the defaults is told beside β."""
-        defaults = {name: param.default for name, param in self.objective.params.items()}
-        told = described({name: value for name, value in self.params.items() if value != defaults[name]})
+        """`dpo (β 0.1, alpha 0.5)`: what is not 0 is told beside β."""
+        told = described({name: value for name, value in self.params.items() if value})
         return f"{self.name} (β {self.beta:g}{', ' + told if told else ''})"
 
 

@@ -6,8 +6,10 @@ Knows transformers; it knows no dataset rows, no settings and no training.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Tokenizer:
     pad: int
     digest: str
     notices: tuple[str, ...] = ()
+    _pieces: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, texts: Sequence[str], markers: bool = False) -> list[list[int]]:
         """Ids of texts, without a BOS or EOS.
@@ -67,8 +70,46 @@ class Tokenizer:
         )
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; tokens that share a character get U+FFFD in the place of their part."""
-        return [self.backend.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+        """The text of each token inside a text; tokens that share a character get U+FFFD in the place of their part."""
+        return [self._piece(at) for at in ids]
+
+    def _piece(self, at: int) -> str:
+        found = self._pieces.get(at)
+        if found is None:
+            # Some tokenizers drop the space of a token that comes first, so it is read behind a letter.
+            letter = self.encode(["a"])[0]
+            alone, before, both = (self._decoded(ids) for ids in ([at], letter, [*letter, at]))
+            found = self._pieces[at] = both[len(before) :] if both.startswith(before) else alone
+        return found
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self.backend.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def labels(self, ids: Sequence[int]) -> list[str]:
+        """Like `pieces`, with `⟨f09f⟩`, its bytes, for a token that holds a part of a character only."""
+        pieces = zip(self.pieces(ids), self.token_bytes(ids), strict=True)
+        return [f"⟨{part.hex()}⟩" if "\ufffd" in piece and part else piece for piece, part in pieces]
+
+    def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token, of parts of characters too; empty where the tokenizer does not say."""
+        tokens = self.backend.convert_ids_to_tokens(list(ids))
+        pairs = zip(self.pieces(ids), tokens, strict=True)
+        return [_bytes_of_part(token) if "\ufffd" in piece else piece.encode("utf-8") for piece, token in pairs]
+
+
+def _bytes_of_part(token: str) -> bytes:
+    """Bytes of a token that holds a part of a character: written `<0xF0>`, or in the alphabet of byte-level BPE."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[ch] for ch in token) if all(ch in alphabet for ch in token) else b""
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:

@@ -44,7 +44,8 @@ class Transform:
     """One way from scores to weights.
 
     Attributes:
-        function: takes the scores r [n] of a response, its side, the parameters and a random stream.
+        function: takes the scores r [n] of a response, clamped where the transform clamps, its side, the parameters
+            and a random stream.
         params: its parameters by name.
         clamp: the names of the parameters that clamp, where some do, and what they clamp.
         positive: whether all its weights are above zero under given parameters, so that a mean of 1 can be
@@ -64,7 +65,7 @@ def signed(scores: Tensor, side: Side) -> Tensor:
 
 
 def _exp(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
-    return p["k"] * (p["mu"] * signed(r.clamp(p["L"], p["U"]), side)).exp()
+    return p["k"] * (p["mu"] * signed(r, side)).exp()
 
 
 def _rank_based(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
@@ -77,12 +78,8 @@ def _rank_based(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tenso
 
 
 def _threshold_and_scale(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
-    fraction = (signed(r, side).clamp(p["min_val"], p["max_val"]) - p["min_val"]) / (p["max_val"] - p["min_val"])
+    fraction = (signed(r, side) - p["min_val"]) / (p["max_val"] - p["min_val"])
     return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
-
-
-def _threshold(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
-    return signed(r, side).clamp(p["lower_threshold"], p["upper_threshold"])
 
 
 def _binary(r: Tensor, side: Side, p: Mapping[str, Any], _: Stream) -> Tensor:
@@ -100,7 +97,7 @@ def _random(r: Tensor, _side: Side, p: Mapping[str, Any], stream: Stream) -> Ten
     return p["min_val"] + (p["max_val"] - p["min_val"]) * fractions
 
 
-def _origin(r: Tensor, side: Side, _p: Mapping[str, Any], _s: Stream) -> Tensor:
+def _signed_score(r: Tensor, side: Side, _p: Mapping[str, Any], _s: Stream) -> Tensor:
     return signed(r, side)
 
 
@@ -142,7 +139,7 @@ TRANSFORMS: dict[str, Transform] = {
         positive=lambda p: p["min_scale"] > 0,
     ),
     "threshold": Transform(
-        _threshold,
+        _signed_score,
         "clamped scores",
         {
             "lower_threshold": Param(-1.0, "lower clamp of the signed score", below="upper_threshold"),
@@ -157,7 +154,7 @@ TRANSFORMS: dict[str, Transform] = {
         {"top_percent": Param(100.0, "share of tokens that get weight 1", above=0.0, at_most=100.0)},
     ),
     "random": Transform(_random, "uniform noise, a control", _values(0.7, 1.3), positive=lambda p: p["min_val"] > 0),
-    "origin": Transform(_origin, "the signed score itself"),
+    "origin": Transform(_signed_score, "the signed score itself"),
 }
 
 _NARROW = {"min_scale": 0.6, "max_scale": 1.4}
@@ -209,13 +206,16 @@ class Recipe:
         """Whether what is read are weights already."""
         return self.transform == FINAL_NAME
 
+    def name(self) -> str:
+        """The transform alone: `rank_based (min_scale 0.7, max_scale 1.3)`."""
+        params = described(self.params)
+        return f"{self.transform} ({params})" if params else self.transform
+
     def describe(self) -> str:
         """`center dataset → rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
-        params = described(self.params)
-        shown = f"{self.transform} ({params})" if params else self.transform
         steps = [described({name: self.steps[name]}) for name in STEPS if name in self.steps]
         normalised = ", mean 1" if self.normalize == "mean" else ""
-        return f"{' → '.join([*steps, shown])}{normalised}, EOS {self.eos_weight}"
+        return f"{' → '.join([*steps, self.name()])}{normalised}, EOS {self.eos_weight}"
 
 
 # Weights that come from elsewhere are taken as they are.
@@ -262,10 +262,15 @@ def _preset(preset: str | None) -> tuple[str | None, dict[str, dict[str, float]]
     return PRESETS[preset]
 
 
-def transform_scores(scores: Tensor, side: Side, how: Recipe, stream: Stream) -> Tensor:
-    """Weights [n] of n tokens of one response from their scores r [n] (float32) after the steps, in their order."""
+def transform_scores(scores: Tensor, side: Side, how: Recipe, stream: Stream, clip: bool = True) -> Tensor:
+    """Weights [n] of n tokens of one response from their scores r [n] (float32) after the steps, in their order.
+
+    With `clip` off, what they would be if the transform did not clamp.
+    """
     if scores.numel() == 0:
         return scores.clone()
+    if clip and how.entry.clamp is not None:
+        scores = scores.clamp(*_ends(side, how))
     return how.entry.function(scores, side, how.params, stream)
 
 
@@ -273,9 +278,16 @@ def clipped(scores: Tensor, side: Side, how: Recipe) -> Tensor:
     """Which scores [n], after the steps, lie outside the range that the transform clamps to; none without a clamp."""
     if how.entry.clamp is None:
         return scores.isnan()
+    low, high = _ends(side, how)
+    return (scores < low) | (scores > high)
+
+
+def _ends(side: Side, how: Recipe) -> tuple[float, float]:
+    """The range of r that the transform clamps to; for a rejected response mirrored, where it clamps signed scores."""
+    assert how.entry.clamp is not None
     low, high, what = how.entry.clamp
-    values = scores if what == "r" else signed(scores, side)
-    return (values < how.params[low]) | (values > how.params[high])
+    first, last = how.params[low], how.params[high]
+    return (-last, -first) if what == "signed" and side == "rejected" else (first, last)
 
 
 def response_weights(

@@ -60,7 +60,7 @@ def read_scores(row: Row, side: str, tokens: int, shown: str, final: bool = Fals
     for position, value in enumerate(values):
         if value is not None and not _is_number(value):
             return BadRow(
-                row.where, f"{column!r} holds {json.dumps(value)[:20]} at position {position}; a number is needed"
+                row.where, f"{column!r} holds {_told(value)} at position {position}; a float32 number is needed"
             )
     if len(values) != tokens:
         return BadRow(row.where, f"{column!r} has {len(values)} values, but the response has {tokens} tokens ({shown})")
@@ -89,27 +89,82 @@ def require_scores(rows: Iterable[Row], dataset: str, final: bool = False) -> No
 
 
 def hold_eos_scores(rows: Iterable[Row]) -> bool:
-    """Whether a file holds EOS scores; rows without any score say nothing about that."""
+    """Whether a file holds EOS scores; rows without any score say nothing about that.
+
+    Raises:
+        DataError: some are there and others are not.
+    """
     scored = [row for row in rows if all(f"{side}_weight" in row.columns for side in SIDES)]
-    return bool(scored) and all(f"{side}_eos_weight" in row.columns for row in scored for side in SIDES)
+    missing = [(row, side) for row in scored for side in SIDES if f"{side}_eos_weight" not in row.columns]
+    if missing and len(missing) < len(SIDES) * len(scored):
+        row, side = missing[0]
+        raise DataError(
+            f"no column '{side}_eos_weight', which other rows or the other side have",
+            where=row.where,
+            fix="give it to all or to none, or set --eos-weight zero or one",
+        )
+    return bool(scored) and not missing
+
+
+def _told(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 20 else f"{text[:20]}…"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _FLOAT32_END
 
 
-def scored_columns(row: Row, chosen: Scores, rejected: Scores) -> dict[str, Any]:
-    """The columns of a row with its scores in the file's sign; a float32 keeps its full precision."""
-    columns = dict(row.columns)
+Logps = dict[str, list[float | None]]
+# Models of the contrast, in the names of the columns of their log-probs.
+_MODELS = ("forward", "reverse")
+
+
+def scored_columns(
+    row: Row, chosen: Scores, rejected: Scores, logps: tuple[Logps, Logps] | None = None
+) -> dict[str, Any]:
+    """The columns of a row with its scores in the file's sign; a float32 keeps its full precision.
+
+    Args:
+        row: as it was read.
+        chosen: scores of the chosen response.
+        rejected: … and of the rejected one.
+        logps: where they are kept, log-probs of both responses under `forward` and `reverse`: of every token of the
+            uncut response (None beyond the cut) and of its EOS (None where it has none).
+    """
+    # Log-probs of an earlier scoring would no longer belong to these scores.
+    stale = {f"{side}_logps_{model}" for side in SIDES for model in _MODELS}
+    columns = {name: value for name, value in row.columns.items() if name not in stale}
     for side, scores in zip(SIDES, (chosen, rejected), strict=True):
-        columns[f"{side}_weight"] = [_stored(r) for r in scores.tokens]
-        columns[f"{side}_eos_weight"] = _stored(scores.eos)
+        # 0.0 − r so that no −0.0 is written.
+        columns[f"{side}_weight"] = [None if r is None else _stored(0.0 - r) for r in scores.tokens]
+        columns[f"{side}_eos_weight"] = None if scores.eos is None else _stored(0.0 - scores.eos)
+    for side, both in zip(SIDES, logps or (), strict=False):
+        for model in _MODELS:
+            columns[f"{side}_logps_{model}"] = [None if x is None else _stored(x) for x in both[model]]
     return columns
 
 
-def _stored(r: float | None) -> float | None:
-    # The shortest decimal that reads back as the same float32; 0.0 − r so that no −0.0 is written.
-    return None if r is None else float(str(np.float32(0.0 - r)))
+def read_logps(row: Row, side: str, tokens: int) -> Logps | BadRow | None:
+    """The log-probs of one side of a row as `scored_columns` has them, or None where the file keeps none."""
+    found: Logps = {}
+    for model in _MODELS:
+        column = f"{side}_logps_{model}"
+        values = row.columns.get(column)
+        if values is None:
+            return None
+        if not isinstance(values, list) or not all(v is None or _is_number(v) for v in values):
+            return BadRow(row.where, f"{column!r} must be a list of numbers")
+        if len(values) != tokens + 1:
+            told = f"the response has {tokens} tokens and an end of the sequence"
+            return BadRow(row.where, f"{column!r} has {len(values)} values, but {told}")
+        found[model] = values
+    return found
+
+
+def _stored(value: float) -> float:
+    # The shortest decimal that reads back as the same float32.
+    return float(str(np.float32(value)))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -159,11 +214,12 @@ def check_meaning(manifest: dict[str, Any], split: Path, final: bool) -> str | N
     return None if unchanged else f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
 
 
-def unscored_needed(scores: Scores, kept: int, needs_eos: bool) -> str | None:
+def unscored_needed(scores: Scores, kept: int, needs_eos: bool, final: bool = False) -> str | None:
     """Which score (or final weight) a training under its settings would need and does not have, or None."""
+    what = "weight" if final else "score"
     missing: Sequence[int] = [t for t, r in enumerate(scores.tokens[:kept]) if r is None]
     if missing:
-        return f"token {missing[0]} has none (null: it was cut away when the file was made)"
+        return f"token {missing[0]} has no {what} (null)"
     if needs_eos and scores.eos is None:
-        return "the end-of-sequence token has none (null: it was cut away when the file was made)"
+        return f"the end-of-sequence token has no {what} (null, or no column for it)"
     return None

@@ -187,3 +187,37 @@ def encode_pairs(
     joined = encode([prompt + response for prompt, response in zip(prompts, chosen, strict=True)])
     cuts.merged_boundaries = sum(j != p + c for j, p, c in zip(joined, ids[0], ids[1], strict=True))
     return pairs, cuts
+
+
+# Tokens can end in the midst of one character and of the next; what spells nothing after so many is broken text.
+_LONGEST_RUN = 16
+
+
+def shared_characters(parts: Sequence[bytes]) -> list[tuple[int, int, str]]:
+    """Runs of tokens that spell characters together, each having a part of the bytes only: (begin, end, text).
+
+    >>> shared_characters([b"a", bytes([0xC3]), bytes([0xA9]), b"b"])
+    [(1, 3, 'é')]
+    """
+    runs, begin = [], 0
+    while begin < len(parts):
+        end = begin + 1
+        if _text(parts[begin]) is None:
+            ends = range(begin + 2, min(begin + _LONGEST_RUN, len(parts)) + 1)
+            found = next((i for i in ends if _spell(parts[begin:i])), None)
+            if found is not None:
+                runs.append((begin, found, _spell(parts[begin:found])))
+                end = found
+        begin = end
+    return runs
+
+
+def _spell(parts: Sequence[bytes]) -> str:
+    return _text(b"".join(parts)) or ""
+
+
+def _text(part: bytes) -> str | None:
+    try:
+        return part.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

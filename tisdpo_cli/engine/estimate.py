@@ -14,6 +14,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from tisdpo_cli.artefacts import check_safetensors, locate_model
 from tisdpo_cli.data.reader import find_splits
-from tisdpo_cli.data.scored import MANIFEST, Scores, scored_columns, write_rows
-from tisdpo_cli.data.tokens import EncodedPair, Frame
+from tisdpo_cli.data.scored import MANIFEST, Logps, Scores, scored_columns, write_rows
+from tisdpo_cli.data.tokens import EncodedPair, Frame, Response
 from tisdpo_cli.engine.reporter import Progress, Reporter
 from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.engine.splits import Split, limits_of, read_split
@@ -247,23 +248,35 @@ def _stop_if_asked(stop: StopRequest) -> None:
         )
 
 
-def _scores_of(split: Split, parts: Sequence[Part], folder: Path) -> list[tuple[Scores, Scores]]:
-    """r = log π⁺ − log π⁻ of every row of a split, in the order of the rows."""
-    scores: list[tuple[Scores, Scores]] = [(Scores([], None), Scores([], None))] * len(split.encoded)
+@dataclass(frozen=True)
+class _Scored:
+    """Both responses of a row: scores r = log π⁺ − log π⁻, and the log-probs that they are made of."""
+
+    scores: tuple[Scores, Scores]
+    logps: tuple[Logps, Logps]
+
+
+def _scores_of(split: Split, parts: Sequence[Part], folder: Path) -> list[_Scored]:
+    """What was found for every row of a split, in the order of the rows."""
+    found: dict[int, _Scored] = {}
     for part in parts:
         forward, reverse = (load_file(folder / part.name(side)) for side in CONTRAST)
         for number, batch in enumerate(part.batches):
-            r = iter((forward[str(number)] - reverse[str(number)]).tolist())
+            plus, minus = forward[str(number)], reverse[str(number)]
+            columns = [iter(values.tolist()) for values in (plus - minus, plus, minus)]
             for i in batch:
                 pair = split.encoded[i]
-                chosen, rejected = (_take(r, side) for side in (pair.chosen, pair.rejected))
-                scores[i] = (chosen, rejected)
-    return scores
+                chosen, rejected = (_take(columns, side) for side in (pair.chosen, pair.rejected))
+                found[i] = _Scored((chosen[0], rejected[0]), (chosen[1], rejected[1]))
+    return [found[i] for i in range(len(split.encoded))]
 
 
-def _take(r: Iterator[float], side: Any) -> Scores:
-    values: list[float | None] = [next(r) for _ in range(side.kept)]
-    return Scores(values + [None] * (side.uncut - side.kept), next(r) if side.has_eos else None)
+def _take(columns: Sequence[Iterator[float]], side: Response) -> tuple[Scores, Logps]:
+    """The next response of the columns r, log π⁺ and log π⁻."""
+    taken = [[*islice(column, side.kept), *[None] * (side.uncut - side.kept)] for column in columns]
+    eos = [next(column) if side.has_eos else None for column in columns]
+    logps = {name: [*taken[i], eos[i]] for i, name in enumerate(CONTRAST, start=1)}
+    return Scores(taken[0], eos[0]), logps
 
 
 def _write(
@@ -279,10 +292,13 @@ def _write(
     with told_when_unwritable(output.path):
         staged = output.staging()
         for name, split in splits.items():
-            scores = _scores_of(split, [part for part in parts if part.split == name], output.parts)
-            rows = (scored_columns(p.row, *both) for p, both in zip(split.pairs, scores, strict=True))
+            scored = _scores_of(split, [part for part in parts if part.split == name], output.parts)
+            rows = (
+                scored_columns(pair.row, *row.scores, row.logps if settings.keep_logps else None)
+                for pair, row in zip(split.pairs, scored, strict=True)
+            )
             write_rows(staged / f"{name}.jsonl", rows)
-            counts[name] = {**_counts(scores), "sha256": sha256(staged / f"{name}.jsonl")}
+            counts[name] = {**_counts([row.scores for row in scored]), "sha256": sha256(staged / f"{name}.jsonl")}
         tokenizer.backend.save_pretrained(staged)
         write_json(staged / MANIFEST, _manifest(settings, output, tokenizer, counts, measured["dtype"]))
         settle_permissions(list(staged.iterdir()))

@@ -17,7 +17,16 @@ from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
 from tisdpo_cli.engine.splits import Split, read_split, trainable
-from tisdpo_cli.engine.training import Made, Ready, claim_output, describe, finished, plan_training, run_training
+from tisdpo_cli.engine.training import (
+    Made,
+    Ready,
+    claim_output,
+    describe,
+    finished,
+    parameter_count,
+    plan_training,
+    run_training,
+)
 from tisdpo_cli.engine.weighing import Weighing, fit_centers, weighing
 from tisdpo_cli.errors import DataError, ModelError, TrainingError
 from tisdpo_cli.losses import Loss, pair_losses, response_sums
@@ -180,9 +189,8 @@ def _tasks(
 
 
 def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None:
-    size = sum(p.numel() for p in policy.parameters())
     reporter.note(
-        f"policy = {settings.model} ({size / 1e6:.1f} M parameters, trainable), reference = "
+        f"policy = {settings.model} ({parameter_count(policy)}, trainable), reference = "
         f"{settings.ref_model or settings.model} (frozen), dropout off"
     )
     loss = settings.method.objective()
@@ -275,6 +283,13 @@ def _why_eos(settings: Train, recipe: Recipe) -> str:
     return f" (auto: the file holds {'' if recipe.eos_weight == 'score' else 'no '}EOS {what})"
 
 
+_REMEDY = {
+    False: "tokens beyond the cut of `estimate` have none: score with this --max-length and --max-prompt-length, or "
+    "train with those of estimate.json; for an end of the sequence without a score set --eos-weight zero or one",
+    True: "give every token that is trained a weight; for the end of the sequence set --eos-weight zero or one",
+}
+
+
 def _weigh(split: Split, pair: EncodedPair, how: Weighing, contexts: tuple[Context, Context]) -> WeightedPair | BadRow:
     weights = []
     sides: tuple[tuple[Side, Response], ...] = (("chosen", pair.chosen), ("rejected", pair.rejected))
@@ -283,13 +298,9 @@ def _weigh(split: Split, pair: EncodedPair, how: Weighing, contexts: tuple[Conte
         if isinstance(scores, BadRow):
             return scores
         needs_eos = response.has_eos and how.recipe.eos_weight == "score"
-        missing = unscored_needed(scores, response.kept, needs_eos)
+        missing = unscored_needed(scores, response.kept, needs_eos, how.recipe.final)
         if missing:
-            return BadRow(
-                pair.where,
-                f"{side}: {missing}; score with this --max-length and --max-prompt-length, or train with "
-                "those of estimate.json",
-            )
+            return BadRow(pair.where, f"{side}: {missing}; {_REMEDY[how.recipe.final]}")
         weights.append(how.weights(scores, response.kept, response.has_eos, pair.index, side, context))
     return WeightedPair(pair, *weights)
 

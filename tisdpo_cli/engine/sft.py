@@ -17,7 +17,16 @@ from tisdpo_cli.data.tokens import cut
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.engine.splits import columns_of, limits_of
-from tisdpo_cli.engine.training import Made, Ready, claim_output, describe, finished, plan_training, run_training
+from tisdpo_cli.engine.training import (
+    Made,
+    Ready,
+    claim_output,
+    describe,
+    finished,
+    parameter_count,
+    plan_training,
+    run_training,
+)
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer, make_model, make_tokenizer
 from tisdpo_cli.scoring import collate, score
@@ -84,8 +93,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
             runtime.reporter.note("dry run: nothing was trained")
             return Made(Path(settings.output_dir), {}, fresh=False)
         model = _model(settings, path, tokenizer)
-        size = sum(p.numel() for p in model.parameters())
-        runtime.reporter.note(f"model = {settings.model or 'new'} ({size / 1e6:.1f} M parameters), dropout off")
+        runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
         return run_training(
             runtime,
             settings,

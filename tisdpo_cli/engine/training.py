@@ -205,6 +205,12 @@ def _publish(output: Output, model: nn.Module, tokenizer: Tokenizer, record: Map
         output.finish(record, files)
 
 
+def parameter_count(model: nn.Module) -> str:
+    """`494.0 M parameters`."""
+    size = sum(p.numel() for p in model.parameters())
+    return f"{size / 1e6:.1f} M parameters" if size >= 1e5 else f"{size} parameters"
+
+
 def describe(settings: Command) -> str:
     """Name of the command that a settings model belongs to."""
     return next(name for name, model in COMMANDS.items() if type(settings) is model)

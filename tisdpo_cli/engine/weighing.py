@@ -72,7 +72,8 @@ def weighing(
     settings: Weights, seed: int, tokenizer: Tokenizer, pairs: Sequence[Pair], centers: Centers | None
 ) -> Weighing:
     """How the scores of these pairs become weights; the EOS by its score where the file has it."""
-    eos_scores = hold_eos_scores(pair.row for pair in pairs)
+    # Where the EOS is set by hand, the file need not say.
+    eos_scores = settings.eos_weight == "auto" and hold_eos_scores(pair.row for pair in pairs)
     return Weighing(settings.recipe(eos_scores), seed, tokenizer, centers)
 
 
