@@ -117,9 +117,12 @@ ARROWS = {
     "artefacts": {"errors", "files", "__version__"},
     "engine": {
         "settings", "data", "models", "checkpoints", "outputs", "artefacts", "scoring", "losses", "weights", "steps",
-        "templates", "errors", "files", "__version__",
+        "templates", "errors", "facts", "files", "__version__",
     },
-    "cli": {"settings", "errors", "files", "engine", "__version__"},
+    "text": set(),
+    "facts": set(),
+    "report": {"facts", "text"},
+    "cli": {"settings", "errors", "files", "engine", "facts", "report", "text", "__version__"},
 }  # fmt: skip
 # What the settings may read of the maths: the registries, and what resolves names and parameters.
 REGISTRIES = {

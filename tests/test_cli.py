@@ -536,9 +536,10 @@ def test_a_view_as_json_holds_no_raw_control(tisdpo: Tisdpo, hostile: Path) -> N
     assert done.out.isascii()
     assert not set(RAW) & set(done.out)
     view = json.loads(done.out)
-    assert view["pair"]["prompt"] == f"{ATTACK} 2"
+    assert view["views"][0]["prompt"] == f"{ATTACK} 2"
     assert view["pairs"] == 4
-    assert done.err == ""
+    assert not set(RAW) & set(done.err)
+    assert all(line.startswith("warning: the scores") for line in done.err.splitlines()), "what the checks found"
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["", "--debug"])

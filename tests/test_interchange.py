@@ -161,8 +161,8 @@ def broken(row: dict, at: int, side: str, **changed) -> dict:
     [
         ({"chosen_weight": [1.0]}, "1 values"),
         ({"chosen_weight": "x"}, "list of numbers"),
-        ({"chosen_weight": [None] * 21}, "token 0 has none"),
-        ({"chosen_weight": ["1"] * 21}, "a number is needed"),
+        ({"chosen_weight": [None] * 21}, "token 0 has no weight"),
+        ({"chosen_weight": ["1"] * 21}, "a float32 number is needed"),
         ({"chosen_eos_weight": None}, "end-of-sequence"),
         ({"chosen_eos_weight": True}, "must be a number"),
     ],
@@ -211,10 +211,10 @@ def test_inspect_shows_what_the_steps_do(contrast: Path) -> None:
     plain, stepped = (inspected(contrast / "scored", "--index", "3", *more) for more in ((), STEPS))
     expected = by_hand(contrast)(rows_of(contrast, "train")[3])
     for side in SIDES:
-        tokens = stepped["pair"][side]
-        assert [t["score"] for t in tokens] == [t["score"] for t in plain["pair"][side]]
+        tokens = stepped["views"][0][side]
+        assert [t["score"] for t in tokens] == [t["score"] for t in plain["views"][0][side]]
         scores = [t["score"] for t in tokens]
-        assert [t["adjusted"] for t in plain["pair"][side]] == pytest.approx(scores, rel=1e-6)
+        assert [t["adjusted"] for t in plain["views"][0][side]] == pytest.approx(scores, rel=1e-6)
         weights = [*expected[f"{side}_weight"], expected[f"{side}_eos_weight"]]
         assert [t["weight"] for t in tokens] == pytest.approx(weights, rel=1e-4)
         assert stepped["sides"][side]["mean_adjusted"] != stepped["sides"][side]["mean_score"]
@@ -228,7 +228,7 @@ def test_the_test_split_is_centred_by_the_train_split(contrast: Path) -> None:
     shown = inspected(contrast / "scored", "--split", "test", "--index", "0", "--center", "dataset")
     scores = [-x for row in rows_of(contrast, "train") for s in SIDES for x in row[f"{s}_weight"]]
     center = sum(scores) / len(scores)
-    for token in shown["pair"]["chosen"]:
+    for token in shown["views"][0]["chosen"]:
         assert token["adjusted"] == pytest.approx(token["score"] - center, abs=1e-5)
 
 
@@ -237,8 +237,8 @@ def test_inspect_shows_final_weights(contrast: Path, tmp_path: Path) -> None:
     arguments = (data, "--weights-are", "final", "--tokenizer", contrast / "sft")
     shown = inspected(*arguments, "--index", "1")
     row = read_jsonl(data / "train.jsonl")[1]
-    assert [t["weight"] for t in shown["pair"]["chosen"][:-1]] == pytest.approx(row["chosen_weight"], rel=1e-6)
-    assert {t["score"] for t in shown["pair"]["chosen"]} == {None}
+    assert [t["weight"] for t in shown["views"][0]["chosen"][:-1]] == pytest.approx(row["chosen_weight"], rel=1e-6)
+    assert {t["score"] for t in shown["views"][0]["chosen"]} == {None}
     assert shown["separation"] is None
     assert shown["ranked_by"] == "weight"
     done = run_here("inspect-weights", *arguments)

@@ -127,9 +127,9 @@ def test_a_fault_of_another_kind_is_one_line() -> None:
 def test_the_colour_scale_fits_the_weights(contrast: Path, choice: dict[str, Any], logarithmic: bool) -> None:
     weights = {**choice, "eos_weight": "zero"}
     inspection = inspect_weights(InspectWeights(scored=str(contrast / "scored"), weights=weights))
-    assert inspection.logarithmic == logarithmic
-    assert inspection.scale < 5
-    assert json.loads(json.dumps(inspection.as_dict()))["logarithmic"] == logarithmic
+    assert inspection.scale.logarithmic == logarithmic
+    assert inspection.scale.width < 5
+    assert json.loads(json.dumps(inspection.as_dict()))["scales"]["weights"]["logarithmic"] == logarithmic
 
 
 def test_what_shapes_a_new_model_needs_init(world: Path) -> None:

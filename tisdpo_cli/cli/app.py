@@ -17,11 +17,11 @@ from tisdpo_cli import __version__
 from tisdpo_cli.cli.console import TerminalReporter, print_error
 from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.cli.options import Common, command_function, spelled_out
-from tisdpo_cli.cli.text import visible
-from tisdpo_cli.errors import Interrupted, LocalFault, TisdpoError
+from tisdpo_cli.errors import DataError, Interrupted, LocalFault, TisdpoError
 from tisdpo_cli.files import write_text
-from tisdpo_cli.settings.commands import COMMANDS, Command
+from tisdpo_cli.settings.commands import COMMANDS, Command, InspectWeights
 from tisdpo_cli.settings.sources import load, to_yaml
+from tisdpo_cli.text import visible
 
 if TYPE_CHECKING:
     from tisdpo_cli.engine.reporter import Reporter
@@ -86,13 +86,15 @@ def _next(name: str, settings: Any, flags: Mapping[str, Any], common: Common) ->
     model = shlex.quote(str(getattr(settings, "model", None)))
     # How rows are read must stay the same in every stage; the mirror is trained with all the same settings.
     rows, same = _repeated(flags, common, "data."), _repeated(flags, common, "")
+    beside = Path(settings.dataset).expanduser() / "tokenizer_config.json"
+    tokenizer = "" if beside.is_file() else f" --tokenizer {out}"
     return {
         "train-sft": f"tisdpo train-dpo --model {out} --dataset {data}{rows} --output-dir out/dpo",
         "train-dpo": f"tisdpo train-reverse --model {model} --dataset {data}{same} --output-dir out/reverse",
         "train-reverse": f"tisdpo estimate --forward out/dpo --reverse {out} --dataset {data}{rows}"
         " --output-dir out/scored",
         "estimate": f"tisdpo train --model MODEL --dataset {out}{rows} --output-dir out/tisdpo",
-        "train": f"tisdpo inspect-weights {data}",
+        "train": f"tisdpo inspect-weights {data}{rows}{_repeated(flags, common, 'weights.')}{tokenizer}",
     }[name]
 
 
@@ -138,36 +140,55 @@ def _inspect(flags: dict[str, Any], common: Common) -> None:
     settings = _prepare(COMMANDS["inspect-weights"], flags, common)
     if settings is None:
         return
+    assert isinstance(settings, InspectWeights)
     from tisdpo_cli.cli.view import picture, render
     from tisdpo_cli.engine.inspect import inspect_weights
+    from tisdpo_cli.report.page import page
+    from tisdpo_cli.report.table import origin, table
 
-    inspection = inspect_weights(settings)  # type: ignore[arg-type]
+    inspection = inspect_weights(settings, shlex.join(["tisdpo", *sys.argv[1:]]))
     for notice in inspection.notices:
         _reporter().warn(notice)
-    if settings.svg is not None:  # type: ignore[attr-defined]
-        write_text(Path(settings.svg).expanduser(), picture(inspection))  # type: ignore[attr-defined]
+    writers = {
+        settings.svg: lambda: picture(inspection),
+        settings.html: lambda: page(inspection),
+        settings.table: lambda: "".join(table(inspection)),
+        settings.table and f"{settings.table}.json": lambda: origin(inspection),
+    }
+    for path, written in writers.items():
+        if path is not None:
+            write_text(Path(path).expanduser(), written())
+            _reporter().note(f"written: {path}")
     if common.as_json:
         _stdout(json.dumps(inspection.as_dict(), ensure_ascii=True))
     else:
-        _stdout(render(inspection))
+        _stdout(render(inspection, settings.limit or 1))
+    failed = [check.name for check in inspection.checks if not check.passed]
+    if settings.check and failed:
+        raise DataError(f"{len(failed)} checks failed: {', '.join(failed)}", where=settings.scored)
 
 
 def _run(flags: dict[str, Any], common: Common) -> None:
     settings = _prepare(COMMANDS["run"], flags, common)
     if settings is None:
         return
-    from tisdpo_cli.cli.view import pair_view, picture, stage_table
+    from tisdpo_cli.cli.view import pair_view, picture, stage_rows, stage_table
     from tisdpo_cli.engine.pipeline import run
+    from tisdpo_cli.report.page import page
 
     reporter = _reporter()
-    made = run(settings, reporter)  # type: ignore[arg-type]
+    made = run(settings, reporter, shlex.join(["tisdpo", *sys.argv[1:]]))  # type: ignore[arg-type]
     if _first_rank():
+        for notice in made.inspection.notices:
+            reporter.warn(notice)
         reporter.stage("what the weights say")
+        reporter.note(f"weights: {made.inspection.transform}")
         reporter.show(pair_view(made.inspection))
         reporter.stage("what was made")
         reporter.show(stage_table(made))
         write_text(made.path / "report.svg", picture(made.inspection, made))
-        reporter.note(f"the report as a picture: {made.path / 'report.svg'}")
+        write_text(made.path / "report.html", page(made.inspection, stage_rows(made)))
+        reporter.note(f"the report: {made.path / 'report.html'}, and as a picture {made.path / 'report.svg'}")
         reporter.note(f"next: tisdpo inspect-weights {shlex.quote(made.inspection.source)}")
     _result(made.as_dict(), str(made.path), common.as_json)
 

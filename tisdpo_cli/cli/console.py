@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from tisdpo_cli.cli.text import visible
 from tisdpo_cli.errors import Told
+from tisdpo_cli.text import visible
 
 # Without a terminal: one line at the start, one at the end, and one every so often between.
 _PLAIN_EVERY_SECONDS = 5.0

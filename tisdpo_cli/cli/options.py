@@ -29,6 +29,7 @@ _PANELS = (
     "Memory",
     "Evaluation",
     "View",
+    "Checks",
     "Runtime",
 )
 

@@ -14,11 +14,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tisdpo_cli.cli.text import glyphs, visible
+from tisdpo_cli.text import glyphs, visible
 
 if TYPE_CHECKING:
-    from tisdpo_cli.engine.facts import Inspection, Token, TokenSummary
     from tisdpo_cli.engine.pipeline import PipelineMade
+    from tisdpo_cli.facts import Comparison, Inspection, PairView, Token, TokenSummary
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 # A curve that varies less than this is drawn flat: rounding is no shape.
@@ -29,13 +29,23 @@ _BLUE = ("#deebf7", "#9ecae1", "#4292c6", "#08519c")
 _ORANGE = ("#feedde", "#fdbe85", "#f16913", "#a63603")
 
 
-def render(inspection: Inspection) -> str:
-    """The whole view as text for stdout, in colour where stdout is a terminal that shows it."""
+def render(inspection: Inspection, limit: int = 1) -> str:
+    """The whole view as text for stdout, in colour where stdout is a terminal that shows it.
+
+    Args:
+        inspection: the facts.
+        limit: pairs to show, of those that it holds.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
-        console.print(Group(*_header(inspection), _summary(inspection), _extremes(inspection)))
-        console.print(pair_view(inspection, coloured=_coloured(console), width=console.width))
+        console.print(_overview(inspection))
+        console.print(pair_view(inspection, coloured=_coloured(console), width=console.width, limit=limit))
     return captured.get().rstrip("\n")
+
+
+def _overview(inspection: Inspection) -> Group:
+    parts = [*_header(inspection), _summary(inspection), _extremes(inspection), _checks(inspection)]
+    return Group(*parts, *([_compared(inspection.comparison)] if inspection.comparison is not None else []))
 
 
 def picture(inspection: Inspection, made: PipelineMade | None = None, width: int = 120) -> str:
@@ -59,7 +69,7 @@ def picture(inspection: Inspection, made: PipelineMade | None = None, width: int
     )
     if made is not None:
         console.print(stage_table(made))
-    console.print(Group(*_header(inspection), _summary(inspection), _extremes(inspection)))
+    console.print(_overview(inspection))
     console.print(pair_view(inspection, coloured=True, width=width))
     # The template names web fonts; a picture must not ask the network for anything.
     template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
@@ -78,6 +88,15 @@ def _header(inspection: Inspection) -> list[RenderableType]:
         if isinstance(entry, dict):
             told = f"{name}: {entry.get('path')} ({str(entry.get('sha256'))[:12]})"
             lines.append(Text(visible(told), style="dim"))
+    dataset, versions = inspection.provenance.get("dataset"), inspection.provenance.get("shown by", {})
+    if isinstance(dataset, dict):
+        told = f"dataset: {dataset.get('path')} ({str(dataset.get('sha256'))[:12]})"
+        lines.append(Text(visible(told), style="dim"))
+    tokenizer = str(inspection.provenance.get("tokenizer in use"))[:12]
+    told = ", ".join(f"{name} {versions.get(name)}" for name in ("tisdpo", "torch", "transformers"))
+    lines.append(Text(f"tokenizer: {tokenizer}; {told}", style="dim"))
+    if inspection.provenance.get("command"):
+        lines.append(Text(visible(f"command: {inspection.provenance['command']}"), style="dim"))
     return list(lines)
 
 
@@ -99,16 +118,23 @@ _ROWS = (
 
 def _summary(inspection: Inspection) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for side in inspection.sides:
         table.add_column(side, justify="right")
     for label, key, form in _ROWS:
         values = [getattr(side, key) for side in inspection.sides.values()]
         if None not in values:
             table.add_row(label, *map(form.format, values))
-    table.add_row("by position", *(_spark(curve) for curve in inspection.curves.values()))
+    final = inspection.separation is None
+    # Most tokens are near neutral: by square roots the others can be seen beside them.
+    counts = ([math.sqrt(count) for count in side] for side in inspection.scores.counts.values())
+    edges = inspection.scores.edges
+    name = "weights" if final else "r"
+    table.add_row(f"{name} from {edges[0]:+.2f} to {edges[-1]:+.2f}", *map(_spark, counts))
+    table.add_row("by position", *(_spark(curve) for curve in inspection.curves[inspection.show].values()))
     if inspection.separation is not None:
-        table.add_row("Σr separates the pair", f"{inspection.separation:.1%}", "")
+        told = f"{inspection.separation.accuracy:.1%}"
+        table.add_row("Σr separates the pair", told, f"ROC area {inspection.separation.auc:.3f}")
     return table
 
 
@@ -131,26 +157,63 @@ def _list(tokens: Sequence[TokenSummary]) -> str:
     return "  ".join(f"{glyphs(t.text)} {t.mean:+.2f} (×{t.count})" for t in tokens) or "none frequent enough"
 
 
-def pair_view(inspection: Inspection, coloured: bool | None = None, width: int | None = None) -> RenderableType:
-    """One pair, chosen beside rejected, every token coloured by its weight or score."""
+def _checks(inspection: Inspection) -> Text:
+    text = Text("checks: ", style="bold")
+    for check in inspection.checks:
+        value = "–" if check.value is None else f"{check.value:.3g}"
+        bound = f"{'≥' if check.at_least else '≤'} {check.bound:g}"
+        mark, style = ("✓", "default not bold") if check.passed else ("✗", "bold yellow")
+        text.append(f"{mark} {check.name} {value} ({bound})  ", style=style)
+    return text.append("\n")
+
+
+def _compared(two: Comparison) -> Text:
+    text = Text(f"{two.of} of {visible(two.first)}\ncompared with {visible(two.second)}: ", style="bold")
+    text.append(
+        f"agreement in direction {two.agreement:.1%}, rank correlation {two.rank_correlation:.3f} (within a response "
+        f"{two.within:.3f}), {two.tokens} tokens\n",
+        style="default not bold",
+    )
+    text.append("ranked most differently: ", style="bold")
+    shown = (
+        f"{glyphs(row.text)} {row.first:.2f} → {row.second:.2f} ({row.first_rank:.0%} → {row.second_rank:.0%}, "
+        f"×{row.count})"
+        for row in two.differing
+    )
+    return text.append("  ".join(shown) or "none frequent enough", style="default not bold").append("\n")
+
+
+def pair_view(
+    inspection: Inspection, coloured: bool | None = None, width: int | None = None, limit: int = 1
+) -> RenderableType:
+    """Pairs, chosen beside rejected, every token coloured by its weight or score."""
     console = Console(stderr=True)
     coloured = _coloured(console) if coloured is None else coloured
     width = width or console.width
-    pair = inspection.pair
+    views = [_one_pair(inspection, view, coloured, width) for view in inspection.views[:limit]]
+    return Group(*views, _legend(inspection, coloured))
+
+
+def _one_pair(inspection: Inspection, pair: PairView, coloured: bool, width: int) -> RenderableType:
     panels = []
     for name, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         room = (width // 2 if width >= _SIDE_BY_SIDE else width) - 4
         panels.append(Panel(_lines(tokens, inspection, coloured, room), title=name, title_align="left"))
     prompt = Text(visible(pair.prompt.strip(), keep_lines=True), style="dim")
     head = Text(f"pair {pair.index} ({visible(pair.where)})", style="bold")
-    return Group(head, prompt, _arrange(panels, width), _legend(inspection, coloured))
+    return Group(head, prompt, _arrange(panels, width))
 
 
 def _lines(tokens: Sequence[Token], inspection: Inspection, coloured: bool, room: int) -> Text:
     """Tokens one after the other, broken between tokens: there is no white space left to break at."""
     body, used = Text(overflow="fold"), 0
-    for token in tokens:
+    for before, token in zip([None, *tokens], tokens, strict=False):
         piece = _token(token, inspection, coloured)
+        if token.group is not None and (before is None or before.group != token.group):
+            piece = Text(f"⟨{glyphs(token.character)} ", style="dim").append_text(piece)
+        after = tokens[token.position + 1] if token.position + 1 < len(tokens) else None
+        if token.group is not None and (after is None or after.group != token.group):
+            piece = piece.append("⟩", style="dim")
         if used and used + piece.cell_len > room:
             body.append("\n")
             used = 0
@@ -175,72 +238,68 @@ def _value(token: Token, inspection: Inspection) -> float | None:
     return {"weights": token.weight, "scores": token.score, "adjusted": token.adjusted}[inspection.show]
 
 
-def _neutral(inspection: Inspection) -> float:
-    return 1.0 if inspection.show == "weights" else 0.0
-
-
-def _position(value: float, inspection: Inspection) -> float:
-    """Where a value lies on the colour scale of the file: −1 to 1, 0 is neutral (weight 1, score 0)."""
-    distance = value - _neutral(inspection)
-    if inspection.logarithmic:
-        distance = math.log(max(value, 1e-9))
-    return max(-1.0, min(1.0, distance / inspection.scale))
-
-
 def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
-    shown = glyphs(token.text) if token.kind != "eos" else f"⟦{glyphs(token.text)}⟧"
+    shown = glyphs(token.text) if token.group is None else token.bytes
+    shown = f"⟦{shown}⟧" if token.kind == "eos" else shown
     value = _value(token, inspection)
     if not coloured:
         form = ".2f" if inspection.show == "weights" else "+.2f"
         return Text(shown + ("{–}" if value is None else f"{{{value:{form}}}}"))
     if value is None:
         return Text(shown, style="dim strike")
-    return Text(shown, style=_style(_position(value, inspection), token.clipped))
+    return Text(shown, style=_style(inspection.scale.level(value), token.clipped))
 
 
-def _style(position: float, clipped: bool) -> str:
-    """Colour by the size, underline as a second cue for tokens that count more, italics where clipped."""
-    level = int(abs(position) * 4.999)
+def _style(level: int, clipped: bool) -> str:
+    """Colour by the step on the scale, underline as a second cue for tokens that count more, italics where clipped."""
     extra = " italic" if clipped else ""
     if level == 0:
         return f"default{extra}"
-    colour = (_ORANGE if position > 0 else _BLUE)[level - 1]
-    text = "#000000" if level < 4 else "#ffffff"
-    return f"{text} on {colour}{' underline' if position > 0 else ''}{extra}"
+    colour = (_ORANGE if level > 0 else _BLUE)[abs(level) - 1]
+    text = "#000000" if abs(level) < 4 else "#ffffff"
+    return f"{text} on {colour}{' underline' if level > 0 else ''}{extra}"
 
 
 def _legend(inspection: Inspection, coloured: bool) -> Text:
     what = {"weights": "weight", "scores": "score r", "adjusted": "r after the steps"}[inspection.show]
-    neutral = _neutral(inspection)
+    signs = "⟦⟧ end of sequence; ⟨⟩ one character in several tokens; · space; ⏎ newline"
     if not coloured:
-        return Text(f"token{{{what}}}, neutral {neutral:g}; ⟦⟧ end of sequence; · space; ⏎ newline", style="dim")
-    low, high = neutral - inspection.scale, neutral + inspection.scale
-    if inspection.logarithmic:
-        low, high = math.exp(-inspection.scale), math.exp(inspection.scale)
+        return Text(f"token{{{what}}}, neutral {inspection.scale.neutral:g}; {signs}", style="dim")
+    low, high = inspection.scale.ends
     text = Text(f"{what} {low:.2f} ", style="dim")
     for step in range(-4, 5):
-        text.append("  ", style=_style(step / 4, False).replace(" underline", ""))
+        text.append("  ", style=_style(step, False).replace(" underline", ""))
     text.append(f" {high:.2f}", style="dim")
-    return text.append("  underlined: above neutral; italic: clipped; · space; ⏎ newline", style="dim")
+    return text.append(f"  underlined: above neutral; italic: clipped; {signs}", style="dim")
 
 
 def stage_table(made: PipelineMade) -> Table:
     """The stages of a pipeline with their main figures, before and after."""
-    table = Table(title_justify="left")
-    for name in ("stage", "output", "time", "loss", "held-out loss", "held-out accuracy", "held-out margin"):
+    table, rows = Table(title_justify="left"), stage_rows(made)
+    for name in rows[0]:
         table.add_column(name, justify="left" if name in ("stage", "output") else "right", no_wrap=name == "stage")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def stage_rows(made: PipelineMade) -> list[dict[str, str]]:
+    """The same as text by column."""
+    rows = []
     for name, stage in made.stages.items():
         metrics = stage.record.get("final_metrics", {})
         seconds = f"{stage.record.get('seconds', 0):.0f} s" if stage.fresh else "was there"
-        keys = (
-            ("loss", ".4f"),
-            ("eval/loss", ".4f"),
-            ("eval/rewards/accuracies", ".1%"),
-            ("eval/rewards/margins", "+.4f"),
-        )
-        figures = [_figure(metrics, key, form) for key, form in keys]
-        table.add_row(name.replace("_", "-"), visible(stage.path.name), seconds, *figures)
-    return table
+        figures = {label: _figure(metrics, key, form) for label, key, form in _STAGE_FIGURES}
+        rows.append({"stage": name.replace("_", "-"), "output": visible(stage.path.name), "time": seconds} | figures)
+    return rows
+
+
+_STAGE_FIGURES = (
+    ("loss", "loss", ".4f"),
+    ("held-out loss", "eval/loss", ".4f"),
+    ("held-out accuracy", "eval/rewards/accuracies", ".1%"),
+    ("held-out margin", "eval/rewards/margins", "+.4f"),
+)
 
 
 def _figure(metrics: dict[str, Any], key: str, form: str) -> str:

@@ -1,307 +1,230 @@
 """inspect-weights: the facts about scores and weights of a scored dataset, found.
 
-It makes facts; how they look on a terminal is the CLI's business.
+It makes facts; how they look on a terminal or a page is not its business.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tisdpo_cli.artefacts import locate_model
-from tisdpo_cli.data.pairs import Pair, read_pairs
-from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import MANIFEST, SIDES, Scores, check_meaning, read_manifest, require_scores
-from tisdpo_cli.engine.facts import Inspection, PairView, SideSummary, Token, TokenSummary
-from tisdpo_cli.engine.splits import columns_of
-from tisdpo_cli.engine.weighing import Weighing, fit_centers, known, weighing
-from tisdpo_cli.errors import DataError, UsageFault
-from tisdpo_cli.models import Tokenizer, load_tokenizer
+from tisdpo_cli.data.scored import SIDES
+from tisdpo_cli.data.tokens import shared_characters
+from tisdpo_cli.engine.comparison import compare
+from tisdpo_cli.engine.statistics import (
+    Tokens,
+    checks,
+    curve,
+    scale,
+    score_histogram,
+    separation,
+    size_histogram,
+    summary,
+)
+from tisdpo_cli.engine.weighed import Weighed, WeighedPair, WeighedSplit, manifest_of, read_weighed
+from tisdpo_cli.errors import UsageFault
+from tisdpo_cli.facts import Inspection, PairView, ResponseFacts, Token
+from tisdpo_cli.outputs import versions
 from tisdpo_cli.settings.commands import InspectWeights
-from tisdpo_cli.steps import Centers, Context
-from tisdpo_cli.weights import clipped
+from tisdpo_cli.weights import Recipe, Side, Stream, transform_scores
 
-_CURVE_BINS = 24
-# Scores of contrastive models that have learned something are spread over tenths of a nat.
-_NO_SIGNAL = 0.01
+# Pairs in a report, unless a limit is given: a page that opens at once.
+_IN_A_REPORT = 1000
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One response. Of the tokens that have a score: r, r after the steps, whether that is clipped.
-
-    `weights` goes on with the EOS where it has one; `eos_adjusted` is its score after the steps. In a file of final
-    weights r and weights are the same.
-    """
-
-    ids: list[int]
-    scores: Scores
-    known: Tensor
-    adjusted: Tensor
-    weights: Tensor
-    clipped: Tensor
-    eos_adjusted: float | None
-
-    @property
-    def shown(self) -> Tensor:
-        """Scores of what `weights` holds: the known tokens, and the EOS where it has a weight."""
-        extra = self.weights.numel() - self.known.numel()
-        eos = 0.0 if self.scores.eos is None else self.scores.eos
-        return torch.cat([self.known, torch.full((extra,), eos)])
-
-    def values(self, show: str) -> Tensor:
-        """What is shown of the tokens that have a score, the EOS left out."""
-        return {"scores": self.known, "adjusted": self.adjusted, "weights": self.weights[: len(self.known)]}[show]
-
-
-Sides = Sequence[tuple[_Side, _Side]]
-
-
-def inspect_weights(settings: InspectWeights) -> Inspection:
+def inspect_weights(settings: InspectWeights, command: str | None = None) -> Inspection:
     """Read a scored dataset and find the facts.
+
+    Args:
+        settings: what to look at.
+        command: the command line, for the provenance.
 
     Raises:
         TisdpoError: the dataset is not scored, does not fit its tokenizer, or the pair does not exist.
     """
-    files = find_splits(settings.scored)
-    if settings.split not in files:
-        raise UsageFault(f"no split {settings.split!r} here (there is {', '.join(files)})", where="--split")
-    final = settings.weights.weights_are == "final"
-    read = read_pairs(files[settings.split], columns_of(settings.data), settings.data.on_bad_row)
-    require_scores((pair.row for pair in read.pairs), settings.scored, final)
-    check_meaning(read_manifest(Path(settings.scored).expanduser()) or {}, files[settings.split], final)
-    tokenizer = load_tokenizer(_tokenizer_path(settings))
-    centers = _centers(settings, files["train"], tokenizer)
-    how = weighing(settings.weights, settings.seed, tokenizer, read.pairs, centers)
-    pairs, sides, skipped = _all_sides(settings, read.pairs, how)
-    at = _position_of(settings.index, pairs) if settings.index is not None else _widest(sides, final)
-    logarithmic, scale = _scale(sides, settings.show)
-    highest, lowest = _extreme_tokens(sides, tokenizer, settings.top, settings.min_count)
+    split = read_weighed(settings, settings.scored)
+    recipe, final = split.how.recipe, split.final
+    eos_scores = recipe.eos_weight == "score"
+    shown = ["weights"] if final else ["weights", "scores", *(["adjusted"] if recipe.steps else [])]
+    previews = _previews(settings, recipe, eos_scores) if settings.html is not None and not final else {}
+    others = {name: split.under(other) for name, other in previews.items()}
+    tokens = Tokens(split, settings.min_count)
+    by_r, by_weight = (tokens.extremes(by, settings.top) for by in ("ranked", "weights"))
+    sides = {name: summary(split.side(k), not final, bool(recipe.steps)) for k, name in enumerate(SIDES)}
+    tests = checks(split, settings.checks, sides, None if final else tokens.offset())
+    order = _order(settings, split)
     return Inspection(
         source=settings.scored,
         split=settings.split,
-        transform=how.recipe.describe(),
+        transform=recipe.describe(),
         show=settings.show,
-        pairs=len(pairs),
-        separation=None if final else statistics.fmean(float(_total(c) > _total(r)) for c, r in sides),
-        sides={name: _summary([both[k] for both in sides], how) for k, name in enumerate(SIDES)},
-        ranked_by="weight" if final else "r after the steps" if how.recipe.steps else "r",
-        highest=highest,
-        lowest=lowest,
-        curves={name: _curve([both[k] for both in sides], settings.show) for k, name in enumerate(SIDES)},
-        scale=scale,
-        logarithmic=logarithmic,
-        notices=[*read.notices, *skipped, *([] if final else _without_signal(sides))],
-        pair=_view(pairs[at], sides[at], tokenizer, final),
-        provenance=_provenance(settings),
+        pairs=len(split.pairs),
+        separation=None if final else separation(split),
+        sides=sides,
+        ranked_by="weight" if final else "r after the steps" if recipe.steps else "r",
+        highest=by_r[0],
+        lowest=by_r[1],
+        heaviest=by_weight[0],
+        lightest=by_weight[1],
+        scores=score_histogram(split),
+        sizes=size_histogram(split),
+        curves={show: {name: curve(split.side(k), show) for k, name in enumerate(SIDES)} for show in shown},
+        scales={show: scale(split, show) for show in dict.fromkeys([*shown, settings.show])}
+        | {name: scale(other, "weights") for name, other in others.items()},
+        checks=tests,
+        comparison=compare(settings, split, eos_scores) if settings.compare is not None else None,
+        notices=[*split.notices, *(f"{test.says}; {test.fix}" for test in tests if not test.passed)],
+        views=[_view(split, others, i) for i in order],
+        previews=list(previews),
+        provenance=_provenance(settings, split, command),
     )
 
 
-def _centers(settings: InspectWeights, train: Path, tokenizer: Tokenizer) -> Centers | None:
-    """The means that training subtracts: those of the train split, whatever split is shown."""
-    if "center" not in settings.weights.steps():
-        return None
-    pairs = read_pairs(train, columns_of(settings.data), settings.data.on_bad_row).pairs
-    chosen, rejected = (tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in SIDES)
-    tokens = [(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
-    return fit_centers(settings.weights, pairs, tokens)
+def _previews(settings: InspectWeights, recipe: Recipe, eos_scores: bool) -> dict[str, Recipe]:
+    """The transforms to switch to, by what they are called; the one in use is not among them."""
+    made = [settings.weights.other_recipe(spec, eos_scores) for spec in settings.previews.split()]
+    return {other.name(): other for other in made if other != recipe}
 
 
-def _tokenizer_path(settings: InspectWeights) -> Path:
-    if settings.tokenizer is not None:
-        path = Path(settings.tokenizer).expanduser()
-        return path if (path / "tokenizer_config.json").is_file() else locate_model(settings.tokenizer, "--tokenizer")
-    scored = Path(settings.scored).expanduser()
-    folder = scored if scored.is_dir() else scored.parent
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UsageFault(
-            "no tokenizer lies beside this dataset", where=settings.scored, fix="name it with --tokenizer PATH"
-        )
-    return folder
+def _order(settings: InspectWeights, split: WeighedSplit) -> list[int]:
+    """Which pairs are shown, as places in the split."""
+    if settings.index is not None:
+        return [_position_of(settings.index, split.pairs)]
+    limit = settings.limit
+    if limit is None and settings.table is None:
+        limit = 1 if settings.html is None else _IN_A_REPORT
+    places = list(range(len(split.pairs)))
+    if settings.sort == "random":
+        random.Random(settings.seed).shuffle(places)
+    elif settings.sort != "index":
+        keys = [_key(settings.sort, pair, split.final) for pair in split.pairs]
+        places.sort(key=lambda i: (-keys[i], i))
+    return places[:limit]
 
 
-def _all_sides(
-    settings: InspectWeights, pairs: Sequence[Pair], how: Weighing
-) -> tuple[list[Pair], list[tuple[_Side, _Side]], list[str]]:
-    """The pairs whose scores can be used, both sides of each, and what to say of the others."""
-    chosen, rejected = (how.tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in SIDES)
-    kept, sides, bad = [], [], []
-    for pair, contexts, *both in zip(pairs, how.contexts_of_pairs(pairs), chosen, rejected, strict=True):
-        made = [_side(pair, side, ids, how, c) for side, ids, c in zip(SIDES, both, contexts, strict=True)]
-        faults = [side for side in made if isinstance(side, BadRow)]
-        if faults:
-            bad.append(faults[0])
-        else:
-            kept.append(pair)
-            sides.append((made[0], made[1]))
-    return kept, sides, stop_or_skip(bad, len(pairs), settings.data.on_bad_row)  # type: ignore[return-value]
+def _key(sort: str, pair: WeighedPair, final: bool) -> float:
+    """What pairs are sorted by, highest first."""
+    if sort == "max-weight":
+        return max((float(side.weights.max()) for side in pair.sides if len(side.weights)), default=float("-inf"))
+    if sort == "min-mean":
+        return -min((float(side.weights.mean()) for side in pair.sides if len(side.weights)), default=float("inf"))
+    # Scores are spread around 0, final weights around 1.
+    neutral = 1.0 if final else 0.0
+    return sum(float((side.known - neutral).square().mean()) for side in pair.sides if len(side.known))
 
 
-def _side(pair: Pair, side: Any, ids: list[int], how: Weighing, context: Context) -> _Side | BadRow:
-    scores = how.read(pair, side, len(ids), "the tokenizer beside it")
-    if isinstance(scores, BadRow):
-        return scores
-    values, stepped = known(scores), how.adjusted(scores, context)
-    adjusted, eos_adjusted = stepped[: len(values)], stepped[len(values) :].tolist()
-    has_eos = len(values) == len(ids) and (scores.eos is not None or how.recipe.eos_weight != "score")
-    weights = how.weights(scores, len(values), has_eos, pair.index, side, context)
-    hit = clipped(adjusted, side, how.recipe)
-    return _Side(ids, scores, values, adjusted, weights, hit, eos_adjusted[0] if eos_adjusted else None)
-
-
-def _total(side: _Side) -> float:
-    return float(side.known.sum()) + (side.scores.eos or 0.0)
-
-
-def _without_signal(sides: Sides) -> list[str]:
-    scores = torch.cat([side.known for both in sides for side in both])
-    if len(scores) and float(scores.std(correction=0)) >= _NO_SIGNAL:
-        return []
-    return [
-        "the scores are almost zero: the contrastive models hardly differ from each other; train them longer, with a "
-        "shorter --warmup-steps or a higher --learning-rate"
-    ]
-
-
-def _position_of(index: int, pairs: Sequence[Pair]) -> int:
-    found = next((at for at, pair in enumerate(pairs) if pair.index == index), None)
+def _position_of(index: int, pairs: Sequence[WeighedPair]) -> int:
+    found = next((at for at, pair in enumerate(pairs) if pair.pair.index == index), None)
     if found is None:
         raise UsageFault(
-            f"no such pair; there are {len(pairs)} pairs, 0 to {pairs[-1].index}", where=f"--index {index}"
+            f"no such pair; there are {len(pairs)} pairs, 0 to {pairs[-1].pair.index}", where=f"--index {index}"
         )
     return found
 
 
-def _widest(sides: Sides, final: bool) -> int:
-    """The pair whose scores are spread most, or whose final weights are farthest from 1."""
-    neutral = 1.0 if final else 0.0
-
-    def spread(side: _Side) -> float:
-        return float((side.known - neutral).square().mean()) if len(side.known) else 0.0
-
-    return max(range(len(sides)), key=lambda i: sum(spread(side) for side in sides[i]))
+# Pairs, token by token -----------------------------------------------------------------------------------------
 
 
-def _summary(sides: Sequence[_Side], how: Weighing) -> SideSummary:
-    weights = torch.cat([side.weights for side in sides])
-    if not len(weights):
-        raise DataError("no token of this split is scored")
-    scores = None if how.recipe.final else torch.cat([side.shown for side in sides])
-    adjusted = torch.cat([side.adjusted for side in sides]) if how.recipe.steps else None
-    sizes = [
-        float(w.sum() ** 2 / (w.square().sum() * len(w))) for w in (s.weights for s in sides) if w.square().sum() > 0
-    ]
-    hit = torch.cat([side.clipped for side in sides])
-    return SideSummary(
-        tokens=sum(len(side.ids) for side in sides),
-        unscored=sum(len(side.ids) - len(side.known) for side in sides),
-        mean_score=_mean(scores),
-        sd_score=_spread(scores),
-        mean_adjusted=_mean(adjusted),
-        sd_adjusted=_spread(adjusted),
-        mean_weight=float(weights.mean()),
-        sd_weight=float(weights.std(correction=0)),
-        min_weight=float(weights.min()),
-        max_weight=float(weights.max()),
-        share_clipped=float(hit.float().mean()) if len(hit) else 0.0,
-        effective_sample_size=statistics.fmean(sizes) if sizes else 0.0,
+def _view(split: WeighedSplit, others: dict[str, WeighedSplit], at: int) -> PairView:
+    pair = split.pairs[at]
+    chosen, rejected = _tokens(split, pair, "chosen", pair.chosen), _tokens(split, pair, "rejected", pair.rejected)
+    return PairView(
+        index=pair.pair.index,
+        where=pair.pair.row.where,
+        prompt=pair.pair.prompt,
+        chosen=chosen,
+        rejected=rejected,
+        sides={name: _facts(side, split.final) for name, side in zip(SIDES, pair.sides, strict=True)},
+        previews={
+            name: {side: _laid_out(weighed) for side, weighed in zip(SIDES, other.pairs[at].sides, strict=True)}
+            for name, other in others.items()
+        },
     )
 
 
-def _mean(values: Tensor | None) -> float | None:
-    return None if values is None else float(values.mean())
+def _facts(side: Weighed, final: bool) -> ResponseFacts:
+    hit = side.clipped
+    return ResponseFacts(
+        total_score=None if final else side.total,
+        mean_weight=float(side.weights.mean()) if len(side.weights) else 0.0,
+        share_clipped=float(hit.float().mean()) if len(hit) else 0.0,
+        effective_sample_size=side.effective_size,
+    )
 
 
-def _spread(values: Tensor | None) -> float | None:
-    return None if values is None else float(values.std(correction=0))
+def _laid_out(side: Weighed) -> list[float | None]:
+    """Weights of all tokens, None where there is no score, and of the EOS where it has one."""
+    weights = iter(side.weights.tolist())
+    return [None if r is None else next(weights) for r in side.scores.tokens] + list(weights)
 
 
-def _extreme_tokens(
-    sides: Iterable[tuple[_Side, _Side]], tokenizer: Tokenizer, top: int, min_count: int
-) -> tuple[list[TokenSummary], list[TokenSummary]]:
-    """Tokens with the highest and the lowest mean score after the steps, or final weight, over both sides."""
-    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for both in sides:
-        for side in both:
-            scored = (token for token, r in zip(side.ids, side.scores.tokens, strict=True) if r is not None)
-            values = zip(side.adjusted.tolist(), side.values("weights").tolist(), strict=True)
-            for token, value in zip(scored, values, strict=True):
-                found[token].append(value)
-    means = {
-        token: [statistics.fmean(column) for column in zip(*values, strict=True)]
-        for token, values in found.items()
-        if len(values) >= min_count
+def _tokens(split: WeighedSplit, pair: WeighedPair, name: Side, side: Weighed) -> list[Token]:
+    tokenizer, how = split.how.tokenizer, split.how
+    ids = [*side.ids, *([tokenizer.eos] if side.has_eos else [])]
+    texts, parts = tokenizer.pieces(ids), tokenizer.token_bytes(ids)
+    groups = {
+        i: (number, text)
+        for number, (begin, end, text) in enumerate(shared_characters(parts))
+        for i in range(begin, end)
     }
-    ranked = sorted(means, key=lambda token: (-means[token][0], token))
-
-    def summaries(tokens: Sequence[int]) -> list[TokenSummary]:
-        texts = tokenizer.pieces(tokens)
-        return [TokenSummary(x, len(found[t]), *means[t]) for t, x in zip(tokens, texts, strict=True)]
-
-    return summaries(ranked[:top]), summaries(ranked[::-1][:top])
-
-
-def _curve(sides: Sequence[_Side], show: str) -> list[float]:
-    """Mean by relative position in the response."""
-    sums, counts = torch.zeros(_CURVE_BINS), torch.zeros(_CURVE_BINS)
-    for side in sides:
-        values = side.values(show)
-        bins = (torch.arange(len(values)) * _CURVE_BINS // max(1, len(values))).long()
-        sums.index_add_(0, bins, values)
-        counts.index_add_(0, bins, torch.ones_like(values))
-    return (sums / counts.clamp(min=1)).tolist()
-
-
-def _scale(sides: Sides, show: str) -> tuple[bool, float]:
-    """Whether the colour scale is logarithmic, and its half width. The EOS is left out: it may be set to zero."""
-    values = torch.cat([side.values(show) for both in sides for side in both])
-    if show != "weights":
-        return False, _percentile(values.abs())
-    if bool((values > 0).all()):
-        return True, _percentile(values.log().abs())
-    return False, _percentile((values - 1).abs())
-
-
-def _percentile(sizes: Tensor) -> float:
-    ordered = sizes.sort().values
-    return max(float(ordered[int(0.99 * (len(ordered) - 1))]), 1e-6)
-
-
-def _view(pair: Pair, both: tuple[_Side, _Side], tokenizer: Tokenizer, final: bool) -> PairView:
-    chosen, rejected = (_tokens(side, tokenizer, final) for side in both)
-    return PairView(pair.index, pair.row.where, pair.prompt, chosen, rejected)
-
-
-def _tokens(side: _Side, tokenizer: Tokenizer, final: bool) -> list[Token]:
-    def token(position: int, at: int, text: str, kind: str, *values: float | None, hit: bool = False) -> Token:
-        score, adjusted, weight = values
-        scores = (None, None) if final else (score, adjusted)
-        return Token(position, at, text, kind, scores[0], scores[1], weight, hit)
-
-    columns = (side.known, side.adjusted, side.values("weights"), side.clipped)
-    rows = iter(zip(*(column.tolist() for column in columns), strict=True))
+    columns = {
+        "score": _spread_out(side, side.known, side.scores.eos),
+        "adjusted": _spread_out(side, side.adjusted, side.eos_adjusted),
+        "unclipped": _spread_out(side, _unclipped(side, name, how.recipe, Stream(how.seed, pair.pair.index, name))),
+        "clipped": _spread_out(side, side.clipped),
+    }
+    weights = _laid_out(side)
     made = []
-    for position, (at, text, r) in enumerate(
-        zip(side.ids, tokenizer.pieces(side.ids), side.scores.tokens, strict=True)
-    ):
-        if r is None:
-            made.append(token(position, at, text, "unscored", None, None, None))
-        else:
-            *values, hit = next(rows)
-            made.append(token(position, at, text, "text", *values, hit=hit))
-    if len(side.weights) > len(side.known):
-        text, weight = tokenizer.pieces([tokenizer.eos])[0], float(side.weights[-1])
-        made.append(token(len(side.ids), tokenizer.eos, text, "eos", side.scores.eos, side.eos_adjusted, weight))
+    for i, at in enumerate(ids):
+        group, character = groups.get(i, (None, ""))
+        weight = weights[i]
+        made.append(
+            Token(
+                position=i,
+                id=at,
+                text=texts[i],
+                bytes=parts[i].hex(),
+                kind="text" if i < len(side.ids) else "eos",
+                character=character,
+                group=group,
+                logp_forward=side.logps["forward"][i] if side.logps else None,
+                logp_reverse=side.logps["reverse"][i] if side.logps else None,
+                score=None if split.final else columns["score"][i],
+                adjusted=None if split.final else columns["adjusted"][i],
+                weight=weight,
+                unclipped=weight if columns["unclipped"][i] is None else columns["unclipped"][i],
+                clipped=bool(columns["clipped"][i]),
+                masked=weight == 0,
+                truncated=weight is None,
+            )
+        )
     return made
 
 
-def _provenance(settings: InspectWeights) -> dict[str, Any]:
-    manifest = read_manifest(Path(settings.scored).expanduser())
-    return manifest if manifest is not None else {"note": f"no {MANIFEST} beside the data"}
+def _spread_out(side: Weighed, values: Tensor, eos: float | None = None) -> list[Any]:
+    """A value for each token of the response and its EOS, from those that have a score."""
+    known = iter(values.tolist())
+    return [None if r is None else next(known) for r in side.scores.tokens] + [eos]
+
+
+def _unclipped(side: Weighed, name: Side, recipe: Recipe, stream: Stream) -> Tensor:
+    """Weights [n] of the tokens that have a score as they would be without the clamp of the transform."""
+    raw = transform_scores(side.adjusted, name, recipe, stream, clip=False)
+    if recipe.normalize == "mean" and len(side.known):
+        raw = raw / transform_scores(side.adjusted, name, recipe, stream).mean()
+    # What the clamp leaves alone is the same number to the last bit.
+    return torch.where(side.clipped, raw, side.values("weights"))
+
+
+def _provenance(settings: InspectWeights, split: WeighedSplit, command: str | None) -> dict[str, Any]:
+    return {
+        **manifest_of(settings.scored),
+        "weights": split.how.recipe.describe(),
+        "tokenizer in use": split.how.tokenizer.digest,
+        "command": command,
+        "shown by": versions(),
+    }

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.engine.estimate import estimate
-from tisdpo_cli.engine.facts import Inspection
 from tisdpo_cli.engine.inspect import inspect_weights
 from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.sft import train_sft
 from tisdpo_cli.engine.training import Made
+from tisdpo_cli.facts import Inspection
 from tisdpo_cli.settings.commands import Command, Estimate, Run, TrainPairs, TrainSft
 
 _TITLES = {
@@ -42,8 +42,13 @@ class PipelineMade:
         return {"path": str(self.path), "stages": stages}
 
 
-def run(settings: Run, reporter: Reporter) -> PipelineMade:
+def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineMade:
     """Run the pipeline; finished stages are skipped, an interrupted one goes on.
+
+    Args:
+        settings: of every stage.
+        reporter: tells people what happens.
+        command: the command line, for the provenance of the report.
 
     Raises:
         TisdpoError: what stopped a stage.
@@ -53,7 +58,7 @@ def run(settings: Run, reporter: Reporter) -> PipelineMade:
     for number, (name, stage) in enumerate(todo.items(), start=1):
         reporter.stage(f"{number}/{len(todo)} {name.replace('_', '-')}: {_TITLES[name]}")
         stages[name] = _stage(stage, reporter)
-    return PipelineMade(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights))
+    return PipelineMade(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights, command))
 
 
 def _stage(settings: Command, reporter: Reporter) -> Made:

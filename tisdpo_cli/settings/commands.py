@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from tisdpo_cli.settings.fields import Group, NonNegativeInt, PathText, PositiveInt, Seed, group_of, meta, setting
 from tisdpo_cli.settings.groups import (
     Checkpoints,
+    Checks,
     Data,
     Dtype,
     Evaluation,
@@ -22,6 +23,7 @@ from tisdpo_cli.settings.groups import (
     SftData,
     SftOptim,
     Weights,
+    is_recipe,
 )
 from tisdpo_cli.templates import TEMPLATES, template_text
 
@@ -225,6 +227,7 @@ class Estimate(Command):
     batch_size: PositiveInt = setting(
         16, "pairs per forward pass and process", "Memory", "--per-device-eval-batch-size"
     )
+    keep_logps: bool = setting(False, "write the log-probs under both models too, in columns of their own", "Data")
     sequential: bool = setting(False, "hold one model in memory at a time", "Memory", shapes_result=False)
     dtype: Dtype = setting("auto", "compute in bf16 or float32 (auto: float32 on CPUs)", "Memory")
     resume: Literal["auto", "never"] = setting(
@@ -272,22 +275,54 @@ class InspectWeights(Command):
     tokenizer: PathText | None = _path_input("tokenizer, where none lies beside the data", _MODEL, default=None)
     split: str = setting("train", "split to show", "Data")
     data: Reading = Reading()
-    index: NonNegativeInt | None = setting(
-        None, "pair to show (0 is the first; the one with the largest spread)", "View", "-i"
+    index: NonNegativeInt | None = setting(None, "pair to show (0 is the first)", "View", "-i")
+    sort: Literal["spread", "max-weight", "min-mean", "random", "index"] = setting(
+        "spread", "order of pairs: spread of r, highest weight, lowest mean weight", "View"
     )
+    limit: PositiveInt | None = setting(None, "pairs to show (1; 1000 in --html; all in --table)", "View", "-n")
     show: Literal["weights", "scores", "adjusted"] = setting(
         "weights", "colour tokens by weight, by score r, or by r after the steps", "View"
     )
     top: PositiveInt = setting(8, "tokens in the lists of highest and lowest", "View")
-    svg: PathText | None = setting(None, "write the view as a picture too", "View", shapes_result=False, metavar="FILE")
+    compare: str | None = setting(
+        None,
+        "compare with another transform, as name:param=value,…, or with another scored dataset",
+        "View",
+        metavar="TRANSFORM|PATH",
+    )
+    previews: str = setting(
+        "exp rank_based threshold_and_scale binary:top_percent=50",
+        "transforms to switch to in --html, each as name:param=value,…",
+        "View",
+        metavar="NAMES",
+    )
+    html: PathText | None = setting(
+        None, "write a report that stands alone: one offline page", "View", shapes_result=False, metavar="FILE"
+    )
+    table: PathText | None = setting(
+        None,
+        "write a CSV file with one line for each token, and beside it FILE.json: where it comes from",
+        "View",
+        shapes_result=False,
+        metavar="FILE",
+    )
+    svg: PathText | None = setting(None, "write the view as a picture", "View", shapes_result=False, metavar="FILE")
+    check: bool = setting(False, "exit with 1 where a check of the whole file fails", "Checks", shapes_result=False)
+    checks: Checks = Checks()
     min_count: PositiveInt = setting(5, "occurrences a token needs to be in these lists", "View")
     seed: Seed = _seed()
     weights: Weights = Weights()
 
     @model_validator(mode="after")
     def _shows_what_there_is(self) -> InspectWeights:
-        if self.weights.weights_are == "final" and self.show != "weights":
+        final = self.weights.weights_are == "final"
+        if final and self.show != "weights":
             raise ValueError("a file of final weights holds no scores to show")
+        named = self.compare is not None and is_recipe(self.compare)
+        if final and named:
+            raise ValueError("a file of final weights holds no scores that another transform could weigh")
+        for spec in [*self.previews.split(), *([self.compare] if named and self.compare else [])]:
+            self.weights.other_recipe(spec, eos_scores=True)
         return self
 
 
@@ -322,6 +357,12 @@ class Run(Stages):
     estimate: Estimate
     train: Train
     inspect_weights: InspectWeights
+
+    @model_validator(mode="after")
+    def _makes_scores(self) -> Run:
+        if self.train.weights.weights_are == "final":
+            raise ValueError("final weights need no contrastive models: train with them by `tisdpo train` alone")
+        return self
 
     def stages(self) -> dict[str, Command]:
         """The stages that make something, in order."""

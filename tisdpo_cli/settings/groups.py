@@ -243,6 +243,28 @@ class WeightChoice(Group):
             return final_recipe(eos)
         return recipe(self.transform, self.preset, self.params(), self.normalize, eos, self.steps())
 
+    def other_recipe(self, spec: str, eos_scores: bool) -> Recipe:
+        """Another transform, or preset, with the same steps and the same treatment of the EOS.
+
+        Args:
+            spec: `name` or `name:param=value,…`.
+            eos_scores: as in `recipe`.
+
+        Raises:
+            ValueError: it is none, or its parameters do not fit.
+        """
+        name, _, params = spec.partition(":")
+        given = {}
+        for part in filter(None, params.split(",")):
+            key, _, value = part.partition("=")
+            try:
+                given[key] = float(value)
+            except ValueError:
+                raise ValueError(f"{spec}: {part!r} is not written param=number") from None
+        transform, preset = (None, name) if name in PRESETS else (name, None)
+        eos = self.recipe(eos_scores).eos_weight
+        return recipe(transform, preset, given, eos_weight=eos, steps=self.steps())
+
     @model_validator(mode="after")
     def _makes_a_recipe(self) -> WeightChoice:
         made = {**self.params(), **self.steps(), **_given(self, ("transform", "preset"))}
@@ -251,6 +273,22 @@ class WeightChoice(Group):
             raise ValueError(f"final weights are taken as they are: leave out {', '.join(idle)}")
         self.recipe(eos_scores=True)
         return self
+
+
+def is_recipe(spec: str) -> bool:
+    """Whether a text names a transform or preset, rather than a file."""
+    return spec.partition(":")[0] in {*TRANSFORMS, *PRESETS}
+
+
+class Checks(Group):
+    """What the scores of a file are held against. A check that cannot be made passes."""
+
+    min_spread: NonNegativeFloat = setting(0.01, "least spread of r, in nats", "Checks")
+    min_separation: NonNegativeFloat = setting(0.55, "least share of pairs that Σr separates", "Checks")
+    max_drift: NonNegativeFloat = setting(1.0, "most change of r from first to last third, in spreads of r", "Checks")
+    max_offset: NonNegativeFloat = setting(0.5, "most offset of r on tokens of both sides, in spreads of r", "Checks")
+    max_clipped: NonNegativeFloat = setting(0.5, "largest share of clipped scores", "Checks")
+    max_unscored: NonNegativeFloat = setting(0.5, "largest share of tokens beyond the cut", "Checks")
 
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
             "output_dir": at["estimate"],
         },
         "train": {**trained, "dataset": at["estimate"], "output_dir": at["train"]},
-        "inspect_weights": {"scored": at["estimate"]},
+        "inspect_weights": {"scored": at["estimate"], "html": str(Path(head.output_dir) / "report.html")},
     }
 
 
@@ -79,12 +79,22 @@ def stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: list
         path = None if first in STAGES else resolve(command, name)
         if path is not None and path not in wired:
             values[path] = value
+    values |= _shared_with_training(stage, layer)
     for name, value in layer.values.items():
         first, _, rest = name.partition(".")
         if first != stage or not rest:
             continue
         if rest in wired and str(value).lower() != str(wired[rest]).lower():
-            faults.append(f"{stage}.{rest} is decided by run; set it at the top or run the stage by itself")
+            faults.append(f"{stage}.{rest} is decided by run; leave it out, or run the stage by itself")
         elif rest not in wired:
             values[rest] = value
     return Layer(layer.origin, values)
+
+
+def _shared_with_training(stage: str, layer: Layer) -> dict[str, Any]:
+    """The report shows the weights that `train` used: what its section says of them holds there too."""
+    if stage != "inspect_weights":
+        return {}
+    inner = {name.partition(".")[2]: value for name, value in layer.values.items() if name.startswith("train.")}
+    paths = {resolve(STAGES[stage], name): value for name, value in inner.items()}
+    return {path: value for path, value in paths.items() if path is not None and path.startswith("weights.")}

@@ -1,0 +1,1 @@
+"""What inspect-weights writes to files: a page that stands alone, and a table."""
