@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -21,6 +24,9 @@ from tisdpo_cli.engine.reporter import Silent
 # On models this small a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What is kept between runs stays out of the user's own cache, and comes from this session alone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tisdpo-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 QUESTIONS = ("How do I bake bread?", "Where can I sleep?", "What is a good book?", "Can you fix my bike?")
 GOOD = (" I would gladly help you with that.", " Please take your time, gently.", " Thank you, let us look together.")

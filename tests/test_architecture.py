@@ -108,16 +108,19 @@ ARROWS = {
     "steps": {"params"},
     "weights": {"params", "steps"},
     "losses": {"params"},
-    "scoring": set(),
+    "attention": set(),
+    "head": set(),
+    "scoring": {"attention", "head"},
     "settings": {"errors", "params", "steps", "templates"},
     "data": {"errors", "files", "__version__"},
-    "models": {"errors", "files", "__version__"},
+    "models": {"attention", "errors", "files", "__version__"},
+    "cache": {"errors", "files"},
     "checkpoints": {"errors", "files", "__version__"},
     "outputs": {"errors", "files", "__version__"},
     "artefacts": {"errors", "files", "__version__"},
     "engine": {
-        "settings", "data", "models", "checkpoints", "outputs", "artefacts", "scoring", "losses", "weights", "steps",
-        "templates", "errors", "facts", "files", "__version__",
+        "settings", "data", "models", "checkpoints", "outputs", "artefacts", "cache", "scoring", "losses", "weights",
+        "steps", "templates", "errors", "facts", "files", "__version__",
     },
     "text": set(),
     "facts": set(),
@@ -145,9 +148,10 @@ def test_a_part_imports_only_what_is_below_it(part: str) -> None:
     assert broken(part, ARROWS[part], REGISTRIES if part == "settings" else None) == []
 
 
-def test_scoring_knows_torch_only() -> None:
-    standard = {"__future__", "typing", "collections", "contextlib", "dataclasses"}
-    assert set(outside("scoring")) - standard == {"torch"}
+@pytest.mark.parametrize("part", ["scoring", "attention", "head"])
+def test_scoring_knows_torch_only(part: str) -> None:
+    standard = {"__future__", "typing", "collections", "contextlib", "dataclasses", "itertools"}
+    assert set(outside(part)) - standard == {"torch"}
 
 
 @pytest.mark.parametrize("part", ["params", "templates", "steps", "weights", "losses"])

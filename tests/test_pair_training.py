@@ -50,12 +50,12 @@ def make_pairs(count, weighted=False, seed=0):
         prompt, (chosen, rejected) = cut(prompt, [good, bad], None, EOS, Limits(64, 32))
         weights = [torch.tensor([draw.uniform(0.2, 2) for _ in side.ids]) for side in (chosen, rejected)]
         pair = EncodedPair(i, f"data.jsonl:{i + 1}", prompt, chosen, rejected)
-        made.append(WeightedPair(pair, *weights) if weighted else WeightedPair(pair))
+        made.append(WeightedPair(pair, (weights[0], weights[1])) if weighted else WeightedPair(pair))
     return made
 
 
 def swapped(pairs):
-    return [WeightedPair(pair.tokens.swapped(), pair.rejected_weights, pair.chosen_weights) for pair in pairs]
+    return [WeightedPair(pair.tokens.swapped(), pair.weights and pair.weights[::-1]) for pair in pairs]
 
 
 DPO = loss("dpo", BETA)
@@ -63,7 +63,7 @@ DPO = loss("dpo", BETA)
 
 def task_of(pairs, reference, how=DPO):
     scorer = TokenScorer(copy.deepcopy(reference).requires_grad_(False))
-    return PairTask(pairs, scorer, how, EOS, torch.device("cpu"))
+    return PairTask(pairs, scorer, how, EOS)
 
 
 class Fixed(Plan):
@@ -82,7 +82,7 @@ PLAIN_SGD = Schedule("sgd", 0.1, "constant", 0, 0.0, math.inf)
 
 def train(directory, model, task, plan, *, cutting=None, schedule=PLAIN_SGD, held=None):
     """Train in place; the metrics, one record for each update and one for step 0."""
-    trainer = Trainer(Runtime(Silent()), TokenScorer(model), task, plan, cutting or Microbatching(8), schedule)
+    trainer = Trainer(Runtime(Silent()), TokenScorer(model), task, plan, cutting or Microbatching(micro=8), schedule)
     directory.mkdir(exist_ok=True)
     keeping = Keeping(directory / "checkpoints", None, 1, "never")
     trainer.train(directory / "metrics.jsonl", keeping, held, lambda _loss: None, StopRequest())
@@ -112,7 +112,7 @@ def oracle_gradient(pairs, name="dpo", **params):
     sides = []
     for pair in pairs:
         entry = {}
-        for side, weights in (("chosen", pair.chosen_weights), ("rejected", pair.rejected_weights)):
+        for side, weights in zip(("chosen", "rejected"), pair.weights or (None, None), strict=True):
             ids = getattr(pair.tokens, side).ids
             entry[f"policy_{side}_logps"] = oracle.token_logps(policy, pair.tokens.prompt, ids)
             entry[f"reference_{side}_logps"] = oracle.token_logps(reference, pair.tokens.prompt, ids).detach()
@@ -136,7 +136,7 @@ def mean(values):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_an_update_agrees_with_the_oracle(tmp_path, weighted):
     pairs = make_pairs(7, weighted)
-    gradient, metrics = gradient_of_update(tmp_path, pairs, range(7), Microbatching(3))
+    gradient, metrics = gradient_of_update(tmp_path, pairs, range(7), Microbatching(micro=3))
     expected, value, rewards = oracle_gradient(pairs)
     assert (gradient - expected).norm() <= BOUND * expected.norm()
     assert metrics["loss"] == pytest.approx(value, rel=BOUND)
@@ -160,7 +160,7 @@ OBJECTIVES = [
 @pytest.mark.parametrize(("name", "params", "weighted"), OBJECTIVES)
 def test_an_update_under_every_objective_agrees_with_the_oracle(tmp_path, name, params, weighted):
     pairs = make_pairs(6, weighted)
-    gradient, metrics = gradient_of_update(tmp_path, pairs, range(6), Microbatching(4), loss(name, BETA, params))
+    gradient, metrics = gradient_of_update(tmp_path, pairs, range(6), Microbatching(micro=4), loss(name, BETA, params))
     expected, value, rewards = oracle_gradient(pairs, name, **params)
     assert (gradient - expected).norm() <= BOUND * expected.norm()
     assert metrics["loss"] == pytest.approx(value, rel=BOUND)
@@ -172,7 +172,9 @@ def test_divergences_in_the_metrics_are_sums_over_responses(tmp_path):
     pairs = make_pairs(5, weighted=True)
     for name, params, which in (("dpo", {"alpha": 0.5}, 0), ("tdpo1", {}, 1)):
         plain = pairs if which == 0 else [WeightedPair(pair.tokens) for pair in pairs]
-        _, metrics = gradient_of_update(tmp_path / name, plain, range(5), Microbatching(2), loss(name, BETA, params))
+        _, metrics = gradient_of_update(
+            tmp_path / name, plain, range(5), Microbatching(micro=2), loss(name, BETA, params)
+        )
         policy, reference = tiny_model(1).double(), tiny_model(0).double()
         sums = {
             side: mean(
@@ -189,8 +191,8 @@ def test_divergences_in_the_metrics_are_sums_over_responses(tmp_path):
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])
 def test_microbatches_change_nothing_where_distributions_are_compared(tmp_path, name):
     pairs, how = make_pairs(8), loss(name, BETA, {"alpha": 0.7})
-    whole, expected = gradient_of_update(tmp_path, pairs, range(8), Microbatching(8), how)
-    gradient, metrics = gradient_of_update(tmp_path / "x", pairs, [5, 0, 7, 2, 1, 6, 3, 4], Microbatching(3), how)
+    whole, expected = gradient_of_update(tmp_path, pairs, range(8), Microbatching(micro=8), how)
+    gradient, metrics = gradient_of_update(tmp_path / "x", pairs, [5, 0, 7, 2, 1, 6, 3, 4], Microbatching(micro=3), how)
     assert (gradient - whole).norm() <= BOUND * whole.norm()
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=BOUND)
 
@@ -198,13 +200,13 @@ def test_microbatches_change_nothing_where_distributions_are_compared(tmp_path, 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_microbatches_accumulation_and_order_change_nothing(tmp_path, weighted):
     pairs = make_pairs(8, weighted)
-    whole, expected = gradient_of_update(tmp_path, pairs, range(8), Microbatching(8))
+    whole, expected = gradient_of_update(tmp_path, pairs, range(8), Microbatching(micro=8))
     others = [
-        (range(8), Microbatching(1)),
-        (range(8), Microbatching(3)),
-        (range(8), Microbatching(8, passes=2)),
-        (range(8), Microbatching(8, passes=11)),
-        ([5, 2, 7, 0, 3, 6, 1, 4], Microbatching(2)),
+        (range(8), Microbatching(micro=1)),
+        (range(8), Microbatching(micro=3)),
+        (range(8), Microbatching(passes=2)),
+        (range(8), Microbatching(passes=11)),
+        ([5, 2, 7, 0, 3, 6, 1, 4], Microbatching(micro=2)),
     ]
     timings = {"tokens_per_second", "pairs_per_second"}
     for batch, cutting in others:
@@ -220,7 +222,7 @@ def test_a_ragged_last_window_counts_every_pair_once(tmp_path):
     plan = make_plan(11, 4, 1, None, seed=5)
     last = plan.batch(2)
     assert len(last) == 3
-    ragged, metrics = gradient_of_update(tmp_path, pairs, last, Microbatching(2))
+    ragged, metrics = gradient_of_update(tmp_path, pairs, last, Microbatching(micro=2))
     expected, value, _ = oracle_gradient([pairs[i] for i in last])
     assert (ragged - expected).norm() <= BOUND * expected.norm()
     assert metrics["loss"] == pytest.approx(value, rel=BOUND)
@@ -229,7 +231,7 @@ def test_a_ragged_last_window_counts_every_pair_once(tmp_path):
 def test_a_whole_epoch_does_not_depend_on_the_cutting(tmp_path):
     pairs, plan = make_pairs(11, weighted=True), make_plan(11, 4, 2, None, seed=5)
     ends = []
-    for cutting in (Microbatching(4), Microbatching(1), Microbatching(4, passes=3)):
+    for cutting in (Microbatching(micro=4), Microbatching(micro=1), Microbatching(passes=3)):
         policy = tiny_model(1)
         records = train(tmp_path, policy, task_of(pairs, tiny_model(0)), plan, cutting=cutting)
         assert [record["step"] for record in records] == list(range(7))
@@ -242,19 +244,19 @@ def test_the_reference_and_the_weights_of_tokens_stay_as_they_are(tmp_path):
     pairs = make_pairs(4, weighted=True)
     task = task_of(pairs, tiny_model(0))
     task.reference.requires_grad_(True)  # even then it gets no gradient
-    reference, token_weights = flat(task.reference), [pair.chosen_weights.clone() for pair in pairs]
+    reference, token_weights = flat(task.reference), [pair.weights[0].clone() for pair in pairs]
     policy = tiny_model(0)
     train(tmp_path, policy, task, Plan(4, 4, 3, 0))
     assert torch.equal(flat(task.reference), reference)
     assert not torch.equal(flat(policy), reference)
     assert all(parameter.grad is None for parameter in task.reference.parameters())
-    assert all(torch.equal(pair.chosen_weights, w) for pair, w in zip(pairs, token_weights, strict=True))
+    assert all(torch.equal(pair.weights[0], w) for pair, w in zip(pairs, token_weights, strict=True))
 
 
 def test_unit_weights_train_as_no_weights_to_the_last_bit(tmp_path):
     plain = make_pairs(6)
     unit = [
-        WeightedPair(p.tokens, torch.ones(len(p.tokens.chosen.ids)), torch.ones(len(p.tokens.rejected.ids)))
+        WeightedPair(p.tokens, (torch.ones(len(p.tokens.chosen.ids)), torch.ones(len(p.tokens.rejected.ids))))
         for p in plain
     ]
     ends = []
@@ -326,12 +328,12 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tmp_path):
     """The second update holds the bad pair, so the weights are those after the first one, bit by bit."""
     pairs = make_pairs(8, weighted=True)
-    pairs[5].chosen_weights[0] = math.nan
+    pairs[5].weights[0][0] = math.nan
     batches = [0, 1, 2, 3], [4, 5, 6, 7]
     after_one, stopped = tiny_model(0), tiny_model(0)
-    train(tmp_path / "one", after_one, task_of(pairs, tiny_model(0)), Fixed(batches[0]), cutting=Microbatching(1))
+    train(tmp_path / "one", after_one, task_of(pairs, tiny_model(0)), Fixed(batches[0]), cutting=Microbatching(micro=1))
     with pytest.raises(TrainingError) as fault:
-        train(tmp_path / "two", stopped, task_of(pairs, tiny_model(0)), Fixed(*batches), cutting=Microbatching(1))
+        train(tmp_path / "two", stopped, task_of(pairs, tiny_model(0)), Fixed(*batches), cutting=Microbatching(micro=1))
     assert "loss of step 2 is not finite" in str(fault.value)
     assert "data.jsonl:6" in str(fault.value)
     assert "data.jsonl:5" not in str(fault.value)
@@ -342,7 +344,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(tmp_path):
     """A weight of 1e38 times a log-ratio of 0 is a loss of ln 2, but its gradient overflows."""
     pairs = make_pairs(2, weighted=True)
-    pairs[1].chosen_weights[:] = 1e38
+    pairs[1].weights[0][:] = 1e38
     policy = tiny_model(0)
     with pytest.raises(TrainingError, match=r"gradient of step 1 is not finite.*data\.jsonl:"):
         train(tmp_path, policy, task_of(pairs, tiny_model(0)), Fixed([0, 1]))
@@ -462,7 +464,7 @@ def test_every_example_is_in_one_pass_and_ranks_have_as_many_passes(world, passe
     for size in range(1, 30):
         for micro in (1, 2, 3, 8, 64):
             batch = draw.sample(range(60), size)
-            ranks = Microbatching(micro, passes).split(batch, costs, world)
+            ranks = Microbatching(micro=micro, passes=passes).split(batch, costs, world)
             assert len(ranks) == world
             assert len({len(rank) for rank in ranks}) == 1
             assert sorted(i for rank in ranks for one in rank for i in one) == sorted(batch)
@@ -475,22 +477,53 @@ def test_every_example_is_in_one_pass_and_ranks_have_as_many_passes(world, passe
                 assert len(ranks[0]) == passes
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_passes_hold_so_many_tokens_and_are_of_like_size(world):
+    draw = random.Random(1)
+    costs = [draw.randint(2, 99) for _ in range(60)]
+    for size in range(1, 40, 3):
+        for tokens in (1, 60, 99, 250, 10_000):
+            batch = draw.sample(range(60), size)
+            ranks = Microbatching(tokens=tokens).split(batch, costs, world)
+            assert ranks == Microbatching(tokens=tokens).split(batch[::-1], costs, world) or len(set(costs)) < 60
+            assert len(ranks) == world
+            assert len({len(rank) for rank in ranks}) == 1
+            assert sorted(i for rank in ranks for one in rank for i in one) == sorted(batch)
+            held = [sum(costs[i] for i in one) for rank in ranks for one in rank]
+            assert all(
+                total <= tokens or len(one) == 1 for total, one in zip(held, [o for r in ranks for o in r], strict=True)
+            )
+            # No more passes than needed by much, and none much lighter than the others where there is a choice.
+            assert len(ranks[0]) <= math.ceil(sum(costs[i] for i in batch) / (tokens * world)) * 2 + 1 or tokens < 99
+            if size > 3 * len(held):
+                assert max(held) - min(held) <= max(costs)
+
+
+def test_a_budget_of_tokens_changes_nothing_but_rounding(tmp_path):
+    pairs = make_pairs(9, weighted=True)
+    whole, expected = gradient_of_update(tmp_path, pairs, range(9), Microbatching(tokens=10_000))
+    for tokens in (1, 40, 90):
+        gradient, metrics = gradient_of_update(tmp_path / str(tokens), pairs, range(9), Microbatching(tokens=tokens))
+        assert (gradient - whole).norm() <= BOUND * whole.norm()
+        assert metrics["loss"] == pytest.approx(expected["loss"], rel=BOUND)
+
+
 def test_examples_of_like_length_go_together():
     costs = [10, 90, 11, 91, 12, 92]
-    (rank,) = Microbatching(3).split(range(6), costs, world=1)
+    (rank,) = Microbatching(micro=3).split(range(6), costs, world=1)
     assert sorted(sorted(one) for one in rank) == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_batch_size_micro_batch_and_accumulation():
-    assert microbatching(None, 4, 2, 3, 32) == (24, Microbatching(4))
-    assert microbatching(24, 4, 2, 3, 32) == (24, Microbatching(4))
-    assert microbatching(None, 4, None, 1, 32) == (32, Microbatching(4))
-    assert microbatching(16, None, 4, 1, 32)[1].split(range(16), [1] * 16, 1)[0] == [
+    assert microbatching(None, 4, 2, 99, 3, 32) == (24, Microbatching(micro=4))
+    assert microbatching(24, 4, 2, 99, 3, 32) == (24, Microbatching(micro=4))
+    assert microbatching(None, 4, None, 99, 1, 32) == (32, Microbatching(micro=4))
+    assert microbatching(16, None, 4, 99, 1, 32)[1].split(range(16), [1] * 16, 1)[0] == [
         list(range(k, k + 4)) for k in range(0, 16, 4)
     ]
-    assert microbatching(2, None, None, 1, 32) == (2, Microbatching(2))
+    assert microbatching(2, None, None, 99, 1, 32) == (2, Microbatching(tokens=99))
     with pytest.raises(UsageFault, match=r"32.*4.*2.*24"):
-        microbatching(32, 4, 2, 3, 32)
+        microbatching(32, 4, 2, 99, 3, 32)
 
 
 # ---------------------------------------------------------------- the same loop, supervised
@@ -500,10 +533,10 @@ def test_supervised_loss_is_a_mean_over_tokens_however_it_is_cut(tmp_path):
     """Not a mean of means: the examples have 1 to 9 tokens. The given tokens are not learned."""
     pairs = make_pairs(7)
     examples = [EncodedExample(f"f:{i}", p.tokens.prompt, p.tokens.chosen.ids) for i, p in enumerate(pairs)]
-    task = SftTask(examples, EOS, torch.device("cpu"))
+    task = SftTask(examples, EOS)
     exact = tiny_model(1).double()
     logps = torch.cat([oracle.token_logps(exact, e.given, e.learned) for e in examples])
-    for cutting in (Microbatching(7), Microbatching(2)):
+    for cutting in (Microbatching(micro=7), Microbatching(micro=2)):
         records = train(tmp_path, tiny_model(1), task, Fixed(range(7)), cutting=cutting)
         assert records[0]["loss"] == pytest.approx(-logps.mean().item(), rel=BOUND)
         assert records[0]["token_probability"] == pytest.approx(logps.exp().mean().item(), rel=BOUND)

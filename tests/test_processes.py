@@ -72,22 +72,30 @@ def said_by_the_program(err: str) -> list[str]:
 def test_two_processes_are_one_with_twice_the_accumulation_to_the_byte(world: Path, tmp_path: Path) -> None:
     """Four pairs on each of two processes, or four and four after each other; only the first process speaks."""
     given = {**SHORT, "model": world / "sft", "dataset": world / "data"}
+    given["micro_batch_size"] = 4
     done = on_two("train-dpo", **given, output_dir=tmp_path / "two", eval_every=3)
     assert (done.code, done.out) == (0, f"{tmp_path / 'two'}\n"), done.err
     lines = said_by_the_program(done.err)
     assert any("on each of 2 processes" in line for line in lines)
     assert len(lines) == len(set(lines)), "a line was said twice"
-    on_one("train-dpo", **given, output_dir=tmp_path / "one", eval_every=3, micro_batch_size=4)
+    on_one("train-dpo", **given, output_dir=tmp_path / "one", eval_every=3)
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
 
 
 @pytest.mark.parametrize("method", [{"alpha": 0.5}, {"loss": "tdpo2"}], ids=str)
 def test_distributions_are_compared_the_same_on_two_processes(world: Path, tmp_path: Path, method: dict) -> None:
-    given = {**SHORT, **method, "max_steps": 3, "model": world / "sft", "dataset": world / "data"}
+    given = {
+        **SHORT,
+        **method,
+        "max_steps": 3,
+        "model": world / "sft",
+        "dataset": world / "data",
+        "micro_batch_size": 4,
+    }
     done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
     assert done.code == 0, done.err
-    on_one("train-dpo", **given, output_dir=tmp_path / "one", micro_batch_size=4)
+    on_one("train-dpo", **given, output_dir=tmp_path / "one")
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
 
@@ -129,7 +137,7 @@ def test_estimate_on_two_processes_writes_the_same_bytes(contrast: Path, tmp_pat
 
 def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -> None:
     """torchrun passes SIGTERM on; each process answers after the same update, the first one keeps a checkpoint."""
-    given = {**SHORT, "max_steps": 60, "model": world / "sft", "dataset": world / "data"}
+    given = {**SHORT, "max_steps": 60, "model": world / "sft", "dataset": world / "data", "micro_batch_size": 4}
     process = start("train-dpo", **given, output_dir=tmp_path / "two")
     metrics = tmp_path / "two" / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 8:
@@ -146,7 +154,7 @@ def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -
     done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
     assert done.code == 0, done.err
     assert "going on from" in done.err
-    on_one("train-dpo", **given, output_dir=tmp_path / "one", micro_batch_size=4)
+    on_one("train-dpo", **given, output_dir=tmp_path / "one")
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
 

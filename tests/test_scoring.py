@@ -99,9 +99,14 @@ def rows():
     return [([draw.randrange(EOS) for _ in range(p)], [draw.randrange(EOS) for _ in range(r)]) for p, r in lengths]
 
 
+def apart(rows, pad=0):
+    """A batch in which every response has a row of its own."""
+    return collate([(prompt, [response]) for prompt, response in rows], pad, packed=False)
+
+
 def per_row(scorer, rows, pad=0):
     """Log-probs of rows that go through in one batch, a tensor for each row."""
-    batch = collate(rows, pad)
+    batch = apart(rows, pad)
     values = score(scorer, batch)
     assert values.shape == batch.targets.shape
     assert values.dtype == torch.float32
@@ -133,13 +138,24 @@ def test_log_probs_agree_with_the_oracle(model, rows):
             assert expected.max() < 0
 
 
-def test_only_scored_positions_reach_the_head(model, rows):
-    seen = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: seen.append(output.shape))
-    per_row(TokenScorer(model), rows)
+def sizes_at_the_head(model, rows):
+    """Numbers that the head's module puts out while rows are scored."""
+    scorer, seen = TokenScorer(model), []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: seen.append(output.numel()))
+    per_row(scorer, rows)
     handle.remove()
+    return seen
+
+
+def test_only_scored_positions_reach_the_head(model, rows):
+    """Its module sees one position, for form's sake; what is scored goes through its weights. Or through the module,
+    where it is no plain linear layer."""
     scored = sum(len(response) for _prompt, response in rows)
-    assert [shape.numel() for shape in seen] == [scored * VOCAB]
+    assert sizes_at_the_head(model, rows) == [VOCAB]
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings()
+    head.__class__ = type("OfItsOwn", (type(head),), {})
+    assert sizes_at_the_head(model, rows) == [VOCAB, scored * VOCAB]
 
 
 def test_the_model_is_left_as_it_was(model, rows):
@@ -184,7 +200,7 @@ def test_the_padding_id_does_not_matter(model, rows):
 
 def test_collate_worked_example():
     """Two rows of width 4: the tokens before the scored ones stand at 1, 2 and, in the second row, at 4 + 0."""
-    batch = collate([([5, 6], [7, 8]), ([9], [5])], pad_id=0)
+    batch = apart([([5, 6], [7, 8]), ([9], [5])])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 5, 0, 0]]
     assert batch.positions.tolist() == [1, 2, 4]
     assert batch.targets.tolist() == [7, 8, 5]
@@ -193,19 +209,19 @@ def test_collate_worked_example():
 
 
 def test_tokens_equal_to_the_padding_id_are_scored():
-    batch = collate([([0, 0], [0, 0]), ([1, 2, 3], [0])], pad_id=0)
+    batch = apart([([0, 0], [0, 0]), ([1, 2, 3], [0])])
     assert batch.targets.tolist() == [0, 0, 0]
     assert batch.real_tokens == 8
 
 
 def test_a_response_may_be_empty():
-    batch = collate([([1], []), ([1], [2])], pad_id=0)
+    batch = apart([([1], []), ([1], [2])])
     assert batch.owner.tolist() == [1]
 
 
 def test_a_row_needs_a_prompt_token():
     with pytest.raises(ValueError, match="at least one prompt token"):
-        collate([([], [1, 2])], pad_id=0)
+        apart([([], [1, 2])])
 
 
 # ---------------------------------------------------------------- two distributions compared
@@ -222,7 +238,7 @@ def small_chunks(monkeypatch):
 
 def compared(model, reference, rows, divergence):
     """What `compare` says of rows in one batch."""
-    return compare(TokenScorer(model), TokenScorer(reference), collate(rows, 0), divergence)
+    return compare(TokenScorer(model), TokenScorer(reference), apart(rows, 0), divergence)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -268,7 +284,7 @@ def test_the_same_weights_have_no_divergence_at_all(model, rows, divergence):
 
 def test_without_a_divergence_log_probs_are_those_of_score(model, reference, rows):
     got = compared(model, reference, rows, None)
-    batch = collate(rows, 0)
+    batch = apart(rows, 0)
     assert torch.equal(got.logps, score(TokenScorer(model), batch))
     assert torch.equal(got.ref_logps, score(TokenScorer(reference), batch))
     assert got.kl is None
@@ -408,7 +424,7 @@ def test_tokens_times_vocabulary_are_never_held(family, divergence, small_chunks
         got = compared(model, reference, rows, divergence)
         (got.kl + got.logps).sum().backward()
     with Memory() as dense:
-        batch = collate(rows, 0)
+        batch = apart(rows, 0)
         with torch.no_grad():
             theirs = reference(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].log_softmax(-1)
         ours = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].log_softmax(-1)
@@ -462,7 +478,7 @@ def test_a_model_is_left_as_it_was_when_its_head_fails(which, rows, small_chunks
     policy, reference = random_model("llama"), random_model("llama", 1).requires_grad_(False)
     before = [state_of(m) for m in (policy, reference)]
     broken = policy if which == "policy" else reference
-    chunks = -(-len(collate(rows, 0).targets) // 5)
+    chunks = -(-len(apart(rows, 0).targets) // 5)
     for call in (0, 1, 3, chunks + 1, chunks + 4):
         handle = failing_at(broken.get_output_embeddings(), call)
         with pytest.raises(Broken):
@@ -513,7 +529,7 @@ def test_bf16_computes_divergences_in_float32(family, divergence, rows, small_ch
     with torch.no_grad():
         exact = compared(model, reference, rows, divergence)
     scorer, other, same = (TokenScorer(m, torch.bfloat16) for m in (model, reference, copy.deepcopy(model)))
-    rough = compare(scorer, other, collate(rows, 0), divergence)
+    rough = compare(scorer, other, apart(rows, 0), divergence)
     assert {values.dtype for values in rough} == {torch.float32}
     assert all((a - b).abs().max() < 0.1 for a, b in zip(rough, exact, strict=True))
     assert exact.kl.max() > 0.1
@@ -522,7 +538,7 @@ def test_bf16_computes_divergences_in_float32(family, divergence, rows, small_ch
         p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in model.parameters()
     )
     assert parameter_gradients(model).norm() > 0
-    assert not compare(scorer, same, collate(rows, 0), divergence).kl.any()
+    assert not compare(scorer, same, apart(rows, 0), divergence).kl.any()
 
 
 def test_weights_in_bf16_give_float32(rows):

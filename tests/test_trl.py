@@ -95,9 +95,9 @@ def pairs_of(case):
 def train_here(case, policy, pairs, plan, directory, how):
     """Our metrics of each update."""
     reference = TokenScorer(copy.deepcopy(case.model).requires_grad_(False))
-    task = PairTask([WeightedPair(pair) for pair in pairs], reference, how, case.tokenizer.pad, torch.device("cpu"))
+    task = PairTask([WeightedPair(pair) for pair in pairs], reference, how, case.tokenizer.pad)
     schedule = Schedule(case.optimizer, case.rate, "constant", 0, 0.0, 1e9)
-    trainer = Trainer(Runtime(Silent()), TokenScorer(policy), task, plan, Microbatching(2), schedule)
+    trainer = Trainer(Runtime(Silent()), TokenScorer(policy), task, plan, Microbatching(micro=2), schedule)
     metrics = directory / "metrics.jsonl"
     trainer.train(
         metrics, Keeping(directory / "checkpoints", None, 1, "never"), None, lambda _loss: None, StopRequest()

@@ -19,6 +19,11 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 
 
+def cache_directory() -> Path:
+    """What is kept between runs: `$XDG_CACHE_HOME/tisdpo`, `~/.cache/tisdpo` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tisdpo"
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether a directory is an output of this program that lacks its completion marker."""
     return (path / CONFIG_FILE).is_file() and not (path / RUN_FILE).is_file()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tisdpo_cli.attention import GROUPS, Rule, grouped_attention
 from tisdpo_cli.errors import ModelError, UsageFault
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -190,6 +191,12 @@ def check_fit(
         )
 
 
+def shape_of(path: Path, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Layers and width of a model, by its configuration."""
+    config = _config(path, trust_remote_code).get_text_config()
+    return config.num_hidden_layers, config.hidden_size
+
+
 def _config(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
@@ -261,6 +268,36 @@ def _dropout_off(config: Any) -> dict[str, float]:
     for name in names:
         setattr(config, name, 0.0)
     return kept
+
+
+# What transformers calls our attention.
+_ATTENTION = "tisdpo_groups"
+
+
+def attend_in_groups(model: nn.Module) -> Callable[[], None]:
+    """Give a model the attention that packed rows need; returns what gives it back the one it had.
+
+    Whether the model then computes what it did before is for the caller to find out: some go around it.
+
+    Raises:
+        ValueError: its attention cannot be replaced.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attend)
+    config: Any = model.config
+    before = config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]
+    if config._attn_implementation != _ATTENTION:
+        raise ValueError("its attention cannot be replaced")
+    return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def _attend(
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    rule = Rule(more.get("scaling"), more.get("sliding_window"), more.get("softcap"))
+    return grouped_attention(query, key, value, more[GROUPS], rule).transpose(1, 2).contiguous(), None
 
 
 def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:

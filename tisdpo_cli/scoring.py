@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tisdpo_cli.attention import GROUPS, Groups, packed_positions
+from tisdpo_cli.head import PlainHead, candidates
 
 # Logits that two distributions may hold at once, each: 32 MiB in float32. Matrix products keep 64 rows at least.
 _CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 64
@@ -23,14 +26,19 @@ _CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of prompt + response, padded on the right, and the response tokens to score.
+    """Prompts and responses as the model reads them, and the response tokens to score.
+
+    The scored tokens come response after response: all first responses in the order of their prompts, then all second
+    ones; `owner` numbers the responses in that order.
 
     Attributes:
-        input_ids: [R, T] int64.
+        input_ids: [R, T] int64, padded on the right; [1, T] where packed.
         positions: [N] int64 into the flattened [R · T] rows: the position that predicts each scored token.
         targets: [N] int64, the scored tokens.
-        owner: [N] int64, the row of each.
+        owner: [N] int64, the response of each.
         real_tokens: tokens that are not padding, for throughput.
+        position_ids: [1, T] int64 where packed.
+        groups: what stands where in a packed row.
     """
 
     input_ids: Tensor
@@ -38,38 +46,84 @@ class Batch:
     targets: Tensor
     owner: Tensor
     real_tokens: int
+    position_ids: Tensor | None = None
+    groups: Groups | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            self.owner.to(device, non_blocking=True),
-            self.real_tokens,
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
-def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Batch:
-    """Make a batch of (prompt ids, response ids) rows; padding is known by length, never by id.
+# A prompt and its responses.
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]
+
+
+def collate(groups: Sequence[Group], pad_id: int, packed: bool) -> Batch:
+    """Make a batch of prompts with equally many responses each.
+
+    Args:
+        groups: (prompt ids, ids of its responses).
+        pad_id: fills rows of their own; padding is known by length, never by id.
+        packed: whether all stand in one row without padding, each prompt once; else every response has a row of its
+            own, behind its prompt.
 
     Raises:
         ValueError: a prompt without a token: its response's first token would have nothing to be predicted from.
     """
+    if not all(prompt for prompt, _ in groups):
+        raise ValueError("a response can be scored only after at least one prompt token")
+    return _packed(groups) if packed else _rows(groups, pad_id)
+
+
+def _rows(groups: Sequence[Group], pad_id: int) -> Batch:
+    rows = [(prompt, response) for column in _columns(groups) for prompt, response in column]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    positions, targets, owner = [], [], []
+    positions = []
     for r, (prompt, response) in enumerate(rows):
-        if not prompt:
-            raise ValueError("a response can be scored only after at least one prompt token")
         length = len(prompt) + len(response)
         input_ids[r, :length] = torch.tensor([*prompt, *response])
         first = r * width + len(prompt) - 1
         positions.append(torch.arange(first, first + len(response)))
-        targets.append(torch.tensor(response, dtype=torch.int64))
-        owner.append(torch.full((len(response),), r))
     real = sum(len(prompt) + len(response) for prompt, response in rows)
-    return Batch(input_ids, torch.cat(positions), torch.cat(targets), torch.cat(owner), real)
+    return Batch(input_ids, torch.cat(positions), *_targets(groups), real)
+
+
+def _packed(groups: Sequence[Group]) -> Batch:
+    lengths = tuple((len(prompt), tuple(map(len, responses))) for prompt, responses in groups)
+    ids = [at for prompt, responses in groups for part in (prompt, *responses) for at in part]
+    # By place among the responses of its prompt: the positions that predict a response's tokens.
+    predicting: list[list[Tensor]] = [[] for _ in lengths[0][1]]
+    begin = 0
+    for prompt, responses in lengths:
+        last, begin = begin + prompt - 1, begin + prompt
+        for column, length in zip(predicting, responses, strict=True):
+            before = torch.arange(begin - 1, begin + length - 1)
+            before[:1] = last
+            column.append(before)
+            begin += length
+    return Batch(
+        torch.tensor([ids]),
+        torch.cat([positions for column in predicting for positions in column]),
+        *_targets(groups),
+        len(ids),
+        packed_positions(lengths)[None],
+        Groups(lengths),
+    )
+
+
+def _columns(groups: Sequence[Group]) -> list[list[tuple[Sequence[int], Sequence[int]]]]:
+    """(prompt, response) of all first responses, of all second ones, and so on."""
+    return [[(prompt, responses[k]) for prompt, responses in groups] for k in range(len(groups[0][1]))]
+
+
+def _targets(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    responses = [response for column in _columns(groups) for _, response in column]
+    targets = torch.tensor([at for response in responses for at in response], dtype=torch.int64)
+    lengths = torch.tensor([len(response) for response in responses])
+    return targets, torch.arange(len(responses)).repeat_interleave(lengths)
 
 
 class Compared(NamedTuple):
@@ -83,90 +137,93 @@ class Compared(NamedTuple):
 class TokenScorer(nn.Module):
     """A causal language model that returns per-token log-probs; this is what DDP wraps.
 
-    The model's own forward runs unchanged, but its head sees only the N positions that predict a scored token:
-    a hook narrows the hidden states on their way in. Bias, scaling and soft-capping of the family's head so
-    stay the model's business.
+    The model's own forward runs unchanged, but its head sees only the N positions that predict a scored token, some
+    at a time: a hook takes the hidden states on their way in. Where the head is a linear layer and what follows it is
+    known
+    and agrees with the model's own logits, they go through `PlainHead`; otherwise through the model's own head.
 
-    No attention mask is passed: rows are padded on the right, where causal attention never looks.
+    No attention mask is passed: rows are padded on the right, where causal attention never looks; packed rows come with
+    their groups, which the attention of the model must know (`models.attend_in_groups`).
 
     Args:
         model: a transformers causal LM.
         autocast: the dtype to compute in (torch.bfloat16), or None for the weights' own.
+        packed: whether the model reads packed rows.
     """
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, packed: bool = False) -> None:
         super().__init__()
         self.model = model
         self.autocast_dtype = autocast
+        self.packed = packed
+        self._plain = self._plain_head()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        targets: Tensor,
-        reference: TokenScorer | None = None,
-        divergence: str | None = None,
+        self, batch: Batch, reference: TokenScorer | None = None, divergence: str | None = None
     ) -> Tensor | Compared:
-        """Log-probs [N] float32 of `targets`; with a reference, what `compare` gives. Shapes as in `Batch`."""
-        with self._autocast(input_ids.device):
+        """Log-probs [N] float32 of the targets; with a reference, what `compare` gives."""
+        with self._autocast(batch.input_ids.device):
             if reference is not None and divergence is not None:
-                return self._compared(input_ids, positions, targets, reference, divergence)
-            logits = self._logits(input_ids, positions)
-        return -F.cross_entropy(logits.float(), targets, reduction="none")
+                return self._compared(batch, reference, divergence)
+            return self._logps(self._hidden(batch), batch.targets)
 
-    def _logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [N, V] at the scored positions."""
-        head, narrowed = self._head(), False
+    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self._plain is not None:
+            return self._plain.logps(hidden, targets, self.autocast_dtype)
+        parts = zip(hidden.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True)
 
-        def narrow(hidden: Tensor) -> Tensor:
-            nonlocal narrowed
-            narrowed = True
-            return _at(hidden, positions).unsqueeze(0)
+        def of_chunk(h: Tensor, chosen: Tensor) -> Tensor:
+            return -F.cross_entropy(self._from_hidden(h).float(), chosen, reduction="none")
 
-        with _input_replaced(head, narrow):
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits.squeeze(0) if narrowed else _at(logits, positions)
+        return torch.cat([_made_again(of_chunk, *part) for part in parts])
 
-    def _compared(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, reference: TokenScorer, divergence: str
-    ) -> Compared:
+    def _plain_head(self) -> PlainHead | None:
+        """The head by its parts, where these give the model's own logits."""
+        for head in candidates(self.model):
+            width, weight = head.linear.weight.shape[1], head.linear.weight
+            probe = torch.linspace(-2, 2, 4 * width, device=weight.device, dtype=weight.dtype).view(4, width).sin()
+            with torch.no_grad():
+                wanted = self._from_hidden(probe).float().log_softmax(-1)
+                found = head.logps(probe, wanted.argmin(-1), None)
+            if torch.allclose(found, wanted.min(-1).values, rtol=1e-5, atol=1e-5):
+                return head
+        return None
+
+    def _compared(self, batch: Batch, reference: TokenScorer, divergence: str) -> Compared:
         """Both distributions, some positions at a time; their logits are made again in the backward pass.
 
         What is held is one hidden state per position and model, never [N, V] logits.
         """
-        hidden = self._hidden(input_ids, positions)
+        hidden = self._hidden(batch)
         with torch.no_grad():
-            ref_hidden = reference._hidden(input_ids, positions)
+            ref_hidden = reference._hidden(batch)
 
         def of_chunk(h: Tensor, ref_h: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logps = self._from_hidden(h).float().log_softmax(-1)
             with torch.no_grad():
                 ref_logps = reference._from_hidden(ref_h).float().log_softmax(-1)
-            ours, theirs = (logps, ref_logps) if divergence == "policy||reference" else (ref_logps, logps)
-            # expm1(−d) + d is never negative, and keeps its digits where the two are close; Σ p expm1(−d) is 0 in
-            # value and in gradient, for both sum to 1.
-            d = ours - theirs
-            kl = (ours.exp() * (torch.expm1(-d) + d)).sum(-1)
+            kl = _kl(logps, ref_logps) if divergence == "policy||reference" else _kl(ref_logps, logps)
             own, other = (of.gather(1, chosen[:, None])[:, 0] for of in (logps, ref_logps))
             return own, other, kl
 
         vocabulary = self.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         rows = max(_CHUNK_ROWS, _CHUNK_LOGITS // vocabulary)
-        chunks = zip(hidden.split(rows), ref_hidden.split(rows), targets.split(rows), strict=True)
-        made = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        chunks = zip(hidden.split(rows), ref_hidden.split(rows), batch.targets.split(rows), strict=True)
+        made = [_made_again(of_chunk, *chunk) for chunk in chunks]
         return Compared(*(torch.cat(column) for column in zip(*made, strict=True)))
 
-    def _hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def _hidden(self, batch: Batch) -> Tensor:
         """What the head is applied to at the scored positions, [N, H]."""
         kept: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
-            kept.append(_at(hidden, positions))
+            kept.append(_at(hidden, batch.positions))
             return hidden[:1, :1]
 
+        more = {} if batch.groups is None else {"position_ids": batch.position_ids, GROUPS: batch.groups}
         with _input_replaced(self._head(), keep):
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-        return kept[0] if kept else _at(logits, positions)
+            logits = self.model(input_ids=batch.input_ids, use_cache=False, **more).logits
+        return kept[0] if kept else _at(logits, batch.positions)
 
     def _from_hidden(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] by the model's own forward with its body left out: the head, and what the family does after.
@@ -186,6 +243,25 @@ class TokenScorer(nn.Module):
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+# Beyond this ratio of log-probs, expm1 of it is no use: it ends at 88.
+_FAR = -30.0
+
+
+def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL(ours ‖ theirs) [n] in nats, of log-probs [n, V]."""
+    p = ours.exp()
+    d = (ours - theirs).masked_fill(p == 0, 0.0)
+    # Σ (q − p) is 0 in value and in gradient, for both sum to 1: with it every term stays above 0, and keeps its digits
+    # where the two are close.
+    close = d.clamp(min=_FAR)
+    near, far = p * (torch.expm1(-close) + close), theirs.exp() - p + p * d
+    return torch.where((d > _FAR) & (p > 0), near, far).sum(-1)
+
+
+def _made_again(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _at(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -236,9 +312,16 @@ def _body_left_out(model: nn.Module, hidden: Tensor) -> Iterator[None]:
             body.forward = of_its_own
 
 
+def lay_out(scorer: nn.Module, groups: Sequence[Group], pad_id: int) -> Batch:
+    """Make a batch in the layout that a `TokenScorer`, or what wraps it, reads, on its device. See `collate`."""
+    inner = scorer if isinstance(scorer, TokenScorer) else scorer.module
+    assert isinstance(inner, TokenScorer)
+    return collate(groups, pad_id, inner.packed).to(next(inner.parameters()).device)
+
+
 def score(scorer: nn.Module, batch: Batch) -> Tensor:
     """Log-probs [N] of a batch; `scorer` is a `TokenScorer` or what wraps it."""
-    return scorer(batch.input_ids, batch.positions, batch.targets)
+    return scorer(batch)
 
 
 def compare(scorer: nn.Module, reference: TokenScorer, batch: Batch, divergence: str | None) -> Compared:
@@ -252,7 +335,7 @@ def compare(scorer: nn.Module, reference: TokenScorer, batch: Batch, divergence:
             each scored position, in nats, with gradient through the model; None for none.
     """
     if divergence is not None:
-        return scorer(batch.input_ids, batch.positions, batch.targets, reference, divergence)
+        return scorer(batch, reference, divergence)
     logps = score(scorer, batch)
     with torch.no_grad():
         return Compared(logps, score(reference, batch), None)

@@ -8,15 +8,10 @@ import re
 from pathlib import Path
 
 from tisdpo_cli.errors import DataError, UsageFault
-from tisdpo_cli.files import PARTIAL
+from tisdpo_cli.files import PARTIAL, cache_directory
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _TIMEOUT_SECONDS = 1.5
-
-
-def cache_directory() -> Path:
-    """Where fetched datasets are kept: `$XDG_CACHE_HOME/tisdpo`, `~/.cache/tisdpo` by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tisdpo"
 
 
 def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Path]:

@@ -67,8 +67,13 @@ class EncodedPair:
 
     @property
     def tokens(self) -> int:
-        """Tokens of both rows, the prompt counted twice."""
-        return 2 * len(self.prompt) + len(self.chosen.ids) + len(self.rejected.ids)
+        """Tokens of the prompt and both responses."""
+        return len(self.prompt) + len(self.chosen.ids) + len(self.rejected.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longer response: what a model's positions must hold."""
+        return len(self.prompt) + max(len(self.chosen.ids), len(self.rejected.ids))
 
 
 @dataclass(frozen=True)

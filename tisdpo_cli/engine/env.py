@@ -7,14 +7,18 @@ import platform
 
 import torch
 
+from tisdpo_cli.cache import reference_directory, size_of
 from tisdpo_cli.outputs import versions
 
 
 def environment() -> dict[str, str]:
     """Versions, machine and devices."""
+    kept = reference_directory()
+    files, size = size_of(kept)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         **versions(),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "devices": f"{', '.join(gpus) or 'cpu'}; {torch.get_num_threads()} threads",
+        "reference log-probs": f"{kept}, {files} files, {size / 2**20:.1f} MiB",
     }

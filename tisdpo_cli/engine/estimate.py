@@ -26,6 +26,7 @@ from tisdpo_cli.artefacts import check_safetensors, locate_model
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.scored import MANIFEST, Logps, Scores, scored_columns, write_rows
 from tisdpo_cli.data.tokens import EncodedPair, Frame, Response
+from tisdpo_cli.engine.layout import make_scorer
 from tisdpo_cli.engine.reporter import Progress, Reporter
 from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.engine.splits import Split, limits_of, read_split
@@ -34,7 +35,7 @@ from tisdpo_cli.errors import Interrupted, LocalFault, ModelError
 from tisdpo_cli.files import PARTIAL, sha256, sync, told_when_unwritable, write_json
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
 from tisdpo_cli.outputs import Output, settle_permissions, versions
-from tisdpo_cli.scoring import TokenScorer, collate, score
+from tisdpo_cli.scoring import TokenScorer, lay_out, score
 from tisdpo_cli.settings.commands import CONTRAST, Estimate
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.templates import around
@@ -190,7 +191,7 @@ class _Scorer:
                 work = [item for item in mine if item[0].path in group]
                 if not work:
                     continue
-                models = {path: self._load(path) for path in group}
+                models = {path: self._load(path, sides) for path in group}
                 for side, part in work:
                     tokens += self._part(models[side.path], side, part, progress, stop)
                 del models
@@ -208,9 +209,12 @@ class _Scorer:
             self.runtime.reporter.warn(f"{path} is damaged; it is scored again")
         return False
 
-    def _load(self, path: Path) -> TokenScorer:
+    def _load(self, path: Path, sides: Sequence[Side]) -> TokenScorer:
         model = load_model(path, self.settings.trust_remote_code).to(self.runtime.device).requires_grad_(False)
-        return TokenScorer(model, autocast_dtype(self.precision))
+        template = max(len(side.frame) for side in sides if side.path == path)
+        longest = template + max(pair.longest for split in self.splits.values() for pair in split.encoded)
+        reporter, precision = self.runtime.reporter, autocast_dtype(self.precision)
+        return make_scorer(model, self.settings.layout, precision, longest, reporter, str(path))
 
     def _part(self, scorer: TokenScorer, side: Side, part: Part, progress: Progress, stop: StopRequest) -> int:
         tensors, tokens = {}, 0
@@ -232,11 +236,11 @@ class _Scorer:
         return tokens
 
     def _batch(self, scorer: TokenScorer, frame: Frame, pairs: list[EncodedPair]) -> tuple[Tensor, int]:
-        """Log-probs [N] of all response tokens of some pairs (chosen and rejected of one after the other)."""
-        prompts = [frame.around(pair.prompt, self.tokenizer.bos) for pair in pairs]
-        responses = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
-        rows = [(prompt, ids) for prompt, both in zip(prompts, responses, strict=True) for ids in both]
-        batch = collate(rows, self.tokenizer.pad).to(self.runtime.device)
+        """Log-probs [N] of all response tokens of some pairs: all chosen responses, then all rejected ones."""
+        groups = [
+            (frame.around(pair.prompt, self.tokenizer.bos), (pair.chosen.ids, pair.rejected.ids)) for pair in pairs
+        ]
+        batch = lay_out(scorer, groups, self.tokenizer.pad)
         with torch.inference_mode():
             return score(scorer, batch).cpu().clone(), batch.real_tokens
 
@@ -264,10 +268,12 @@ def _scores_of(split: Split, parts: Sequence[Part], folder: Path) -> list[_Score
         for number, batch in enumerate(part.batches):
             plus, minus = forward[str(number)], reverse[str(number)]
             columns = [iter(values.tolist()) for values in (plus - minus, plus, minus)]
-            for i in batch:
-                pair = split.encoded[i]
-                chosen, rejected = (_take(columns, side) for side in (pair.chosen, pair.rejected))
-                found[i] = _Scored((chosen[0], rejected[0]), (chosen[1], rejected[1]))
+            chosen, rejected = (
+                [_take(columns, side) for side in sides]
+                for sides in ([split.encoded[i].chosen for i in batch], [split.encoded[i].rejected for i in batch])
+            )
+            for i, one, other in zip(batch, chosen, rejected, strict=True):
+                found[i] = _Scored((one[0], other[0]), (one[1], other[1]))
     return [found[i] for i in range(len(split.encoded))]
 
 

@@ -247,7 +247,7 @@ class Trainer:
         if held is None:
             return {}
         examples = range(len(held.task.costs))
-        sums = self._sums(held.task, examples, Microbatching(held.batch_size))
+        sums = self._sums(held.task, examples, Microbatching(micro=held.batch_size))
         if not torch.isfinite(sums[0]):
             raise TrainingError(
                 f"the evaluation after update {self.step} is not finite",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.artefacts import locate_model
+from tisdpo_cli.cache import TensorCache
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
 from tisdpo_cli.data.scored import check_meaning, read_manifest, require_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
+from tisdpo_cli.engine.reference import Logps, ReferencePass
 from tisdpo_cli.engine.reporter import Reporter
-from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
+from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.engine.splits import Split, read_split, trainable
 from tisdpo_cli.engine.training import (
     Made,
@@ -26,12 +28,15 @@ from tisdpo_cli.engine.training import (
     parameter_count,
     plan_training,
     run_training,
+    scorer_of,
+    with_token_budget,
 )
 from tisdpo_cli.engine.weighing import Weighing, fit_centers, weighing
 from tisdpo_cli.errors import DataError, ModelError, TrainingError
 from tisdpo_cli.losses import Loss, pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
-from tisdpo_cli.scoring import TokenScorer, collate, compare
+from tisdpo_cli.outputs import Output
+from tisdpo_cli.scoring import Batch, Compared, TokenScorer, compare, lay_out, score
 from tisdpo_cli.settings.commands import Train, TrainPairs, TrainReverse
 from tisdpo_cli.steps import Centers, Context
 from tisdpo_cli.weights import Recipe, Side
@@ -47,11 +52,17 @@ _KL = ("kl/chosen", "kl/rejected", "kl/margins")
 
 @dataclass(frozen=True)
 class WeightedPair:
-    """A pair ready to be trained: its tokens, and the weights of its response tokens (None: all 1)."""
+    """A pair ready to be trained.
+
+    Attributes:
+        tokens: its prompt and responses.
+        weights: of the tokens of both responses; None for all 1.
+        reference: log-probs of both responses under the reference, where they were computed before.
+    """
 
     tokens: EncodedPair
-    chosen_weights: Tensor | None = None
-    rejected_weights: Tensor | None = None
+    weights: tuple[Tensor, Tensor] | None = None
+    reference: Logps | None = None
 
 
 class PairTask:
@@ -63,11 +74,10 @@ class PairTask:
 
     unit = "pairs"
 
-    def __init__(
-        self, pairs: Sequence[WeightedPair], reference: TokenScorer, loss: Loss, pad: int, device: torch.device
-    ) -> None:
-        self.pairs, self.reference, self.loss, self.pad, self.device = pairs, reference, loss, pad, device
-        self.weighted = any(pair.chosen_weights is not None for pair in pairs)
+    def __init__(self, pairs: Sequence[WeightedPair], reference: TokenScorer | None, loss: Loss, pad: int) -> None:
+        """Make a task; `reference` is None where the pairs bring its log-probs."""
+        self.pairs, self.reference, self.loss, self.pad = pairs, reference, loss, pad
+        self.weighted = any(pair.weights is not None for pair in pairs)
         computes_kl = loss.needs.divergence is not None
         self.metrics: tuple[str, ...] = _PLAIN + (_WEIGHTED if self.weighted else ()) + (_KL if computes_kl else ())
         self.costs: list[int] = [pair.tokens.tokens for pair in pairs]
@@ -83,13 +93,12 @@ class PairTask:
     def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Summed loss and summed metrics of some pairs; both responses of all pairs go through in one batch."""
         pairs = [self.pairs[i] for i in examples]
-        sides: list[tuple[Sequence[int], Response]] = [(p.tokens.prompt, p.tokens.chosen) for p in pairs]
-        sides += [(p.tokens.prompt, p.tokens.rejected) for p in pairs]
-        batch = collate([(prompt, response.ids) for prompt, response in sides], self.pad).to(self.device)
-        compared = compare(scorer, self.reference, batch, self.loss.needs.divergence)
+        groups = [(p.tokens.prompt, (p.tokens.chosen.ids, p.tokens.rejected.ids)) for p in pairs]
+        batch = lay_out(scorer, groups, self.pad)
+        compared = self._compared(scorer, batch, pairs)
         weights = self._weights(pairs, compared.logps)
         result = pair_losses(*compared, weights, batch.owner, len(pairs), self.loss)
-        logps = response_sums(compared.logps.detach(), batch.owner, len(sides))
+        logps = response_sums(compared.logps.detach(), batch.owner, 2 * len(pairs))
         r = result.rewards
         columns = [result.losses.detach(), *_rewards(r.chosen, r.rejected), *_halves(logps)]
         if self.weighted:
@@ -99,11 +108,19 @@ class PairTask:
             columns += [chosen, rejected, chosen - rejected]
         return result.losses.sum(), torch.stack([column.double().sum() for column in columns])
 
+    def _compared(self, scorer: nn.Module, batch: Batch, pairs: Sequence[WeightedPair]) -> Compared:
+        if self.reference is not None:
+            return compare(scorer, self.reference, batch, self.loss.needs.divergence)
+        logps = score(scorer, batch)
+        return Compared(logps, _in_order([pair.reference for pair in pairs]).to(logps.device), None)
+
     def _weights(self, pairs: Sequence[WeightedPair], like: Tensor) -> Tensor:
-        if not self.weighted:
-            return torch.ones_like(like)
-        parts = [pair.chosen_weights for pair in pairs] + [pair.rejected_weights for pair in pairs]
-        return torch.cat([part for part in parts if part is not None]).to(like.device)
+        return _in_order([pair.weights for pair in pairs]).to(like.device) if self.weighted else torch.ones_like(like)
+
+
+def _in_order(both: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
+    """Values of all chosen responses, then of all rejected ones, as the tokens of a batch come."""
+    return torch.cat([pair[side] for side in (0, 1) for pair in both if pair is not None])
 
 
 def _halves(of_both: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +145,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
     )
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
+    settings = with_token_budget(runtime, settings, model_path)
     models = {"model": model_path, "ref_model": ref_path}
     claimed = nullcontext() if settings.dry_run else claim_output(runtime, settings, command, models, files)
     with claimed as output:
@@ -139,19 +157,26 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             _check_reference(settings, ref_path, tokenizer)
         train, held = _prepare(settings, runtime.reporter, files, tokenizer)
         plan = plan_training(runtime, settings, [pair.tokens.tokens for pair in train], PairTask.unit)
-        reference = load_model(ref_path or model_path, settings.trust_remote_code)
+        longest = max(pair.tokens.longest for pair in (*train, *held))
+        policy = load_model(model_path, settings.trust_remote_code).to(runtime.device)
+        scorer = scorer_of(runtime, settings, policy, longest, settings.model)
         if output is None:
             _show_first(runtime.reporter, train[0], tokenizer)
             return Made(Path(settings.output_dir), {}, fresh=False)
-        tasks = _tasks(runtime, settings, reference, tokenizer, train, held)
-        policy = load_model(model_path, settings.trust_remote_code)
         _banner(runtime.reporter, settings, policy)
+        reference = scorer
+        if ref_path is not None or settings.method.objective().needs.divergence is not None:
+            frozen = load_model(ref_path or model_path, settings.trust_remote_code).to(runtime.device)
+            name = settings.ref_model or settings.model
+            reference = scorer_of(runtime, settings, frozen.requires_grad_(False), longest, name)
+        tasks = _tasks(runtime, settings, output, reference, tokenizer, train, held)
+        del reference
         return run_training(
             runtime,
             settings,
             output,
             Ready(*tasks, *plan),
-            policy,
+            scorer,
             tokenizer,
             settings.optim.learning_rate,
             lambda loss: _check_step0(loss, settings.method.objective(), settings.ref_model is None, runtime.reporter),
@@ -173,19 +198,38 @@ def _check_reference(settings: TrainPairs, path: Path, tokenizer: Tokenizer) -> 
 def _tasks(
     runtime: Runtime,
     settings: TrainPairs,
-    reference: nn.Module,
+    output: Output,
+    reference: TokenScorer,
     tokenizer: Tokenizer,
     train: list[WeightedPair],
     held: list[WeightedPair],
 ) -> tuple[PairTask, PairTask | None]:
-    """What is trained and what is evaluated, against one frozen reference."""
-    precision = runtime.precision(settings.memory.dtype)
-    scorer = TokenScorer(reference.to(runtime.device).requires_grad_(False), autocast_dtype(precision))
+    """What is trained and what is evaluated, against one frozen reference.
 
-    def task(pairs: list[WeightedPair]) -> PairTask:
-        return PairTask(pairs, scorer, settings.method.objective(), tokenizer.pad, runtime.device)
+    It is read once, before training, unless the objective needs its whole distributions.
+    """
+    loss, pad = settings.method.objective(), tokenizer.pad
+    if loss.needs.divergence is not None:
+        return PairTask(train, reference, loss, pad), PairTask(held, reference, loss, pad) if held else None
+    of = {
+        "model": output.made_from.get("content of ref_model") or output.made_from["content of model"],
+        "dtype": runtime.precision(settings.memory.dtype),
+    }
+    directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
+    cache = None if settings.no_ref_cache else TensorCache(directory, runtime.reporter.warn)
+    config = reference.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    tokens = runtime.token_budget(config.num_hidden_layers, config.hidden_size)
+    once = ReferencePass(runtime, reference, pad, tokens, of, cache)
+    swapped = isinstance(settings, TrainReverse)
+    made = [PairTask(_with_reference(pairs, once, swapped), None, loss, pad) for pairs in (train, held) if pairs]
+    return made[0], made[1] if held else None
 
-    return task(train), task(held) if held else None
+
+def _with_reference(pairs: Sequence[WeightedPair], once: ReferencePass, swapped: bool) -> list[WeightedPair]:
+    """The pairs with its log-probs. It reads them as they stand in the data, so that all trainings share them."""
+    found = once.run([pair.tokens.swapped() if swapped else pair.tokens for pair in pairs])
+    both = [(rejected, chosen) if swapped else (chosen, rejected) for chosen, rejected in found]
+    return [replace(pair, reference=logps) for pair, logps in zip(pairs, both, strict=True)]
 
 
 def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None:
@@ -302,7 +346,7 @@ def _weigh(split: Split, pair: EncodedPair, how: Weighing, contexts: tuple[Conte
         if missing:
             return BadRow(pair.where, f"{side}: {missing}; {_REMEDY[how.recipe.final]}")
         weights.append(how.weights(scores, response.kept, response.has_eos, pair.index, side, context))
-    return WeightedPair(pair, *weights)
+    return WeightedPair(pair, (weights[0], weights[1]))
 
 
 def _show_first(reporter: Reporter, pair: WeightedPair, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Literal
 
@@ -57,21 +58,51 @@ def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | No
 
 @dataclass(frozen=True)
 class Microbatching:
-    """How a batch is cut: `micro` examples per forward pass and process, or `passes` forward passes."""
+    """How a batch is cut into forward passes: by tokens, by examples, or into a number of passes.
 
-    micro: int
+    Attributes:
+        tokens: of a pass and process, at most; a single example may have more.
+        micro: examples of a pass and process, at most.
+        passes: their number.
+    """
+
+    tokens: int | None = None
+    micro: int | None = None
     passes: int | None = None
 
     def split(self, batch: Sequence[int], costs: Sequence[int], world: int) -> list[list[list[int]]]:
         """Cut a batch into forward passes: [rank][pass] → examples.
 
-        Examples of like length go together. Every rank gets the same number of passes; where there are too few
-        examples some passes are empty.
+        Every rank gets the same number of passes, of like size; where there are too few examples some are empty.
         """
-        passes = self.passes or math.ceil(len(batch) / (self.micro * world))
         ordered = sorted(batch, key=lambda i: -costs[i])
-        groups = _even_parts(ordered, passes * world)
+        if self.tokens is not None:
+            groups = _within(ordered, costs, self.tokens, world)
+        else:
+            passes = self.passes or math.ceil(len(batch) / ((self.micro or len(batch)) * world))
+            groups = _even_parts(ordered, passes * world)
         return [groups[rank::world] for rank in range(world)]
+
+
+def _within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: int) -> list[list[int]]:
+    """As few groups, a multiple of `world`, as hold at most so many tokens each, or one example."""
+    passes = math.ceil(sum(costs[i] for i in ordered) / (tokens * world))
+    while True:
+        groups = _balanced(ordered, costs, passes * world)
+        if all(len(group) <= 1 or sum(costs[i] for i in group) <= tokens for group in groups):
+            return groups
+        passes += 1
+
+
+def _balanced(ordered: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Longest first, each to the group that has the fewest tokens."""
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    lightest = [(0, part) for part in range(parts)]
+    for i in ordered:
+        load, part = heappop(lightest)
+        groups[part].append(i)
+        heappush(lightest, (load + costs[i], part))
+    return groups
 
 
 def _even_parts(items: Sequence[int], parts: int) -> list[list[int]]:
@@ -81,7 +112,7 @@ def _even_parts(items: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def microbatching(
-    batch_size: int | None, micro: int | None, accumulation: int | None, world: int, default_batch: int
+    batch_size: int | None, micro: int | None, accumulation: int | None, tokens: int, world: int, default_batch: int
 ) -> tuple[int, Microbatching]:
     """The batch size and how it is cut, from what was given.
 
@@ -89,6 +120,7 @@ def microbatching(
         batch_size: examples per update where the user said so, else None.
         micro: examples per forward pass and process where given.
         accumulation: forward passes per update where given.
+        tokens: of a forward pass and process, where neither of these is given.
         world: number of processes.
         default_batch: batch size where nothing decides it.
 
@@ -103,11 +135,11 @@ def microbatching(
                 f"× {world} processes = {product}",
                 fix="leave one of them out",
             )
-        return product, Microbatching(micro)
+        return product, Microbatching(micro=micro)
     size = batch_size if batch_size is not None else default_batch
     if accumulation is not None:
-        return size, Microbatching(size, passes=accumulation)
-    return size, Microbatching(micro or min(8, math.ceil(size / world)))
+        return size, Microbatching(passes=accumulation)
+    return size, Microbatching(micro=micro) if micro is not None else Microbatching(tokens=tokens)
 
 
 def learning_rate(

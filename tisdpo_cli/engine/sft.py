@@ -26,10 +26,12 @@ from tisdpo_cli.engine.training import (
     parameter_count,
     plan_training,
     run_training,
+    scorer_of,
+    with_token_budget,
 )
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer, make_model, make_tokenizer
-from tisdpo_cli.scoring import collate, score
+from tisdpo_cli.scoring import lay_out, score
 from tisdpo_cli.settings.commands import TrainSft
 
 
@@ -48,9 +50,14 @@ class SftTask:
     unit = "examples"
     metrics: tuple[str, ...] = ("loss", "token_probability")
 
-    def __init__(self, examples: Sequence[EncodedExample], pad: int, device: torch.device) -> None:
-        self.examples, self.pad, self.device = examples, pad, device
+    def __init__(self, examples: Sequence[EncodedExample], pad: int) -> None:
+        self.examples, self.pad = examples, pad
         self.costs: list[int] = [len(e.given) + len(e.learned) for e in examples]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(self.costs)
 
     def where(self, example: int) -> str:
         """FILE:LINE of an example."""
@@ -62,9 +69,8 @@ class SftTask:
 
     def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy, and the sums of the metrics."""
-        rows = [(self.examples[i].given, self.examples[i].learned) for i in examples]
-        batch = collate(rows, self.pad).to(self.device)
-        logps = score(scorer, batch)
+        groups = [(self.examples[i].given, [self.examples[i].learned]) for i in examples]
+        logps = score(scorer, lay_out(scorer, groups, self.pad))
         loss = -logps.sum()
         return loss, torch.stack([loss.detach().double(), logps.detach().double().exp().sum()])
 
@@ -78,6 +84,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
     path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
+    settings = with_token_budget(runtime, settings, path)
     claimed = (
         nullcontext()
         if settings.dry_run
@@ -92,14 +99,16 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
         if output is None:
             runtime.reporter.note("dry run: nothing was trained")
             return Made(Path(settings.output_dir), {}, fresh=False)
-        model = _model(settings, path, tokenizer)
+        model = _model(settings, path, tokenizer).to(runtime.device)
+        longest = max(task.longest for task in (train, held) if task is not None)
+        scorer = scorer_of(runtime, settings, model, longest, settings.model or "the new model")
         runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
         return run_training(
             runtime,
             settings,
             output,
             Ready(train, held, *plan),
-            model,
+            scorer,
             tokenizer,
             settings.learning_rate(),
             lambda loss: runtime.reporter.note(f"step-0 loss {loss:.4f}"),
@@ -113,13 +122,13 @@ def _tasks(
     train = _encode(
         settings, _read(settings, files["train"], runtime.reporter), tokenizer, files["train"], runtime.reporter
     )
-    task = SftTask(train, tokenizer.pad, runtime.device)
+    task = SftTask(train, tokenizer.pad)
     wanted = settings.evaluation.eval_pairs
     if "test" not in files or not wanted:
         return task, None
     held = _read(settings, files["test"], runtime.reporter)[:wanted]
     encoded = _encode(settings, held, tokenizer, files["test"], runtime.reporter)
-    return task, SftTask(encoded, tokenizer.pad, runtime.device)
+    return task, SftTask(encoded, tokenizer.pad)
 
 
 def _examples(settings: TrainSft, path: Path, target: Target) -> tuple[list[Example], list[str]]:

@@ -6,22 +6,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from tisdpo_cli.artefacts import hash_model
+from tisdpo_cli.engine.layout import make_scorer
 from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Task, Trainer
 from tisdpo_cli.engine.plan import Microbatching, Plan, make_plan, microbatching
 from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.errors import Interrupted, UsageFault
 from tisdpo_cli.files import sha256, told_when_unwritable
-from tisdpo_cli.models import Tokenizer, save_model
+from tisdpo_cli.models import Tokenizer, save_model, shape_of
 from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
 from tisdpo_cli.scoring import TokenScorer
 from tisdpo_cli.settings.commands import COMMANDS, Command, Estimate, TrainPairs, TrainSft
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
+
+Trainable = TypeVar("Trainable", TrainPairs, TrainSft)
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,37 @@ def _batching(runtime: Runtime, settings: TrainPairs | TrainSft) -> tuple[int, M
         settings.optim.batch_size,
         memory.micro_batch_size,
         memory.gradient_accumulation,
+        memory.tokens_per_microbatch or 0,
         runtime.world,
         DEFAULT_BATCH_SIZE,
     )
+
+
+def with_token_budget(runtime: Runtime, settings: Trainable, path: Path | None) -> Trainable:
+    """The settings with the tokens of a forward pass decided, where nothing else says how a batch is cut.
+
+    Args:
+        runtime: this process.
+        settings: of a training.
+        path: its model; None for a new one.
+    """
+    memory = settings.memory
+    if memory.tokens_per_microbatch or memory.micro_batch_size or memory.gradient_accumulation:
+        return settings
+    if path is not None:
+        layers, width = shape_of(path, settings.trust_remote_code)
+    else:
+        assert isinstance(settings, TrainSft)
+        layers, width = settings.layers, settings.hidden_size
+    return settings.with_values({"memory.tokens_per_microbatch": runtime.token_budget(layers, width)})  # type: ignore[return-value]
+
+
+def scorer_of(
+    runtime: Runtime, settings: TrainPairs | TrainSft, model: nn.Module, longest: int, name: str
+) -> TokenScorer:
+    """A model, on its device, as the settings of a training read it; see `make_scorer`."""
+    precision = autocast_dtype(runtime.precision(settings.memory.dtype))
+    return make_scorer(model, settings.memory.layout, precision, longest, runtime.reporter, name)
 
 
 def finished(runtime: Runtime, output: Output) -> Made:
@@ -155,7 +186,7 @@ def run_training(
     settings: TrainPairs | TrainSft,
     output: Output,
     ready: Ready,
-    model: nn.Module,
+    scorer: TokenScorer,
     tokenizer: Tokenizer,
     rate: float,
     check: Callable[[float], None],
@@ -168,9 +199,8 @@ def run_training(
         output.start(to_yaml(settings.with_values(resolved(runtime, settings))))
     runtime.wait()
     if settings.memory.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        model.train()
-    scorer = TokenScorer(model, autocast_dtype(runtime.precision(settings.memory.dtype)))
+        scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        scorer.model.train()
     trainer = Trainer(runtime, scorer, ready.task, ready.plan, ready.cutting, schedule_of(settings.optim, rate))
     kept = settings.checkpoints
     made_by = {"command": output.command, "made_from": output.made_from}

@@ -16,6 +16,7 @@ from tisdpo_cli.settings.groups import (
     Data,
     Dtype,
     Evaluation,
+    Layout,
     Memory,
     Method,
     Optim,
@@ -24,6 +25,7 @@ from tisdpo_cli.settings.groups import (
     SftOptim,
     Weights,
     is_recipe,
+    layout_setting,
 )
 from tisdpo_cli.templates import TEMPLATES, template_text
 
@@ -119,6 +121,17 @@ def _dry_run() -> Any:
     )
 
 
+def _profile() -> Any:
+    """`--profile`, the same for every training."""
+    return setting(
+        None,
+        "write a trace of some updates, and a table of where their time goes",
+        _RUNTIME,
+        shapes_result=False,
+        metavar="DIR",
+    )
+
+
 class TrainPairs(Command):
     """What train-dpo, train-reverse and train have in common."""
 
@@ -134,6 +147,17 @@ class TrainPairs(Command):
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
+    cache_dir: PathText | None = setting(
+        None,
+        "where the reference's log-probs are kept for the next training (~/.cache/tisdpo)",
+        _RUNTIME,
+        shapes_result=False,
+        metavar="PATH",
+    )
+    no_ref_cache: bool = setting(
+        False, "neither read nor keep the reference's log-probs", _RUNTIME, shapes_result=False
+    )
+    profile: PathText | None = _profile()
     overwrite: bool = _overwrite()
     dry_run: bool = _dry_run()
 
@@ -179,6 +203,7 @@ class TrainSft(Command):
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
+    profile: PathText | None = _profile()
     overwrite: bool = _overwrite()
     dry_run: bool = _dry_run()
 
@@ -230,6 +255,7 @@ class Estimate(Command):
     keep_logps: bool = setting(False, "write the log-probs under both models too, in columns of their own", "Data")
     sequential: bool = setting(False, "hold one model in memory at a time", "Memory", shapes_result=False)
     dtype: Dtype = setting("auto", "compute in bf16 or float32 (auto: float32 on CPUs)", "Memory")
+    layout: Layout = layout_setting()
     resume: Literal["auto", "never"] = setting(
         "auto", "go on where an interrupted run stopped", _RUNTIME, shapes_result=False
     )

@@ -22,6 +22,14 @@ from tisdpo_cli.steps import STEPS
 from tisdpo_cli.weights import PRESETS, TRANSFORMS, EosWeight, Recipe, final_recipe, recipe
 
 Dtype = Literal["auto", "float32", "bf16"]
+Layout = Literal["auto", "shared-prefix", "separate"]
+
+
+def layout_setting() -> Any:
+    """`--layout`, the same for every command that runs a model over pairs."""
+    return setting(
+        "auto", "rows of pairs packed with the prompt once, or apart (auto: packed where it gives the same)", "Memory"
+    )
 
 
 class Reading(Group):
@@ -171,14 +179,27 @@ class SftOptim(Optim):
 class Memory(Group):
     """What decides how much is held at once; changes nothing but rounding."""
 
+    tokens_per_microbatch: PositiveInt | None = setting(
+        None, "tokens per forward pass and process (by the model's shape and the device's memory)", "Memory"
+    )
     micro_batch_size: PositiveInt | None = setting(
-        None, "pairs per forward pass and process (at most 8 of the batch)", "Memory", "--per-device-train-batch-size"
+        None, "pairs per forward pass and process, in the place of tokens", "Memory", "--per-device-train-batch-size"
     )
     gradient_accumulation: PositiveInt | None = setting(
         None, "forward passes per update", "Memory", "--gradient-accumulation-steps"
     )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time", "Memory")
     dtype: Dtype = setting("auto", "compute in bf16 or float32 (auto: bf16 on GPUs that have it)", "Memory")
+    layout: Layout = layout_setting()
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Memory:
+        if self.tokens_per_microbatch is not None and (self.micro_batch_size or self.gradient_accumulation):
+            raise ValueError(
+                "tokens_per_microbatch, micro_batch_size and gradient_accumulation all say how a batch is cut: give "
+                "the first, or the others"
+            )
+        return self
 
 
 class Evaluation(Group):

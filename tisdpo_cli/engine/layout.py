@@ -1,0 +1,101 @@
+"""How rows are laid out for a model: packed with shared prompts where it provably computes the same, else apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tisdpo_cli.engine.reporter import Reporter
+from tisdpo_cli.errors import ModelError
+from tisdpo_cli.models import attend_in_groups
+from tisdpo_cli.scoring import TokenScorer, collate
+
+# In float32 two layouts of the same tokens differ by rounding alone, in nats per token.
+_TOLERANCE = 1e-4
+_SHORTEST = 8
+
+
+def make_scorer(
+    model: nn.Module, layout: str, autocast: torch.dtype | None, longest: int, reporter: Reporter, name: str
+) -> TokenScorer:
+    """A scorer in the layout that is asked for, or in the one that the model can do.
+
+    Args:
+        model: on its device.
+        layout: `auto`, `shared-prefix` or `separate`.
+        autocast: the dtype to compute in, or None.
+        longest: tokens of the longest row that it will read.
+        reporter: is told why rows stand apart.
+        name: what to call the model.
+
+    Raises:
+        ModelError: `shared-prefix` is asked for and the model computes something else there.
+    """
+    why = _cannot_share(model, longest) if layout != "separate" else None
+    if why is not None:
+        if layout == "shared-prefix":
+            raise ModelError(f"cannot share prompts: {why}", where=name, fix="use --layout auto")
+        reporter.note(f"{name}: every response is read in a row of its own, for {why}")
+    shared = layout != "separate" and why is None
+    if shared:
+        attend_in_groups(model)
+    return TokenScorer(model, autocast, packed=shared)
+
+
+@torch.inference_mode()
+def _cannot_share(model: nn.Module, longest: int) -> str | None:
+    """Why packed rows give something else than rows of their own under a model, or None. By numbers, not by name."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    groups = _probe(config, longest)
+    apart = _logps(TokenScorer(model), groups, packed=False)
+    give_back = None
+    try:
+        give_back = attend_in_groups(model)
+        scorer = TokenScorer(model, packed=True)
+        batch = collate(groups, 0, packed=True).to(_device(model))
+        shared = scorer(batch)
+        assert batch.groups is not None
+        calls = batch.groups.calls
+        # Other tokens of the chosen response, of both: no rejected response may see them.
+        flipped = [
+            (prompt, [[(t + 1) % _ids(config) for t in chosen], rejected]) for prompt, (chosen, rejected) in groups
+        ]
+        others = _logps(scorer, flipped, packed=True)
+    except Exception as fault:
+        return f"its code cannot read packed rows ({type(fault).__name__})"
+    finally:
+        if give_back is not None:
+            give_back()
+    if calls != config.num_hidden_layers:
+        return "not every layer of it attends by groups"
+    rejected = batch.owner >= len(groups)
+    if not torch.equal(shared[rejected], others[rejected]):
+        return "a response would see another one"
+    worst = float((shared - apart).abs().max())
+    return None if worst <= _TOLERANCE else f"packed rows would be off by {worst:.1e} nats"
+
+
+def _probe(config: object, longest: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Two pairs of arbitrary tokens, as long as real rows are: windows, chunks and some ropes begin late."""
+    length = max(_SHORTEST, longest)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(_ids(config), (count,), generator=generator).tolist()
+
+    half = length // 2
+    return [(some(half), [some(length - half), some(3)]), (some(2), [some(3), some(length - 2)])]
+
+
+def _ids(config: object) -> int:
+    return int(config.vocab_size)  # type: ignore[attr-defined]
+
+
+def _logps(scorer: TokenScorer, groups: Sequence[tuple[list[int], list[list[int]]]], packed: bool) -> Tensor:
+    return scorer(collate(groups, 0, packed).to(_device(scorer.model)))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

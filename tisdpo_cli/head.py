@@ -1,0 +1,142 @@
+"""The language model's head at the scored positions, in chunks: logits of all of them are never held at once.
+
+Pure torch. Legend: N scored tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Logits held at once, and the fewest rows of a chunk: each one costs a pass over the weights' gradient.
+_CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 256
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """A head that is a linear layer, and what the family does to its logits after.
+
+    Attributes:
+        linear: weights [V, H], and a bias [V] or None.
+        scale: the logits are multiplied by it.
+        softcap: c, where logits z become c · tanh(z / c).
+    """
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logps(self, hidden: Tensor, targets: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Log-probs [N] float32 of targets [N] from hidden states [N, H].
+
+        Args:
+            hidden: what the head is applied to.
+            targets: the tokens.
+            dtype: what the matrix products are computed in; that of the weights where None.
+        """
+        dtype = dtype or self.linear.weight.dtype
+        return _HeadLogps.apply(hidden, self.linear.weight, self.linear.bias, targets, self, dtype)
+
+
+class _HeadLogps(torch.autograd.Function):
+    """Keeps the hidden states and one number a token; logits are made again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: PlainHead, dtype: Any
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            used = _Used(hidden, weight, bias, head, dtype)
+            logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+            normalisers = torch.empty_like(logps)
+            for rows in used.chunks():
+                logits = used.logits(rows)
+                torch.logsumexp(logits, -1, out=normalisers[rows])
+                torch.sub(logits.gather(1, targets[rows, None])[:, 0], normalisers[rows], out=logps[rows])
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.head, ctx.dtype = head, dtype
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            used = _Used(hidden, weight, bias, ctx.head, ctx.dtype)
+            of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+            for rows in used.chunks():
+                of_logits = used.gradient(rows, targets[rows], normalisers[rows], grads[0][rows])
+                if of_bias is not None:
+                    of_bias += of_logits.sum(0)
+                low = of_logits.to(ctx.dtype)
+                if of_hidden is not None:
+                    of_hidden[rows] = (low @ used.weight).to(hidden.dtype)
+                if of_weight is not None:
+                    _add_product(of_weight, low.t(), used.hidden[rows])
+        cast = (None if g is None else g.to(w.dtype) for g, w in ((of_weight, weight), (of_bias, bias)))
+        return of_hidden, *cast, None, None, None
+
+
+class _Used:
+    """Hidden states and weights in the dtype of the products."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlainHead, dtype: Any) -> None:
+        self.hidden, self.weight, self.bias, self.head = hidden.to(dtype), weight.to(dtype), bias, head
+
+    def chunks(self) -> Iterator[slice]:
+        total, rows = len(self.hidden), max(_CHUNK_ROWS, _CHUNK_LOGITS // len(self.weight))
+        # Of like size: a matrix product of few rows takes another path, and other rounding.
+        count = max(1, -(-total // rows))
+        cuts = [total * i // count for i in range(count + 1)]
+        return (slice(a, b) for a, b in pairwise(cuts))
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits [n, V] float32."""
+        logits = (self.hidden[rows] @ self.weight.t()).float()
+        if self.bias is not None:
+            logits += self.bias
+        if self.head.scale != 1.0:
+            logits *= self.head.scale
+        if self.head.softcap is not None:
+            logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return logits
+
+    def gradient(self, rows: slice, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
+        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]."""
+        logits, softcap = self.logits(rows), self.head.softcap
+        slope = None if softcap is None else 1 - (logits / softcap).square_()
+        # d log p(target) / d logits = onehot − softmax.
+        made = logits.sub_(normalisers[:, None]).exp_().mul_(-grad[:, None])
+        made.scatter_add_(1, targets[:, None], grad[:, None])
+        if slope is not None:
+            made *= slope
+        return made.mul_(self.head.scale) if self.head.scale != 1.0 else made
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def candidates(model: nn.Module) -> Iterator[PlainHead]:
+    """What the head of a causal LM may be, by its parts and configuration; numbers must decide which it is.
+
+    Families give one name to a factor and to a divisor, so both are among them.
+    """
+    linear = model.get_output_embeddings()  # type: ignore[operator]
+    if type(linear) is not nn.Linear:
+        return
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    named = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"))
+    scales = [scale for given in named if given for scale in (float(given), 1.0 / float(given))]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for cap in dict.fromkeys([softcap, None]):
+        yield from (PlainHead(linear, scale, cap) for scale in dict.fromkeys([*scales, 1.0]))
