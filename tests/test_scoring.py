@@ -520,6 +520,34 @@ def test_gradient_checkpointing_of_the_model_changes_nothing(family, reentrant, 
     assert close(*gradients)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0, 3000.0])
+def test_divergences_of_distributions_that_are_far_apart(size):
+    """Value and gradient as in float64, where one says of a token that it cannot be and the other that it must."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (size * torch.randn(5, 40, generator=generator) for _ in range(2))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        logits = ours.to(dtype, copy=True).requires_grad_()
+        p, q = logits.log_softmax(-1), theirs.to(dtype).log_softmax(-1)
+        kl = scoring._kl(p, q) if dtype == torch.float32 else (p.exp() * (p - q)).sum(-1)
+        kl.sum().backward()
+        found.append((kl.detach(), logits.grad))
+    for got, expected in zip(*found, strict=True):
+        assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-6 * size)
+
+
+def test_tokens_that_neither_distribution_knows_count_nothing():
+    logits = torch.tensor([[0.3, -1.0, float("-inf"), 2.0]])
+    theirs = torch.tensor([[0.1, 0.4, float("-inf"), 1.0]])
+    ours = logits.clone().requires_grad_()
+    kl = scoring._kl(ours.log_softmax(-1), theirs.log_softmax(-1))
+    known = [0, 1, 3]
+    p, q = (values[:, known].log_softmax(-1) for values in (logits, theirs))
+    assert kl.item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-5)
+    kl.sum().backward()
+    assert ours.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("family", ["llama", "gemma2, soft caps", "gpt2"])
 def test_bf16_computes_divergences_in_float32(family, divergence, rows, small_chunks):

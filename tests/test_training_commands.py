@@ -10,7 +10,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from conftest import Tisdpo, read_jsonl, write_jsonl
+from conftest import Tisdpo, read_jsonl, run_here, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -511,3 +511,17 @@ def test_sft_output_is_a_starting_model_for_everything(world: Path, tmp_path: Pa
     run("train-sft", world, tmp_path / "sft", max_steps=1)
     run("train-dpo", world, tmp_path / "dpo", model=tmp_path / "sft", max_steps=1)
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_profile_says_where_the_time_goes(world: Path, tmp_path: Path, updates: int) -> None:
+    done = run_here(
+        "train-dpo", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "out", "--max-steps", str(updates),
+        "--batch-size", "8", "--profile", tmp_path / "profile",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    assert any(event.get("name") == "_InBlocks" for event in trace["traceEvents"])
+    table = (tmp_path / "profile" / "table.txt").read_text()
+    assert "aten::mm" in table
+    assert "Self CPU" in table

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tisdpo_cli.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
 from tisdpo_cli.engine.plan import Microbatching, Plan, learning_rate
+from tisdpo_cli.engine.profiling import profiled
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageFault
 from tisdpo_cli.outputs import MetricsFile, differences, read_metrics
@@ -108,6 +109,7 @@ class Trainer:
         held: Held | None,
         check: Callable[[float], None],
         stop: StopRequest,
+        profile: Path | None = None,
     ) -> dict[str, Any]:
         """Train to the end.
 
@@ -117,6 +119,7 @@ class Trainer:
             held: what is evaluated before, during and after, or None.
             check: is given the loss before the first update and may stop the run.
             stop: a request to stop is answered after an update.
+            profile: gets a profile of some updates, where given.
 
         Returns:
             The last line of the metrics.
@@ -130,7 +133,10 @@ class Trainer:
         file = MetricsFile(metrics_file, self.step if resumed else None) if runtime.main else None
         record: dict[str, Any] = {}
         title = f"{self.plan.updates} updates"
-        with runtime.reporter.progress(title, self.plan.updates, self.step, "update") as progress:
+        with (
+            runtime.reporter.progress(title, self.plan.updates, self.step, "update") as progress,
+            profiled(profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
+        ):
             if not resumed:
                 record = {**self._before(), **self._evaluate(held)}
                 check(record["loss"])
@@ -138,6 +144,7 @@ class Trainer:
                 progress.advance(0, record)
             while self.step < self.plan.updates:
                 record = self._update()
+                profiled_update()
                 last = self.step == self.plan.updates
                 if held is not None and (last or (held.every and self.step % held.every == 0)):
                     record.update(self._evaluate(held))

@@ -208,8 +208,9 @@ def run_training(
     evaluation = settings.evaluation
     held = Held(ready.held, evaluation.eval_every, evaluation.eval_batch_size) if ready.held is not None else None
     metrics = output.path / METRICS_FILE
+    profile = Path(settings.profile).expanduser() if settings.profile is not None else None
     with StopRequest() as stop:
-        last = trainer.train(metrics, keeping, held, check, stop)
+        last = trainer.train(metrics, keeping, held, check, stop, profile)
         record = {
             "seed": settings.seed,
             "seconds": round(time.time() - began, 1),
