@@ -1,0 +1,211 @@
+"""What the benchmarks share: data of known lengths, a model made on the spot, and runs in processes of their own,
+interleaved A B A B.
+
+Every run is a fresh process with the same environment, and measures only what is between its imports and its end:
+wall seconds, CPU seconds, and the peak of its resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+VOCABULARY, MAX_LENGTH, MAX_PROMPT_LENGTH = 8192, 512, 256
+# Mean, median and longest, in tokens: prompts, chosen and rejected responses.
+LENGTHS = {
+    "hh": ((126, 98, 850), (41, 28, 280), (52, 36, 574)),
+    "ultrafeedback": ((80, 45, 400), (260, 230, 900), (220, 185, 900)),
+}
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def parser(description: str, pairs: int) -> argparse.ArgumentParser:
+    """Options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--pairs", type=int, default=pairs, help="pairs of preference data")
+    made.add_argument("--lengths", choices=sorted(LENGTHS), default="hh", help="whose lengths the data have")
+    made.add_argument("--data", type=Path, default=None, help="JSONL with prompt, chosen, rejected, in their place")
+    made.add_argument("--rounds", type=int, default=3, help="how often each side runs")
+    made.add_argument("--seed", type=int, default=0, help="of data and model")
+    made.add_argument("--json", action="store_true", help="print one JSON object")
+    made.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    made.add_argument("--where", type=Path, default=None, help=argparse.SUPPRESS)
+    return made
+
+
+# Data and model ------------------------------------------------------------------------------------------------
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids and merges of a tokenizer in which ` a`, ` ab` and ` abc` are tokens, as far as the vocabulary reaches."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    ids = {character: i for i, character in enumerate(bytes_to_unicode().values())}
+    merges: list[tuple[str, str]] = []
+    stems = ["Ġ"]
+    while len(ids) < VOCABULARY - 2:
+        longer = []
+        for stem, letter in ((stem, letter) for stem in stems for letter in letters):
+            if len(ids) == VOCABULARY - 2:
+                break
+            merges.append((stem, letter))
+            longer.append(stem + letter)
+            ids[stem + letter] = len(ids)
+        stems = longer
+    return ids, merges
+
+
+def words() -> list[str]:
+    """Texts that are one token each."""
+    return [token.replace("Ġ", " ") for token in vocabulary()[0] if token.startswith("Ġ") and len(token) > 1]
+
+
+def make_model(
+    directory: Path, seed: int, vocabulary_size: int = VOCABULARY, hidden: int = 256, layers: int = 6
+) -> None:
+    """A random Qwen2 and its tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    ids, merges = vocabulary()
+    tokenizer = Qwen2Tokenizer(vocab=ids, merges=merges, eos_token=EOS, pad_token=PAD, unk_token=None)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary_size, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def make_pairs(count: int, lengths: str, seed: int) -> list[dict[str, str]]:
+    """Pairs of random words whose lengths in tokens are log-normal, as in the named dataset, and cut like them."""
+    draw, every = random.Random(seed), words()
+
+    def length(mean: float, median: float, longest: int) -> int:
+        spread = math.sqrt(2 * math.log(mean / median))
+        return max(2, min(longest, round(draw.lognormvariate(math.log(median), spread))))
+
+    def text(size: int) -> str:
+        return "".join(draw.choice(every) for _ in range(size))
+
+    rows = []
+    for _ in range(count):
+        prompt, chosen, rejected = (length(*of) for of in LENGTHS[lengths])
+        if prompt + max(chosen, rejected) > MAX_LENGTH:
+            prompt = min(prompt, MAX_PROMPT_LENGTH)
+        room = MAX_LENGTH - prompt
+        # The end of the sequence is a token of each response.
+        sizes = (min(size, room) - 1 for size in (chosen, rejected))
+        rows.append({"prompt": text(prompt), **dict(zip(("chosen", "rejected"), map(text, sizes), strict=True))})
+    return rows
+
+
+def prepare(
+    asked: argparse.Namespace, where: Path, vocabulary: int = VOCABULARY, hidden: int = 256, layers: int = 6
+) -> None:
+    """Write `model/` and `data/train.jsonl`."""
+    make_model(where / "model", asked.seed, vocabulary, hidden, layers)
+    if asked.data is not None:
+        rows = [json.loads(line) for line in asked.data.read_text(encoding="utf-8").splitlines()[: asked.pairs]]
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    else:
+        rows = make_pairs(asked.pairs, asked.lengths, asked.seed)
+    (where / "data").mkdir()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (where / "data" / "train.jsonl").write_text(lines, encoding="utf-8")
+
+
+# Runs ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def measured(record: dict[str, Any]) -> Iterator[None]:
+    """Put wall and CPU seconds and the peak memory in MiB into a record."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    record["seconds"] = time.perf_counter() - wall
+    record["cpu_seconds"] = time.process_time() - cpu
+    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_processes(script: str, names: Sequence[str], arguments: Sequence[str], rounds: int) -> dict[str, list[Any]]:
+    """Run workers of a script, A B A B; their records by name."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            command = [sys.executable, script, "--worker", name, *arguments]
+            with tempfile.TemporaryDirectory() as out:
+                # As the program itself sets it, for both sides: idle threads do not keep the cores from others.
+                spin = os.environ.get("GOMP_SPINCOUNT", "10000")
+                env = {**os.environ, "HF_HUB_OFFLINE": "1", "TISDPO_BENCHMARK_OUT": out, "GOMP_SPINCOUNT": spin}
+                done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+            record = json.loads(done.stdout.splitlines()[-1])
+            found[name].append(record)
+            print(
+                f"round {number + 1}, {name}: {record['seconds']:.2f} s, {record['peak_mib']:.0f} MiB", file=sys.stderr
+            )
+    return found
+
+
+def middle(records: Sequence[Mapping[str, Any]], key: str = "seconds") -> float:
+    """The median over runs."""
+    return statistics.median(record[key] for record in records)
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, Any]]], units: int, unit: str) -> str:
+    """Medians and spread of all sides."""
+    lines = [f"{'':34s} {unit + '/s':>10s} {'seconds (lowest to highest)':>32s} {'CPU s':>8s} {'peak MiB':>9s}"]
+    for name, records in found.items():
+        every = sorted(record["seconds"] for record in records)
+        spread = f"{middle(records):.2f} ({every[0]:.2f} to {every[-1]:.2f})"
+        cpu, peak = middle(records, "cpu_seconds"), middle(records, "peak_mib")
+        lines.append(f"{name:34s} {units / middle(records):10.2f} {spread:>32s} {cpu:8.2f} {peak:9.0f}")
+    return "\n".join(lines)
+
+
+def compared(found: Mapping[str, Sequence[Mapping[str, Any]]], ours: str, others: Sequence[str]) -> dict[str, Any]:
+    """Our pairs per second and our peak memory over those of the fastest of the others."""
+    against = min(others, key=lambda name: middle(found[name]))
+    return {
+        "speed_ratio": middle(found[against]) / middle(found[ours]),
+        "memory_ratio": middle(found[ours], "peak_mib") / middle(found[against], "peak_mib"),
+        "against": against,
+    }
+
+
+def answer(asked: argparse.Namespace, run: Callable[[argparse.Namespace, dict[str, Any]], None]) -> None:
+    """Run a worker and print its record as the last line."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    record: dict[str, Any] = {}
+    run(asked, record)
+    print(json.dumps(record))
+
+
+def made_for(command: str, **flags: Any) -> Any:
+    """Settings of a command of ours, as its flags would make them."""
+    from tisdpo_cli.settings.commands import COMMANDS
+    from tisdpo_cli.settings.sources import load
+
+    return load(COMMANDS[command], flags, environ={}).settings

@@ -1,0 +1,73 @@
+"""Scoring here and by a plain dense implementation: padded rows, all logits, one log-softmax; both in float32.
+
+    python tests/benchmarks/estimate.py
+
+Ours: `estimate`, with loading, tokenising and writing inside its time. The dense one: tokenising and the forward passes of
+both models; loading is outside, and it writes nothing. The largest difference of the scores is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from common import answer, compared, in_processes, make_model, measured, parser, prepare, table
+from sides import score_dense, score_here
+
+
+def worker(asked: Namespace, record: dict[str, Any]) -> None:
+    """One measured run; all scores, one after the other."""
+    folders = [asked.where / "model", asked.where / "other"]
+    if asked.worker == "tisdpo":
+        import tisdpo_cli.engine.estimate  # noqa: F401
+
+        with measured(record):
+            path = score_here(asked.where, *folders)
+        rows = [json.loads(line) for line in (path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        record["scores"] = [
+            -r
+            for row in rows
+            for side in ("chosen", "rejected")
+            for r in (*row[f"{side}_weight"], row[f"{side}_eos_weight"])
+        ]
+    else:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+        tokenizer = AutoTokenizer.from_pretrained(folders[0])
+        with measured(record):
+            found = score_dense(asked.where, models, tokenizer)
+        record["scores"] = [r for both in found for side in both for r in side]
+
+
+def main() -> None:
+    """Both sides, interleaved."""
+    asked = parser(str(__doc__).splitlines()[0], pairs=64).parse_args()
+    if asked.worker is not None:
+        answer(asked, worker)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(asked, Path(folder))
+        make_model(Path(folder) / "other", asked.seed + 1)
+        found = in_processes(__file__, ["tisdpo", "dense"], ["--where", folder], asked.rounds)
+    scores = {name: next(iter([record.pop("scores") for record in records])) for name, records in found.items()}
+    worst = max(abs(a - b) for a, b in zip(*scores.values(), strict=True))
+    ratios = compared(found, "tisdpo", ("dense",))
+    if asked.json:
+        print(json.dumps({**ratios, "largest_difference": worst, "pairs": asked.pairs, "runs": found}))
+        return
+    print(f"{asked.pairs} pairs of {asked.data or asked.lengths} lengths, two models, float32\n")
+    print(table(found, asked.pairs, "pairs"))
+    print(
+        f"\n{ratios['speed_ratio']:.2f} times the pairs per second, {ratios['memory_ratio']:.2f} of the peak memory; "
+        f"scores differ by {worst:.1e} nats at most"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

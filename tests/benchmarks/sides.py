@@ -1,0 +1,135 @@
+"""The two sides of the benchmarks: stages of this program run in this process, and what they are compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from common import MAX_LENGTH, MAX_PROMPT_LENGTH, made_for
+
+BATCH, RATE, BETA = 8, 1e-5, 0.1
+# What the dense scoring takes at once, in pairs: the default of `estimate`.
+SCORED = 16
+
+
+def out() -> Path:
+    """A directory of this run's own, empty at first."""
+    return Path(os.environ["TISDPO_BENCHMARK_OUT"])
+
+
+# Here ----------------------------------------------------------------------------------------------------------
+
+
+def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: Any) -> list[float]:
+    """A training by its command's engine, with a cache that this run alone knows; the loss of every update."""
+    from tisdpo_cli.engine.pairs import train_pairs
+    from tisdpo_cli.outputs import read_metrics
+
+    made = out() / command
+    train_pairs(
+        made_for(
+            command, model=str(where / "model"), dataset=str(dataset), output_dir=str(made),
+            cache_dir=str(out() / "cache"), batch_size=BATCH, learning_rate=RATE, optimizer="adamw", warmup_steps=0,
+            beta=BETA, epochs=1.0, dtype=dtype, max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH, **flags,
+        ),
+        silent(),
+    )  # fmt: skip
+    return [line["loss"] for line in read_metrics(made / "metrics.jsonl")[1:]]
+
+
+def score_here(where: Path, forward: Path, reverse: Path) -> Path:
+    """`estimate` in float32; the scored dataset."""
+    from tisdpo_cli.engine.estimate import estimate
+
+    settings = made_for(
+        "estimate", forward=str(forward), reverse=str(reverse), dataset=str(where / "data"),
+        output_dir=str(out() / "scored"), max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH,
+    )  # fmt: skip
+    return estimate(settings, silent()).path
+
+
+def silent() -> Any:
+    """A reporter that says nothing."""
+    from tisdpo_cli.engine.reporter import Silent
+
+    return Silent()
+
+
+# What it is compared with --------------------------------------------------------------------------------------
+
+
+def trl_trainer(where: Path, dtype: str, precompute: bool, swapped: bool = False) -> Any:
+    """TRL's DPOTrainer on the rows in our order, its models loaded and its rows tokenised."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from tisdpo_cli.engine.plan import make_plan
+
+    rows = [json.loads(line) for line in (where / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    if swapped:
+        rows = [{"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    plan = make_plan(len(rows), BATCH, 1.0, None, 0)
+    order = [i for step in range(plan.updates) for i in plan.batch(step)]
+    cuda = torch.cuda.is_available()
+    config = DPOConfig(
+        output_dir=str(out() / f"trl{swapped}"), beta=BETA, max_length=MAX_LENGTH,
+        per_device_train_batch_size=BATCH, num_train_epochs=1, train_sampling_strategy="sequential",
+        optim="adamw_torch", learning_rate=RATE, weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
+        max_grad_norm=10.0, use_cpu=not cuda, bf16=dtype == "bf16", fp16=False, gradient_checkpointing=False,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        precompute_ref_log_probs=precompute, precompute_ref_batch_size=BATCH if precompute else None,
+    )  # fmt: skip
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(where / "model", dtype=torch.float32)
+
+    return DPOTrainer(
+        model=model(),
+        ref_model=None if precompute else model(),
+        args=config,
+        train_dataset=Dataset.from_list([rows[i] for i in order]),
+        processing_class=AutoTokenizer.from_pretrained(where / "model"),
+    )
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """The logged loss of every update."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def score_dense(where: Path, models: list[Any], tokenizer: Any) -> list[tuple[list[float], list[float]]]:
+    """r of every response token: padded rows, all logits, one log-softmax; what one writes first."""
+    import torch
+
+    rows = [json.loads(line) for line in (where / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = []
+    for begin in range(0, len(rows), SCORED):
+        some = rows[begin : begin + SCORED]
+        prompts = [tokenizer(row["prompt"])["input_ids"] for row in some for _ in (0, 1)]
+        responses = [
+            tokenizer(row[side])["input_ids"] + [tokenizer.eos_token_id]
+            for row in some
+            for side in ("chosen", "rejected")
+        ]
+        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            length = len(prompt) + len(response)
+            ids[i, :length], mask[i, :length] = torch.tensor(prompt + response), 1
+        logps = []
+        for model in models:
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+                logps.append(logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0])
+        r = logps[0] - logps[1]
+        cut = [
+            r[i, len(prompt) - 1 : len(prompt) + len(response) - 1].tolist()
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        found += zip(cut[::2], cut[1::2], strict=True)
+    return found
