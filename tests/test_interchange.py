@@ -62,7 +62,7 @@ def test_its_file_and_ours_rounded_give_the_same_training(contrast: Path, tmp_pa
 
 
 def test_our_file_is_what_it_reads(contrast: Path) -> None:
-    """Five fields in its meaning: one number per response token, −r; what it does not know lies beside them."""
+    """Where no row is cut, five fields in its meaning: one number per response token, −r; the rest it does not read."""
     tokenizer = load_tokenizer(contrast / "scored")
     for row in rows_of(contrast, "train"):
         assert set(FIELDS) <= set(row)
@@ -72,6 +72,24 @@ def test_our_file_is_what_it_reads(contrast: Path) -> None:
     # The forward model prefers the chosen words: −r is negative there on the whole.
     assert sum(sum(row["chosen_weight"]) for row in rows_of(contrast, "train")) < 0
     assert sum(sum(row["rejected_weight"]) for row in rows_of(contrast, "train")) > 0
+
+
+def test_a_cut_file_of_ours_is_told_to_hold_what_it_does_not_read(contrast: Path, tmp_path: Path) -> None:
+    """It reads numbers alone; a cut leaves nulls, of which `estimate` tells, and of nothing where there are none."""
+    sides = ("--forward", contrast / "dpo", "--reverse", contrast / "reverse", "-d", contrast / "data")
+    told = "fits the longest row"
+    cut, whole = (
+        run_here("estimate", *sides, "-o", tmp_path / name, *limits)
+        for name, limits in (("cut", ("--max-length", "32", "--max-prompt-length", "10")), ("whole", ()))
+    )
+    assert (cut.code, whole.code) == (0, 0), cut.err + whole.err
+    assert cut.err.count(told) == 1
+    assert told not in whole.err
+    nulls = [[row[f"{s}_weight"].count(None) for row in read_jsonl(tmp_path / "cut" / "train.jsonl")] for s in SIDES]
+    assert all(map(sum, nulls))
+    assert not any(
+        row[f"{s}_weight"].count(None) for row in read_jsonl(tmp_path / "whole" / "train.jsonl") for s in SIDES
+    )
 
 
 def test_a_folder_of_datasets_is_told_apart_from_one(contrast: Path, tmp_path: Path) -> None:
