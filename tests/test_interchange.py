@@ -178,6 +178,10 @@ def broken(row: dict, at: int, side: str, **changed) -> dict:
     ("changed", "word"),
     [
         ({"chosen_weight": [1.0]}, "1 values"),
+        (
+            {"chosen_weight": [1.0] * 22},
+            "one more than tokens (this model's tokenizer): the end of the sequence goes in",
+        ),
         ({"chosen_weight": "x"}, "list of numbers"),
         ({"chosen_weight": [None] * 21}, "token 0 has no weight"),
         ({"chosen_weight": ["1"] * 21}, "a float32 number is needed"),

@@ -13,7 +13,15 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 
 from tisdpo_cli.data.reader import BadRow, Row, read_rows
-from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_scores, scored_columns, unscored_needed, write_rows
+from tisdpo_cli.data.scored import (
+    Scores,
+    hold_eos_scores,
+    lacks_eos_column,
+    read_scores,
+    scored_columns,
+    unscored_needed,
+    write_rows,
+)
 from tisdpo_cli.errors import DataError, TisdpoError
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -115,13 +123,14 @@ def test_files_of_the_reference_have_no_eos_scores() -> None:
     assert read_scores(plain, "chosen", 2, "t") == Scores([-1.0, 0.5], None)
     assert not hold_eos_scores([plain])
     scored = row(chosen_weight=[1.0], rejected_weight=[0.0], chosen_eos_weight=1.0)
-    with pytest.raises(DataError, match="no column 'rejected_eos_weight', which other rows or the other side have"):
-        hold_eos_scores([scored])
+    assert hold_eos_scores([plain, scored]), "one row that has them is enough"
+    assert lacks_eos_column(scored, "chosen") is None
+    bad = lacks_eos_column(scored, "rejected")
+    assert "x.jsonl:7: no column 'rejected_eos_weight', which other rows or the other side have" in str(bad)
     whole = row(**scored.columns, rejected_eos_weight=None)
-    assert hold_eos_scores([whole])
+    assert lacks_eos_column(whole, "rejected") is None, "null is a response that was cut"
     assert hold_eos_scores([whole, row()]), "a row without scores says nothing about the file"
-    with pytest.raises(DataError, match="no column 'chosen_eos_weight'"):
-        hold_eos_scores([whole, plain])
+    assert not hold_eos_scores([row(chosen_eos_weight=1.0)])
     assert not hold_eos_scores([row()])
 
 
@@ -342,6 +351,27 @@ def test_a_file_without_eos_scores_gives_the_eos_no_weight(train, scored) -> Non
 
     assert "EOS zero (auto: the file holds no EOS scores)" in train(scored(forget_eos))
     assert "cut away" not in train(scored(forget_eos), "eos_weight=one")
+
+
+def test_rows_without_an_eos_column_are_bad_rows_where_others_have_it(train, scored) -> None:
+    """Two of them, one on one side alone: all are listed, counted, and skipped where that is asked for."""
+
+    def forget(rows: list[dict]) -> None:
+        del rows[1]["rejected_eos_weight"]
+        del rows[4]["chosen_eos_weight"], rows[4]["rejected_eos_weight"]
+
+    dataset = scored(forget)
+    for run in (train, inspect):
+        message = fault(run, dataset)
+        assert message.startswith(f"{dataset / 'train.jsonl'}:2: no column 'rejected_eos_weight', which other rows")
+        assert "2 of 24 rows cannot be used" in message
+    assert "updates of 24 pairs" in train(dataset, "eos_weight=one"), "set by hand, it need not be there"
+    assert inspect(dataset, "eos_weight=one").pairs == 24
+    said = train(dataset, "on_bad_row=skip")
+    assert "skipped 2 of 24 rows" in said
+    assert f"{dataset / 'train.jsonl'}:5: no column 'chosen_eos_weight'" in said
+    assert "updates of 22 pairs" in said
+    assert inspect(dataset, "on_bad_row=skip").pairs == 22
 
 
 def test_longer_limits_than_those_of_the_scores_stop_training(train, scored) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tisdpo_cli.data.pairs import Pair
 from tisdpo_cli.data.reader import BadRow
-from tisdpo_cli.data.scored import SIDES, Scores, hold_eos_scores, read_scores
+from tisdpo_cli.data.scored import SIDES, Scores, hold_eos_scores, lacks_eos_column, read_scores
 from tisdpo_cli.models import Tokenizer
 from tisdpo_cli.settings.groups import Weights
 from tisdpo_cli.steps import Centers, Context, apply_steps, centers_of, spans_of
@@ -26,12 +26,14 @@ class Weighing:
         seed: of transforms that draw.
         tokenizer: the one that the scores belong to.
         centers: means of the train split, where the recipe centres.
+        eos_scores: whether the file has EOS scores, so that rows without a column for them are bad rows.
     """
 
     recipe: Recipe
     seed: int
     tokenizer: Tokenizer
     centers: Centers | None = None
+    eos_scores: bool = False
 
     def contexts(self, texts: Sequence[str]) -> list[Context]:
         """What the steps need of responses beside their scores, in order."""
@@ -49,7 +51,10 @@ class Weighing:
 
     def read(self, pair: Pair, side: str, tokens: int, shown: str) -> Scores | BadRow:
         """The checked scores of a response of so many tokens; see `read_scores`."""
-        return read_scores(pair.row, side, tokens, shown, self.recipe.final)
+        found = read_scores(pair.row, side, tokens, shown, self.recipe.final)
+        if isinstance(found, BadRow) or not self.eos_scores or self.recipe.eos_weight != "score":
+            return found
+        return lacks_eos_column(pair.row, side) or found
 
     def weights(self, scores: Scores, kept: int, has_eos: bool, index: int, side: Side, context: Context) -> Tensor:
         """Weights [kept + EOS] float32 of a response, whose pair has this index in its split."""
@@ -72,9 +77,8 @@ def weighing(
     settings: Weights, seed: int, tokenizer: Tokenizer, pairs: Sequence[Pair], centers: Centers | None
 ) -> Weighing:
     """How the scores of these pairs become weights; the EOS by its score where the file has it."""
-    # Where the EOS is set by hand, the file need not say.
-    eos_scores = settings.eos_weight == "auto" and hold_eos_scores(pair.row for pair in pairs)
-    return Weighing(settings.recipe(eos_scores), seed, tokenizer, centers)
+    eos_scores = hold_eos_scores(pair.row for pair in pairs)
+    return Weighing(settings.recipe(eos_scores), seed, tokenizer, centers, eos_scores)
 
 
 def fit_centers(settings: Weights, pairs: Sequence[Pair], tokens: Sequence[tuple[int, int]]) -> Centers | None:
