@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,35 @@ def test_scores_are_not_taken_for_weights(contrast: Path, tmp_path: Path) -> Non
     assert done.code == 2
     assert "holds scores" in done.error
     assert run_here("inspect-weights", contrast / "scored", "--weights-are", "final").code == 2
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "some.jsonl"])
+def test_scores_that_were_filtered_are_not_taken_for_weights_silently(contrast: Path, tmp_path: Path, name) -> None:
+    """The hash no longer tells; what does is the manifest beside them, and that −r is negative for good words."""
+    data = Path(shutil.copytree(contrast / "scored", tmp_path / "d"))
+    split = write_jsonl(data / name, rows_of(contrast, "train")[::2])
+    done = train(contrast, split, tmp_path / "o", "--weights-are", "final")
+    assert done.code == 0, done.err
+    assert f"warning: {name} lies beside an estimate.json: if these columns are still scores" in done.err
+    assert f"warning: {name}: the mean weight of the chosen responses is -" in done.err
+    shown = run_here("inspect-weights", split, "--weights-are", "final")
+    assert f"warning: {name} lies beside an estimate.json" in shown.err
+    good = rewritten(contrast, tmp_path / "good", by_hand(contrast))
+    assert "warning" not in train(contrast, good, tmp_path / "p", "--weights-are", "final").err
+
+
+def test_weights_that_are_all_0_are_told(contrast: Path, tmp_path: Path) -> None:
+    def nothing(row: dict) -> dict:
+        return {**row, **{f"{s}_weight": [0.0] * len(row[f"{s}_weight"]) for s in SIDES}, **no_eos}
+
+    no_eos = {f"{side}_eos_weight": 0 for side in SIDES}
+    data = rewritten(contrast, tmp_path / "d", nothing)
+    done = train(contrast, data, tmp_path / "o", "--weights-are", "final")
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        f"warning: {split}.jsonl: all weights are 0: nothing will be learned" for split in ("train", "test")
+    ]
 
 
 def test_negative_weights_and_none_for_the_eos_are_allowed(contrast: Path, tmp_path: Path) -> None:

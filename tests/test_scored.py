@@ -330,6 +330,32 @@ def test_bad_weights_can_be_skipped_in_an_inspection(scored) -> None:
     assert inspect(scored(set_weight("0.5")), "on_bad_row=skip").pairs == 23
 
 
+BEYOND = [
+    (("mu=100",), "inf is no weight, as made by exp (k 1, mu 100, L -0.5, U 1.5)"),
+    (("mu=200", "L=-1", "U=-0.5", "normalize=mean"), "nan is no weight, as made by exp (k 1, mu 200, L -1, U -0.5)"),
+]
+
+
+@pytest.mark.parametrize(("sets", "said"), BEYOND, ids=["overflow", "underflow"])
+def test_weights_beyond_float32_are_found_before_a_model_is_loaded(
+    train, scored, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], said: str
+) -> None:
+    """e^150 is too large; e^-100 is 0 in every token, and no mean divides it. The row and the parameters are named."""
+
+    def no_model(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    def strong(rows: list[dict]) -> None:
+        rows[2]["chosen_weight"] = [-9.0] * len(rows[2]["chosen_weight"])
+
+    dataset = scored(strong)
+    monkeypatch.setattr("tisdpo_cli.engine.pairs.load_model", no_model)
+    for run in (train, inspect):
+        message = fault(run, dataset, *sets)
+        assert re.search(r"train\.jsonl:\d+: (chosen|rejected): ", message)
+        assert said in message
+
+
 def forget_weights(rows: list[dict]) -> None:
     """Let row 1 be a row that was never scored, with the prompt of row 2."""
     rows[0] = {**{name: rows[0][name] for name in TEXTS}, "prompt": rows[1]["prompt"]}

@@ -206,22 +206,24 @@ def recorded(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
 
 
 def check_meaning(manifest: dict[str, Any], split: Path, final: bool) -> str | None:
-    """What to tell where a split is no longer as it was scored, which is the user's right.
+    """What to tell where a split is not as it was scored, which is the user's right.
 
     Raises:
         UsageFault: it is as it was scored, and is to be taken for final weights.
     """
     known = recorded(manifest, split)
-    if known is None:
-        return None
-    unchanged = known.get("sha256") == sha256(split)
+    unchanged = known is not None and known.get("sha256") == sha256(split)
     if final and unchanged:
         raise UsageFault(
             f"{split.name} holds scores, as {MANIFEST} says, not weights",
             where="--weights-are final",
             fix="leave it out to make weights of them",
         )
-    return None if unchanged else f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
+    if final and manifest:
+        return f"{split.name} lies beside an {MANIFEST}: if these columns are still scores, the sign is wrong"
+    if known is None or unchanged:
+        return None
+    return f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
 
 
 def unscored_needed(scores: Scores, kept: int, needs_eos: bool, final: bool = False) -> str | None:

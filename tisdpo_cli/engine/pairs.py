@@ -27,7 +27,7 @@ from tisdpo_cli.engine.training import (
     plan_training,
     run_training,
 )
-from tisdpo_cli.engine.weighing import Weighing, fit_centers, weighing
+from tisdpo_cli.engine.weighing import Weighing, doubts, fit_centers, weighing
 from tisdpo_cli.errors import DataError, ModelError, TrainingError
 from tisdpo_cli.losses import Loss, pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
@@ -255,6 +255,10 @@ def _weighted_pairs(
         bad.append(made) if isinstance(made, BadRow) else weighted.append(made)
     for line in stop_or_skip(bad, len(kept), settings.data.on_bad_row):
         reporter.warn(line)
+    chosen = [pair.chosen_weights for pair in weighted if pair.chosen_weights is not None]
+    rejected = [pair.rejected_weights for pair in weighted if pair.rejected_weights is not None]
+    for line in doubts(chosen, rejected, how.recipe.final):
+        reporter.warn(f"{split.path.name}: {line}")
     return weighted
 
 
@@ -273,7 +277,7 @@ def _check_scored(settings: Train, split: Split, tokenizer: Tokenizer, reporter:
         )
     changed = check_meaning(manifest, split.path, final)
     if changed:
-        reporter.note(changed)
+        (reporter.warn if final else reporter.note)(changed)
 
 
 def _why_eos(settings: Train, recipe: Recipe) -> str:
@@ -302,6 +306,9 @@ def _weigh(split: Split, pair: EncodedPair, how: Weighing, contexts: tuple[Conte
         if missing:
             return BadRow(pair.where, f"{side}: {missing}; {_REMEDY[how.recipe.final]}")
         weights.append(how.weights(scores, response.kept, response.has_eos, pair.index, side, context))
+        beyond = how.fault(weights[-1])
+        if beyond:
+            return BadRow(pair.where, f"{side}: {beyond}")
     return WeightedPair(pair, *weights)
 
 

@@ -62,6 +62,15 @@ class Weighing:
         stream = Stream(self.seed, index, side)
         return response_weights(known(scores), eos, kept, has_eos, self.recipe, stream, context)
 
+    def fault(self, weights: Tensor) -> str | None:
+        """What is wrong with weights that float32 cannot hold, or None."""
+        beyond = weights[~weights.isfinite()].tolist()
+        if not beyond:
+            return None
+        return (
+            f"{beyond[0]} is no weight, as made by {self.recipe.describe()}: choose parameters nearer to the defaults"
+        )
+
     def adjusted(self, scores: Scores, context: Context) -> Tensor:
         """Scores after the steps: of the tokens that have one, and of the EOS, one more token, where it has one."""
         eos = [] if scores.eos is None else [scores.eos]
@@ -79,6 +88,16 @@ def weighing(
     """How the scores of these pairs become weights; the EOS by its score where the file has it."""
     eos_scores = hold_eos_scores(pair.row for pair in pairs)
     return Weighing(settings.recipe(eos_scores), seed, tokenizer, centers, eos_scores)
+
+
+def doubts(chosen: Sequence[Tensor], rejected: Sequence[Tensor], final: bool) -> list[str]:
+    """What to look at before a training with these weights of all chosen and all rejected responses."""
+    if not any(weights.any() for weights in (*chosen, *rejected)):
+        return ["all weights are 0: nothing will be learned"]
+    mean = float(torch.cat(list(chosen)).double().mean()) if final else 1.0
+    if mean > 0:
+        return []
+    return [f"the mean weight of the chosen responses is {mean:.4g}: if these columns are scores, the sign is wrong"]
 
 
 def fit_centers(settings: Weights, pairs: Sequence[Pair], tokens: Sequence[tuple[int, int]]) -> Centers | None:
