@@ -441,6 +441,12 @@ def test_a_damaged_manifest_is_told(train, scored, content: str) -> None:
     assert str(dataset / "estimate.json") in fault(train, dataset)
 
 
+def test_steps_that_a_preset_makes_idle_are_told_once(train, contrast: Path) -> None:
+    said = train(contrast / "scored", "preset=default", "spans=word")
+    assert said.count("spans would change nothing: binary (top_percent 100) does not read the scores") == 1
+    assert "would change nothing" not in train(contrast / "scored", "preset=aggressive", "spans=word")
+
+
 def test_a_dataset_without_a_manifest_is_used(train, scored) -> None:
     dataset = scored(lambda rows: rows)
     (dataset / "estimate.json").unlink()

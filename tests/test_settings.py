@@ -650,11 +650,20 @@ def test_token_weights_go_with_objectives_that_take_them(loads, name) -> None:
         ("weights_are: final\ncenter: dataset\nnormalize: mean\n", "center, normalize"),
         ("weights_are: final\nmu: 2\n", "mu"),
         ("weights_are: ready\n", "weights-are"),
+        ("transform: random\nspans: word\n", "spans would change nothing: random .* does not read the scores"),
+        ("transform: binary\ncenter: dataset\ndecay: 0.9\n", "center, decay would change nothing: binary"),
+        ("transform: binary\npreset: default\nspans: word\n", "spans would change nothing"),
+        ("mu: 0\nspans: word\n", "spans would change nothing: exp"),
     ],
 )
 def test_steps_and_final_weights_are_checked(loads, text, word) -> None:
     with pytest.raises(UsageFault, match=word):
         loads("train", text)
+
+
+@pytest.mark.parametrize("text", ["transform: binary\ntop_percent: 50\n", "preset: default\n", "preset: aggressive\n"])
+def test_steps_go_with_what_reads_scores_and_with_presets(loads, text) -> None:
+    assert at(loads("train", f"{text}spans: word\n"), "weights.spans") == "word"
 
 
 def test_final_weights_have_no_scores_to_show(loads) -> None:

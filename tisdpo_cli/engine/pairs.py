@@ -227,6 +227,9 @@ def _prepare(
     if isinstance(settings, Train):
         tokens = [(pair.chosen.uncut, pair.rejected.uncut) for pair in train.encoded]
         centers = fit_centers(settings.weights, train.pairs, tokens)
+        idle_steps = settings.weights.recipe(eos_scores=True).idle_steps()
+        if idle_steps:
+            reporter.warn(idle_steps)
     wanted = settings.evaluation.eval_pairs
     splits = [train]
     if "test" in files and wanted:

@@ -271,7 +271,10 @@ class WeightChoice(Group):
         idle = [*made, *(["normalize"] if self.normalize != "none" else [])]
         if self.weights_are == "final" and idle:
             raise ValueError(f"final weights are taken as they are: leave out {', '.join(idle)}")
-        self.recipe(eos_scores=True)
+        idle_steps = self.recipe(eos_scores=True).idle_steps()
+        # A preset may stand in one place and the steps in another; training says so.
+        if idle_steps and (self.preset is None or self.transform is not None):
+            raise ValueError(f"{idle_steps}; leave the steps out, or choose another transform")
         return self
 
 
