@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import check_meaning, read_manifest, require_scores, unscored_needed
+from tisdpo_cli.data.scored import check_meaning, hold_weights, read_manifest, require_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
@@ -31,6 +31,7 @@ from tisdpo_cli.engine.weighing import Weighing, doubts, fit_centers, weighing
 from tisdpo_cli.errors import DataError, ModelError, TrainingError
 from tisdpo_cli.losses import Loss, pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
+from tisdpo_cli.outputs import Output
 from tisdpo_cli.scoring import TokenScorer, collate, compare
 from tisdpo_cli.settings.commands import Train, TrainPairs, TrainReverse
 from tisdpo_cli.steps import Centers, Context
@@ -154,7 +155,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             policy,
             tokenizer,
             settings.optim.learning_rate,
-            lambda loss: _check_step0(loss, settings.method.objective(), settings.ref_model is None, runtime.reporter),
+            lambda loss: _check_step0(loss, settings.method.objective(), _same_start(output), runtime.reporter),
         )
 
 
@@ -200,6 +201,12 @@ def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None
         reporter.note("reverse: in all metrics 'chosen' is the side preferred here, the dataset's rejected column")
 
 
+def _same_start(output: Output) -> bool:
+    """Whether the policy starts as the reference, by content: one model may be named twice."""
+    start = output.made_from["content of model"]
+    return output.made_from.get("content of ref_model", start) == start
+
+
 def _check_step0(value: float, loss: Loss, same_start: bool, reporter: Reporter) -> None:
     """Before any update the margins are 0 and the loss has its value there, or something is wrong with the models."""
     expected = loss.at_the_start()
@@ -230,6 +237,10 @@ def _prepare(
         idle_steps = settings.weights.recipe(eos_scores=True).idle_steps()
         if idle_steps:
             reporter.warn(idle_steps)
+    elif hold_weights(pair.row for pair in train.pairs):
+        reporter.note(
+            "this dataset has token weights, which are not read here: `tisdpo train` is what trains with them"
+        )
     wanted = settings.evaluation.eval_pairs
     splits = [train]
     if "test" in files and wanted:
