@@ -113,6 +113,22 @@ def test_bf16_compares_distributions_too(world: Path, tmp_path: Path) -> None:
     assert metrics[2]["kl/chosen"] > 0
 
 
+def test_a_default_that_is_given_is_the_same_output(contrast: Path, tmp_path: Path) -> None:
+    for command, data, given in (
+        ("train-dpo", contrast / "data", ("--alpha", "0")),
+        ("train", contrast / "scored", ("--transform", "exp", "--mu", "1")),
+    ):
+        assert train(command, contrast, tmp_path / command, "--max-steps", "1", data=data).code == 0
+        done = train(command, contrast, tmp_path / command, "--max-steps", "1", *given, data=data)
+        assert (done.code, "nothing to do" in done.err) == (0, True), done.err
+        done = train(command, contrast, tmp_path / command, "--max-steps", "1", "--alpha", "0.5", data=data)
+        assert done.code == 2
+        assert "method.alpha 0 → 0.5;" in done.error
+    sides = ("-m", contrast / "sft", "-d", contrast / "data", "-o", tmp_path / "scored")
+    assert run_here("estimate", *sides).code == 0
+    assert "nothing to do" in run_here("estimate", *sides, "--positive-template", "harmless").err
+
+
 def test_another_objective_is_another_output(world: Path, tmp_path: Path) -> None:
     assert train("train-dpo", world, tmp_path / "o", "--max-steps", "1").code == 0
     done = train("train-dpo", world, tmp_path / "o", "--max-steps", "1", "--loss", "ipo")
