@@ -11,8 +11,11 @@ import math
 import shutil
 from pathlib import Path
 
+import oracle
 import pytest
+import torch
 from conftest import Done, read_jsonl, run_here, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from tisdpo_cli.models import load_tokenizer
 from tisdpo_cli.steps import spans_of
@@ -60,6 +63,37 @@ def test_its_file_and_ours_rounded_give_the_same_training(contrast: Path, tmp_pa
     assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b")
     first = [read_jsonl(tmp_path / name / "metrics.jsonl")[1] for name in "ab"]
     assert [m["weighted_rewards/margins"] for m in first[:1]] == [m["weighted_rewards/margins"] for m in first[1:]]
+
+
+def test_its_default_is_dpo_without_a_gradient_on_the_end_of_the_sequence(contrast: Path, tmp_path: Path) -> None:
+    """One update on all pairs: the loss and the length of the gradient of plain DPO on responses without their EOS."""
+    theirs = rewritten(contrast, tmp_path / "theirs", lambda row: {k: rounded(row)[k] for k in FIELDS})
+    default, whole = ("--preset", "default", "--eos-weight", "zero"), ("--batch-size", "24", "--max-steps", "1")
+    assert train(contrast, theirs, tmp_path / "a", *default, *whole).code == 0
+    tokenizer = load_tokenizer(contrast / "sft")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(contrast / "sft").double().eval() for _ in range(2))
+    pairs = []
+    for row in rows_of(contrast, "train"):
+        prompt, *responses = tokenizer.encode([row["prompt"], *(row[side] for side in SIDES)])
+        pairs.append({
+            f"{name}_{side}_logps": oracle.token_logps(model, prompt, ids)
+            for side, ids in zip(SIDES, responses, strict=True)
+            for name, model in (("policy", policy), ("reference", reference))
+        })  # fmt: skip
+    loss = oracle.dpo_loss(pairs, 0.1)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    first = read_jsonl(tmp_path / "a" / "metrics.jsonl")[1]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    # The same again by weights of 1 for the tokens and none for the end, over two updates.
+    plain = rewritten(contrast, tmp_path / "ones", lambda row: {k: all_ones(row)[k] for k in FIELDS})
+    assert train(contrast, plain, tmp_path / "b", "--weights-are", "final").code == 0
+    assert train(contrast, theirs, tmp_path / "c", *default).code == 0
+    assert model_bytes(tmp_path / "b") == model_bytes(tmp_path / "c")
+    with_eos = run_here("train-dpo", "-m", contrast / "sft", "-d", contrast / "data", "-o", tmp_path / "d", *SHORT)
+    assert with_eos.code == 0
+    assert model_bytes(tmp_path / "d") != model_bytes(tmp_path / "c")
 
 
 def test_our_file_is_what_it_reads(contrast: Path) -> None:
