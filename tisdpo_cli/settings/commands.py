@@ -73,7 +73,7 @@ class Command(BaseSettings):
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(value, Group):
-                made.update({f"{name}.{inner}": setting for inner, setting in value.in_force().items()})
+                made.update({f"{name}.{inner}": set_to for inner, set_to in value.in_force().items()})
             elif shapes_result(info):
                 made[name] = value
         return made
