@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import oracle
 import pytest
+import torch
 from conftest import Done, read_jsonl, run_here, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from tisdpo_cli.models import load_tokenizer
 from tisdpo_cli.steps import spans_of
@@ -61,8 +65,39 @@ def test_its_file_and_ours_rounded_give_the_same_training(contrast: Path, tmp_pa
     assert [m["weighted_rewards/margins"] for m in first[:1]] == [m["weighted_rewards/margins"] for m in first[1:]]
 
 
+def test_its_default_is_dpo_without_a_gradient_on_the_end_of_the_sequence(contrast: Path, tmp_path: Path) -> None:
+    """One update on all pairs: the loss and the length of the gradient of plain DPO on responses without their EOS."""
+    theirs = rewritten(contrast, tmp_path / "theirs", lambda row: {k: rounded(row)[k] for k in FIELDS})
+    default, whole = ("--preset", "default", "--eos-weight", "zero"), ("--batch-size", "24", "--max-steps", "1")
+    assert train(contrast, theirs, tmp_path / "a", *default, *whole).code == 0
+    tokenizer = load_tokenizer(contrast / "sft")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(contrast / "sft").double().eval() for _ in range(2))
+    pairs = []
+    for row in rows_of(contrast, "train"):
+        prompt, *responses = tokenizer.encode([row["prompt"], *(row[side] for side in SIDES)])
+        pairs.append({
+            f"{name}_{side}_logps": oracle.token_logps(model, prompt, ids)
+            for side, ids in zip(SIDES, responses, strict=True)
+            for name, model in (("policy", policy), ("reference", reference))
+        })  # fmt: skip
+    loss = oracle.dpo_loss(pairs, 0.1)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    first = read_jsonl(tmp_path / "a" / "metrics.jsonl")[1]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    # The same again by weights of 1 for the tokens and none for the end, over two updates.
+    plain = rewritten(contrast, tmp_path / "ones", lambda row: {k: all_ones(row)[k] for k in FIELDS})
+    assert train(contrast, plain, tmp_path / "b", "--weights-are", "final").code == 0
+    assert train(contrast, theirs, tmp_path / "c", *default).code == 0
+    assert model_bytes(tmp_path / "b") == model_bytes(tmp_path / "c")
+    with_eos = run_here("train-dpo", "-m", contrast / "sft", "-d", contrast / "data", "-o", tmp_path / "d", *SHORT)
+    assert with_eos.code == 0
+    assert model_bytes(tmp_path / "d") != model_bytes(tmp_path / "c")
+
+
 def test_our_file_is_what_it_reads(contrast: Path) -> None:
-    """Five fields in its meaning: one number per response token, −r; what it does not know lies beside them."""
+    """Where no row is cut, five fields in its meaning: one number per response token, −r; the rest it does not read."""
     tokenizer = load_tokenizer(contrast / "scored")
     for row in rows_of(contrast, "train"):
         assert set(FIELDS) <= set(row)
@@ -72,6 +107,24 @@ def test_our_file_is_what_it_reads(contrast: Path) -> None:
     # The forward model prefers the chosen words: −r is negative there on the whole.
     assert sum(sum(row["chosen_weight"]) for row in rows_of(contrast, "train")) < 0
     assert sum(sum(row["rejected_weight"]) for row in rows_of(contrast, "train")) > 0
+
+
+def test_a_cut_file_of_ours_is_told_to_hold_what_it_does_not_read(contrast: Path, tmp_path: Path) -> None:
+    """It reads numbers alone; a cut leaves nulls, of which `estimate` tells, and of nothing where there are none."""
+    sides = ("--forward", contrast / "dpo", "--reverse", contrast / "reverse", "-d", contrast / "data")
+    told = "fits the longest row"
+    cut, whole = (
+        run_here("estimate", *sides, "-o", tmp_path / name, *limits)
+        for name, limits in (("cut", ("--max-length", "32", "--max-prompt-length", "10")), ("whole", ()))
+    )
+    assert (cut.code, whole.code) == (0, 0), cut.err + whole.err
+    assert cut.err.count(told) == 1
+    assert told not in whole.err
+    nulls = [[row[f"{s}_weight"].count(None) for row in read_jsonl(tmp_path / "cut" / "train.jsonl")] for s in SIDES]
+    assert all(map(sum, nulls))
+    assert not any(
+        row[f"{s}_weight"].count(None) for row in read_jsonl(tmp_path / "whole" / "train.jsonl") for s in SIDES
+    )
 
 
 def test_a_folder_of_datasets_is_told_apart_from_one(contrast: Path, tmp_path: Path) -> None:
@@ -160,6 +213,10 @@ def broken(row: dict, at: int, side: str, **changed) -> dict:
     ("changed", "word"),
     [
         ({"chosen_weight": [1.0]}, "1 values"),
+        (
+            {"chosen_weight": [1.0] * 22},
+            "one more than tokens (this model's tokenizer): the end of the sequence goes in",
+        ),
         ({"chosen_weight": "x"}, "list of numbers"),
         ({"chosen_weight": [None] * 21}, "token 0 has no weight"),
         ({"chosen_weight": ["1"] * 21}, "a float32 number is needed"),
@@ -186,6 +243,35 @@ def test_scores_are_not_taken_for_weights(contrast: Path, tmp_path: Path) -> Non
     assert done.code == 2
     assert "holds scores" in done.error
     assert run_here("inspect-weights", contrast / "scored", "--weights-are", "final").code == 2
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "some.jsonl"])
+def test_scores_that_were_filtered_are_not_taken_for_weights_silently(contrast: Path, tmp_path: Path, name) -> None:
+    """The hash no longer tells; what does is the manifest beside them, and that −r is negative for good words."""
+    data = Path(shutil.copytree(contrast / "scored", tmp_path / "d"))
+    split = write_jsonl(data / name, rows_of(contrast, "train")[::2])
+    done = train(contrast, split, tmp_path / "o", "--weights-are", "final")
+    assert done.code == 0, done.err
+    assert f"warning: {name} lies beside an estimate.json: if these columns are still scores" in done.err
+    assert f"warning: {name}: the mean weight of the chosen responses is -" in done.err
+    shown = run_here("inspect-weights", split, "--weights-are", "final")
+    assert f"warning: {name} lies beside an estimate.json" in shown.err
+    good = rewritten(contrast, tmp_path / "good", by_hand(contrast))
+    assert "warning" not in train(contrast, good, tmp_path / "p", "--weights-are", "final").err
+
+
+def test_weights_that_are_all_0_are_told(contrast: Path, tmp_path: Path) -> None:
+    def nothing(row: dict) -> dict:
+        return {**row, **{f"{s}_weight": [0.0] * len(row[f"{s}_weight"]) for s in SIDES}, **no_eos}
+
+    no_eos = {f"{side}_eos_weight": 0 for side in SIDES}
+    data = rewritten(contrast, tmp_path / "d", nothing)
+    done = train(contrast, data, tmp_path / "o", "--weights-are", "final")
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        f"warning: {split}.jsonl: all weights are 0: nothing will be learned" for split in ("train", "test")
+    ]
 
 
 def test_negative_weights_and_none_for_the_eos_are_allowed(contrast: Path, tmp_path: Path) -> None:

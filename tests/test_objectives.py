@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import Done, Listener, read_jsonl, run_here, write_jsonl
 
+import tisdpo_cli
 from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import TrainDpo
@@ -113,8 +118,69 @@ def test_bf16_compares_distributions_too(world: Path, tmp_path: Path) -> None:
     assert metrics[2]["kl/chosen"] > 0
 
 
+def test_a_default_that_is_given_is_the_same_output(contrast: Path, tmp_path: Path) -> None:
+    for command, data, given in (
+        ("train-dpo", contrast / "data", ("--alpha", "0")),
+        ("train", contrast / "scored", ("--transform", "exp", "--mu", "1")),
+    ):
+        assert train(command, contrast, tmp_path / command, "--max-steps", "1", data=data).code == 0
+        done = train(command, contrast, tmp_path / command, "--max-steps", "1", *given, data=data)
+        assert (done.code, "nothing to do" in done.err) == (0, True), done.err
+        done = train(command, contrast, tmp_path / command, "--max-steps", "1", "--alpha", "0.5", data=data)
+        assert done.code == 2
+        assert "method.alpha 0 → 0.5;" in done.error
+    sides = ("-m", contrast / "sft", "-d", contrast / "data", "-o", tmp_path / "scored")
+    assert run_here("estimate", *sides).code == 0
+    assert "nothing to do" in run_here("estimate", *sides, "--positive-template", "harmless").err
+
+
 def test_another_objective_is_another_output(world: Path, tmp_path: Path) -> None:
     assert train("train-dpo", world, tmp_path / "o", "--max-steps", "1").code == 0
     done = train("train-dpo", world, tmp_path / "o", "--max-steps", "1", "--loss", "ipo")
     assert done.code == 2
     assert "method.loss dpo → ipo" in done.error
+
+
+# ---------------------------------------------------------------- a new one
+
+HINGE = """
+from tisdpo_cli.losses import OBJECTIVES, Objective
+from tisdpo_cli.params import Param
+
+
+def hinge(chosen, rejected, beta, p):
+    return (p["margin"] - beta * (chosen.log_ratios - rejected.log_ratios)).clamp(min=0)
+
+
+params = {"margin": Param(1.0, "least of β u", above=0.0)}
+OBJECTIVES["hinge"] = Objective(hinge, "max(0, margin − β u)", params, start="margin")
+from tisdpo_cli.cli.app import main
+
+main()
+"""
+
+
+def test_a_new_objective_is_one_entry(contrast: Path, tmp_path: Path) -> None:
+    """With it come its option, help, bounds, record, token weights, and the check before the first update."""
+    program = tmp_path / "program.py"
+    program.write_text(HINGE)
+    env = {**os.environ, "PYTHONPATH": str(Path(tisdpo_cli.__file__).parents[1]), "COLUMNS": "120"}
+
+    def hinge(*arguments: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, program, *arguments], capture_output=True, text=True, env=env, check=False, timeout=120
+        )
+
+    assert "least of β u (hinge 1)" in " ".join(hinge("train-dpo", "--help").stdout.replace("│", " ").split())
+    given = ["train", "-m", contrast / "sft", "-d", contrast / "scored", "-o", tmp_path / "o", *SHORT]
+    given += ["--max-steps", "3", "--loss", "hinge"]
+    bad = hinge(*given, "--margin", "0")
+    assert bad.returncode == 2
+    assert "margin of loss hinge must be above 0, not 0" in bad.stderr
+    done = hinge(*given, "--margin", "2")
+    assert done.returncode == 0, done.stderr
+    assert "loss = hinge (β 0.1, margin 2): max(0, margin − β u)" in done.stderr
+    assert "step-0 loss 2.0000 = margin as expected" in done.stderr
+    losses = [row["loss"] for row in read_jsonl(tmp_path / "o" / "metrics.jsonl")]
+    assert losses[-1] < losses[0] == pytest.approx(2)
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["made_from"]["method.margin"] == 2

@@ -341,6 +341,24 @@ def test_method_sft_is_the_chain_of_its_commands(world: Path, tmp_path: Path) ->
     assert (tmp_path / "scored" / "train.jsonl").read_bytes() == (out / "scored" / "train.jsonl").read_bytes()
 
 
+def test_templates_of_ones_own_reach_the_scores(world: Path, tmp_path: Path) -> None:
+    """One at the top of the file, one in its section: the same bytes as by `estimate` with both."""
+    kind, rude = "Be kind.\\n{}\\nThink first.", "Be rude: {}"
+    more = f'method: prompt\npositive_template: "{kind}"\nestimate:\n  negative_template: "{rude}"\n'
+    config, out = write_config(world, tmp_path, more), tmp_path / "out"
+    assert made_now(run(config)) == ["train_sft", "estimate", "train"]
+    texts = {"positive_template": kind.replace("\\n", "\n"), "negative_template": rude}
+    manifest = json.loads((out / "scored" / "estimate.json").read_text())
+    assert manifest["templates"] == {"forward": texts["positive_template"], "reverse": rude}
+    flags = {"model": str(out / "sft"), "dataset": str(world / "data"), "output_dir": str(tmp_path / "alone"), **texts}
+    # The batch size at the top of the file is that of every stage.
+    estimate(load(COMMANDS["estimate"], {**flags, "batch_size": "8"}).settings, Silent())
+    assert (tmp_path / "alone" / "train.jsonl").read_bytes() == (out / "scored" / "train.jsonl").read_bytes()
+    assert made_now(run(config)) == []
+    code, text = fault_of(config, positive_template="harmless")
+    assert (code, "positive_template Be kind." in text) == (2, True)
+
+
 def test_another_method_in_the_same_place_must_be_asked_for(world: Path, tmp_path: Path) -> None:
     config = write_config(world, tmp_path)
     run(config)

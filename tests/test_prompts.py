@@ -117,6 +117,16 @@ def test_models_and_templates_are_on_record(world: Path, tmp_path: Path) -> None
         score(world, tmp_path / "o", negative_template="Be nice: {}")
 
 
+def test_what_comes_next_names_the_model_where_there_is_one(contrast: Path, tmp_path: Path) -> None:
+    for name, sides, model in (
+        ("p", ("--model", contrast / "sft"), contrast / "sft"),
+        ("d", ("--forward", contrast / "dpo", "--reverse", contrast / "reverse"), "MODEL"),
+    ):
+        done = run_here("estimate", *sides, "-d", contrast / "data", "-o", tmp_path / name)
+        assert done.code == 0, done.err
+        assert f"next: tisdpo train --model {model} --dataset {tmp_path / name} " in done.err
+
+
 def test_templates_work_with_two_models_too(contrast: Path, tmp_path: Path) -> None:
     sides = {"model": None, "forward": str(contrast / "dpo"), "reverse": str(contrast / "dpo")}
     listener = score(contrast, tmp_path / "o", positive_template="harmless", **sides)

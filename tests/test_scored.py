@@ -13,7 +13,15 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 
 from tisdpo_cli.data.reader import BadRow, Row, read_rows
-from tisdpo_cli.data.scored import Scores, hold_eos_scores, read_scores, scored_columns, unscored_needed, write_rows
+from tisdpo_cli.data.scored import (
+    Scores,
+    hold_eos_scores,
+    lacks_eos_column,
+    read_scores,
+    scored_columns,
+    unscored_needed,
+    write_rows,
+)
 from tisdpo_cli.errors import DataError, TisdpoError
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -115,13 +123,14 @@ def test_files_of_the_reference_have_no_eos_scores() -> None:
     assert read_scores(plain, "chosen", 2, "t") == Scores([-1.0, 0.5], None)
     assert not hold_eos_scores([plain])
     scored = row(chosen_weight=[1.0], rejected_weight=[0.0], chosen_eos_weight=1.0)
-    with pytest.raises(DataError, match="no column 'rejected_eos_weight', which other rows or the other side have"):
-        hold_eos_scores([scored])
+    assert hold_eos_scores([plain, scored]), "one row that has them is enough"
+    assert lacks_eos_column(scored, "chosen") is None
+    bad = lacks_eos_column(scored, "rejected")
+    assert "x.jsonl:7: no column 'rejected_eos_weight', which other rows or the other side have" in str(bad)
     whole = row(**scored.columns, rejected_eos_weight=None)
-    assert hold_eos_scores([whole])
+    assert lacks_eos_column(whole, "rejected") is None, "null is a response that was cut"
     assert hold_eos_scores([whole, row()]), "a row without scores says nothing about the file"
-    with pytest.raises(DataError, match="no column 'chosen_eos_weight'"):
-        hold_eos_scores([whole, plain])
+    assert not hold_eos_scores([row(chosen_eos_weight=1.0)])
     assert not hold_eos_scores([row()])
 
 
@@ -321,6 +330,32 @@ def test_bad_weights_can_be_skipped_in_an_inspection(scored) -> None:
     assert inspect(scored(set_weight("0.5")), "on_bad_row=skip").pairs == 23
 
 
+BEYOND = [
+    (("mu=100",), "inf is no weight, as made by exp (k 1, mu 100, L -0.5, U 1.5)"),
+    (("mu=200", "L=-1", "U=-0.5", "normalize=mean"), "nan is no weight, as made by exp (k 1, mu 200, L -1, U -0.5)"),
+]
+
+
+@pytest.mark.parametrize(("sets", "said"), BEYOND, ids=["overflow", "underflow"])
+def test_weights_beyond_float32_are_found_before_a_model_is_loaded(
+    train, scored, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], said: str
+) -> None:
+    """e^150 is too large; e^-100 is 0 in every token, and no mean divides it. The row and the parameters are named."""
+
+    def no_model(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    def strong(rows: list[dict]) -> None:
+        rows[2]["chosen_weight"] = [-9.0] * len(rows[2]["chosen_weight"])
+
+    dataset = scored(strong)
+    monkeypatch.setattr("tisdpo_cli.engine.pairs.load_model", no_model)
+    for run in (train, inspect):
+        message = fault(run, dataset, *sets)
+        assert re.search(r"train\.jsonl:\d+: (chosen|rejected): ", message)
+        assert said in message
+
+
 def forget_weights(rows: list[dict]) -> None:
     """Let row 1 be a row that was never scored, with the prompt of row 2."""
     rows[0] = {**{name: rows[0][name] for name in TEXTS}, "prompt": rows[1]["prompt"]}
@@ -342,6 +377,27 @@ def test_a_file_without_eos_scores_gives_the_eos_no_weight(train, scored) -> Non
 
     assert "EOS zero (auto: the file holds no EOS scores)" in train(scored(forget_eos))
     assert "cut away" not in train(scored(forget_eos), "eos_weight=one")
+
+
+def test_rows_without_an_eos_column_are_bad_rows_where_others_have_it(train, scored) -> None:
+    """Two of them, one on one side alone: all are listed, counted, and skipped where that is asked for."""
+
+    def forget(rows: list[dict]) -> None:
+        del rows[1]["rejected_eos_weight"]
+        del rows[4]["chosen_eos_weight"], rows[4]["rejected_eos_weight"]
+
+    dataset = scored(forget)
+    for run in (train, inspect):
+        message = fault(run, dataset)
+        assert message.startswith(f"{dataset / 'train.jsonl'}:2: no column 'rejected_eos_weight', which other rows")
+        assert "2 of 24 rows cannot be used" in message
+    assert "updates of 24 pairs" in train(dataset, "eos_weight=one"), "set by hand, it need not be there"
+    assert inspect(dataset, "eos_weight=one").pairs == 24
+    said = train(dataset, "on_bad_row=skip")
+    assert "skipped 2 of 24 rows" in said
+    assert f"{dataset / 'train.jsonl'}:5: no column 'chosen_eos_weight'" in said
+    assert "updates of 22 pairs" in said
+    assert inspect(dataset, "on_bad_row=skip").pairs == 22
 
 
 def test_longer_limits_than_those_of_the_scores_stop_training(train, scored) -> None:
@@ -383,6 +439,12 @@ def test_a_damaged_manifest_is_told(train, scored, content: str) -> None:
     dataset = scored(lambda rows: rows)
     (dataset / "estimate.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert str(dataset / "estimate.json") in fault(train, dataset)
+
+
+def test_steps_that_a_preset_makes_idle_are_told_once(train, contrast: Path) -> None:
+    said = train(contrast / "scored", "preset=default", "spans=word")
+    assert said.count("spans would change nothing: binary (top_percent 100) does not read the scores") == 1
+    assert "would change nothing" not in train(contrast / "scored", "preset=aggressive", "spans=word")
 
 
 def test_a_dataset_without_a_manifest_is_used(train, scored) -> None:

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from tisdpo_cli.cli.app import app
 from tisdpo_cli.errors import UsageFault
 from tisdpo_cli.losses import OBJECTIVES
+from tisdpo_cli.outputs import differences
 from tisdpo_cli.settings.commands import COMMANDS, leaf_paths
 from tisdpo_cli.settings.sources import Loaded, load, to_yaml
+from tisdpo_cli.templates import TEMPLATES
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 
@@ -650,6 +652,10 @@ def test_token_weights_go_with_objectives_that_take_them(loads, name) -> None:
         ("weights_are: final\ncenter: dataset\nnormalize: mean\n", "center, normalize"),
         ("weights_are: final\nmu: 2\n", "mu"),
         ("weights_are: ready\n", "weights-are"),
+        ("transform: random\nspans: word\n", "spans would change nothing: random .* does not read the scores"),
+        ("transform: binary\ncenter: dataset\ndecay: 0.9\n", "center, decay would change nothing: binary"),
+        ("transform: binary\npreset: default\nspans: word\n", "spans would change nothing"),
+        ("mu: 0\nspans: word\n", "spans would change nothing: exp"),
     ],
 )
 def test_steps_and_final_weights_are_checked(loads, text, word) -> None:
@@ -657,9 +663,62 @@ def test_steps_and_final_weights_are_checked(loads, text, word) -> None:
         loads("train", text)
 
 
+@pytest.mark.parametrize("text", ["transform: binary\ntop_percent: 50\n", "preset: default\n", "preset: aggressive\n"])
+def test_steps_go_with_what_reads_scores_and_with_presets(loads, text) -> None:
+    assert at(loads("train", f"{text}spans: word\n"), "weights.spans") == "word"
+
+
 def test_final_weights_have_no_scores_to_show(loads) -> None:
     with pytest.raises(UsageFault, match="no scores"):
         loads("inspect-weights", "weights_are: final\nshow: scores\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "one", "other"),
+    [
+        ("train-dpo", "", "alpha: 0\nlabel_smoothing: 0.0\nreference_free: false\n"),
+        ("train-dpo", "loss: tdpo2\n", "loss: tdpo2\nalpha: 0.5\n"),
+        ("train", "", "transform: exp\nk: 1\nmu: 1\nL: -0.5\nU: 1.5\n"),
+        ("train", "preset: aggressive\n", "preset: aggressive\nmin_scale: 0.5\n"),
+        ("train", "preset: aggressive\n",
+         "transform: threshold_and_scale\nmin_val: -2\nmax_val: 2\nmin_scale: 0.5\nmax_scale: 1.5\n"),
+        ("train", "preset: default\n", "transform: binary\n"),
+        ("train", "preset: aggressive\ntransform: exp\n", ""),
+    ],
+)  # fmt: skip
+def test_a_default_counts_the_same_given_or_left_out(loads, command, one, other) -> None:
+    assert loads(command, one).settings.fingerprint() == loads(command, other).settings.fingerprint()
+
+
+def test_a_template_counts_by_its_text(loads) -> None:
+    flags = {"model": "m", "dataset": "d", "output_dir": "o"}
+    prints = [
+        loads("estimate", flags={**flags, **more}).settings.fingerprint()
+        for more in ({}, {"positive_template": "harmless"}, {"positive_template": TEMPLATES["harmless"]})
+    ]
+    assert prints[0] == prints[1] == prints[2]
+    assert prints[0] != loads("estimate", flags={**flags, "positive_template": "{}!"}).settings.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("command", "one", "other", "told"),
+    [
+        ("train-dpo", "", "alpha: 0.5\n", ["method.alpha 0 → 0.5"]),
+        ("train-dpo", "", "loss: ipo\n", ["method.loss dpo → ipo"]),
+        ("train-dpo", "beta: 0.2\n", "loss: ipo\nseed: 1\n",
+         ["seed 0 → 1", "method.loss dpo → ipo", "method.beta 0.2 → 0.1"]),
+        ("train", "", "mu: 2\n", ["weights.mu 1 → 2"]),
+        ("train", "", "transform: binary\n", ["weights.transform exp → binary"]),
+        ("train", "", "transform: rank_based\nspans: word\n",
+         ["weights.transform exp → rank_based", "weights.spans none → word"]),
+        ("train", "", "decay: 0.9\n", ["weights.decay none → 0.9"]),
+        ("train", "transform: rank_based\n", "preset: aggressive\ntransform: rank_based\n",
+         ["weights.min_scale 0.7 → 0.5", "weights.max_scale 1.3 → 1.5"]),
+    ],
+)  # fmt: skip
+def test_what_has_changed_is_named_and_what_follows_from_it_is_not(loads, command, one, other, told) -> None:
+    was, now = ({"command": command, "made_from": loads(command, text).settings.fingerprint()} for text in (one, other))
+    assert sorted(differences(was, now)) == sorted(told)
 
 
 def test_train_sft_runs_only_where_it_is_wanted(loads) -> None:

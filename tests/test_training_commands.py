@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -340,6 +341,29 @@ def test_renamed_columns_are_the_same_training(world: Path, dpo: Path, tmp_path:
 def test_the_seed_decides(world: Path, dpo: Path, tmp_path: Path) -> None:
     run("train-dpo", world, tmp_path / "other", seed=1)
     assert model_bytes(tmp_path / "other") != model_bytes(dpo)
+
+
+def test_a_reference_with_the_same_content_is_the_same_start(world: Path, dpo: Path, tmp_path: Path) -> None:
+    """Named twice or copied, the loss before the first update is checked; another model's is only told."""
+    copy = shutil.copytree(world / "sft", tmp_path / "copy")
+    for name, reference in (("twice", world / "sft"), ("copied", copy)):
+        listener = Listener()
+        run("train-dpo", world, tmp_path / name, listener, ref_model=reference)
+        assert "step-0 loss 0.6931 = ln 2 as expected" in listener.said
+        assert model_bytes(tmp_path / name) == model_bytes(dpo)
+    listener = Listener()
+    run("train-dpo", world, tmp_path / "other", listener, ref_model=dpo, max_steps=1)
+    assert any("policy and reference differ" in line for line in listener.said)
+
+
+@pytest.mark.parametrize("command", ["train-dpo", "train-reverse"])
+def test_weights_that_a_command_does_not_read_are_told_once(contrast: Path, tmp_path: Path, command: str) -> None:
+    told = "this dataset has token weights, which are not read here"
+    for name, count in (("scored", 1), ("data", 0)):
+        listener = Listener()
+        run(command, contrast, tmp_path / name, listener, dataset=contrast / name, max_steps=1)
+        assert len([line for line in listener.said if told in line]) == count
+    assert model_bytes(tmp_path / "scored") == model_bytes(tmp_path / "data")
 
 
 # ---------------------------------------------------------------- batches and memory

@@ -219,18 +219,26 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if was.get("command") != now["command"]:
         return [f"command {was.get('command')} → {now['command']}"]
     old, new = was.get("made_from", {}), now["made_from"]
-    said = []
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            content = key.startswith("content of ")
-            said.append(
-                f"the {key} has changed" if content else f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
-            )
-    return said
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    # Another transform or objective has other parameters; that it is another says enough.
+    groups = {_group(key) for key in changed if key in old and key in new}
+    told = [key for key in changed if (key in old and key in new) or not _group(key) or _group(key) not in groups]
+    return [
+        f"the {key} has changed"
+        if key.startswith("content of ")
+        else f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
+        for key in told
+    ]
+
+
+def _group(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    # 0.0 and 0 are one value.
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e6
+    text = "none" if value is None else str(int(value)) if whole else str(value)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 

@@ -50,6 +50,7 @@ class Transform:
         clamp: the names of the parameters that clamp, where some do, and what they clamp.
         positive: whether all its weights are above zero under given parameters, so that a mean of 1 can be
             asked for.
+        reads_scores: whether its weights depend on the scores under given parameters, so that steps have a meaning.
     """
 
     function: Function
@@ -57,6 +58,7 @@ class Transform:
     params: Mapping[str, Param] = field(default_factory=dict)
     clamp: tuple[str, str, Literal["r", "signed"]] | None = None
     positive: Callable[[Mapping[str, Any]], bool] = lambda _params: False
+    reads_scores: Callable[[Mapping[str, Any]], bool] = lambda _params: True
 
 
 def signed(scores: Tensor, side: Side) -> Tensor:
@@ -127,6 +129,7 @@ TRANSFORMS: dict[str, Transform] = {
         },
         clamp=("L", "U", "r"),
         positive=lambda p: True,
+        reads_scores=lambda p: p["mu"] != 0,
     ),
     "rank_based": Transform(
         _rank_based, "ranks scaled to a range", _scales(0.7, 1.3), positive=lambda p: p["min_scale"] > 0
@@ -152,8 +155,15 @@ TRANSFORMS: dict[str, Transform] = {
         _binary,
         "1 for the top tokens, 0 for the rest",
         {"top_percent": Param(100.0, "share of tokens that get weight 1", above=0.0, at_most=100.0)},
+        reads_scores=lambda p: p["top_percent"] < 100,
     ),
-    "random": Transform(_random, "uniform noise, a control", _values(0.7, 1.3), positive=lambda p: p["min_val"] > 0),
+    "random": Transform(
+        _random,
+        "uniform noise, a control",
+        _values(0.7, 1.3),
+        positive=lambda p: p["min_val"] > 0,
+        reads_scores=lambda p: False,
+    ),
     "origin": Transform(_signed_score, "the signed score itself"),
 }
 
@@ -205,6 +215,12 @@ class Recipe:
     def final(self) -> bool:
         """Whether what is read are weights already."""
         return self.transform == FINAL_NAME
+
+    def idle_steps(self) -> str | None:
+        """Why its steps change no weight, or None where they do, or where there are none."""
+        if not self.steps or self.entry.reads_scores(self.params):
+            return None
+        return f"{', '.join(self.steps)} would change nothing: {self.name()} does not read the scores"
 
     def name(self) -> str:
         """The transform alone: `rank_based (min_scale 0.7, max_scale 1.3)`."""

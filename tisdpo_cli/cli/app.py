@@ -83,7 +83,8 @@ def _make(engine: Callable[[], Callable[[Any, Any], Any]], name: str) -> Callabl
 def _next(name: str, settings: Any, flags: Mapping[str, Any], common: Common) -> str:
     """The command that usually follows; MODEL and out/… stand for what only the user knows."""
     out, data = shlex.quote(settings.output_dir), shlex.quote(settings.dataset)
-    model = shlex.quote(str(getattr(settings, "model", None)))
+    # Two models make no starting model: which one it was, the user knows.
+    model = shlex.quote(getattr(settings, "model", None) or "MODEL")
     # How rows are read must stay the same in every stage; the mirror is trained with all the same settings.
     rows, same = _repeated(flags, common, "data."), _repeated(flags, common, "")
     beside = Path(settings.dataset).expanduser() / "tokenizer_config.json"
@@ -93,7 +94,7 @@ def _next(name: str, settings: Any, flags: Mapping[str, Any], common: Common) ->
         "train-dpo": f"tisdpo train-reverse --model {model} --dataset {data}{same} --output-dir out/reverse",
         "train-reverse": f"tisdpo estimate --forward out/dpo --reverse {out} --dataset {data}{rows}"
         " --output-dir out/scored",
-        "estimate": f"tisdpo train --model MODEL --dataset {out}{rows} --output-dir out/tisdpo",
+        "estimate": f"tisdpo train --model {model} --dataset {out}{rows} --output-dir out/tisdpo",
         "train": f"tisdpo inspect-weights {data}{rows}{_repeated(flags, common, 'weights.')}{tokenizer}",
     }[name]
 

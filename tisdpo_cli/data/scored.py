@@ -63,10 +63,13 @@ def read_scores(row: Row, side: str, tokens: int, shown: str, final: bool = Fals
                 row.where, f"{column!r} holds {_told(value)} at position {position}; a float32 number is needed"
             )
     if len(values) != tokens:
-        return BadRow(row.where, f"{column!r} has {len(values)} values, but the response has {tokens} tokens ({shown})")
-    eos = row.columns.get(f"{side}_eos_weight")
+        what = f"but the response has {tokens} tokens ({shown})"
+        if final and len(values) == tokens + 1:
+            what = f"one more than tokens ({shown}): the end of the sequence goes in {_eos_column(side)!r}"
+        return BadRow(row.where, f"{column!r} has {len(values)} values, {what}")
+    eos = row.columns.get(_eos_column(side))
     if eos is not None and not _is_number(eos):
-        return BadRow(row.where, f"'{side}_eos_weight' must be a number")
+        return BadRow(row.where, f"{_eos_column(side)!r} must be a number")
     sign = 1.0 if final else -1.0
     return Scores([None if v is None else sign * v for v in values], None if eos is None else sign * eos)
 
@@ -77,33 +80,40 @@ _NOTHING_THERE = {
 }
 
 
+def hold_weights(rows: Iterable[Row]) -> bool:
+    """Whether any row has scores (or final weights)."""
+    return any(f"{side}_weight" in row.columns for row in rows for side in SIDES)
+
+
 def require_scores(rows: Iterable[Row], dataset: str, final: bool = False) -> None:
     """Stop where no row has scores (or final weights) at all.
 
     Raises:
         DataError: the dataset is not scored.
     """
-    if not any(f"{side}_weight" in row.columns for row in rows for side in SIDES):
+    if not hold_weights(rows):
         what, _, fix = _NOTHING_THERE[final].partition("; ")
         raise DataError(what, where=dataset, fix=fix)
 
 
 def hold_eos_scores(rows: Iterable[Row]) -> bool:
-    """Whether a file holds EOS scores; rows without any score say nothing about that.
+    """Whether any row of a file has EOS scores beside the others."""
+    return any(f"{side}_weight" in row.columns and _eos_column(side) in row.columns for row in rows for side in SIDES)
 
-    Raises:
-        DataError: some are there and others are not.
-    """
-    scored = [row for row in rows if all(f"{side}_weight" in row.columns for side in SIDES)]
-    missing = [(row, side) for row in scored for side in SIDES if f"{side}_eos_weight" not in row.columns]
-    if missing and len(missing) < len(SIDES) * len(scored):
-        row, side = missing[0]
-        raise DataError(
-            f"no column '{side}_eos_weight', which other rows or the other side have",
-            where=row.where,
-            fix="give it to all or to none, or set --eos-weight zero or one",
-        )
-    return bool(scored) and not missing
+
+def lacks_eos_column(row: Row, side: str) -> BadRow | None:
+    """What is wrong with a row that has no EOS column, in a file that has some; null is a cut response, and fine."""
+    if _eos_column(side) in row.columns:
+        return None
+    return BadRow(
+        row.where,
+        f"no column {_eos_column(side)!r}, which other rows or the other side have: give it to all or to none, or set "
+        "--eos-weight zero or one",
+    )
+
+
+def _eos_column(side: str) -> str:
+    return f"{side}_eos_weight"
 
 
 def _told(value: Any) -> str:
@@ -138,7 +148,7 @@ def scored_columns(
     for side, scores in zip(SIDES, (chosen, rejected), strict=True):
         # 0.0 − r so that no −0.0 is written.
         columns[f"{side}_weight"] = [None if r is None else _stored(0.0 - r) for r in scores.tokens]
-        columns[f"{side}_eos_weight"] = None if scores.eos is None else _stored(0.0 - scores.eos)
+        columns[_eos_column(side)] = None if scores.eos is None else _stored(0.0 - scores.eos)
     for side, both in zip(SIDES, logps or (), strict=False):
         for model in _MODELS:
             columns[f"{side}_logps_{model}"] = [None if x is None else _stored(x) for x in both[model]]
@@ -196,22 +206,24 @@ def recorded(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
 
 
 def check_meaning(manifest: dict[str, Any], split: Path, final: bool) -> str | None:
-    """What to tell where a split is no longer as it was scored, which is the user's right.
+    """What to tell where a split is not as it was scored, which is the user's right.
 
     Raises:
         UsageFault: it is as it was scored, and is to be taken for final weights.
     """
     known = recorded(manifest, split)
-    if known is None:
-        return None
-    unchanged = known.get("sha256") == sha256(split)
+    unchanged = known is not None and known.get("sha256") == sha256(split)
     if final and unchanged:
         raise UsageFault(
             f"{split.name} holds scores, as {MANIFEST} says, not weights",
             where="--weights-are final",
             fix="leave it out to make weights of them",
         )
-    return None if unchanged else f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
+    if final and manifest:
+        return f"{split.name} lies beside an {MANIFEST}: if these columns are still scores, the sign is wrong"
+    if known is None or unchanged:
+        return None
+    return f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
 
 
 def unscored_needed(scores: Scores, kept: int, needs_eos: bool, final: bool = False) -> str | None:

@@ -43,6 +43,11 @@ from tisdpo_cli.templates import around
 # Batches in a part: what an interruption costs at most, for each model.
 _BATCHES_PER_PART = 16
 
+_ABOUT_NULLS = (
+    "train with these --max-length and --max-prompt-length; the authors' code reads no null: for it, "
+    "score with a --max-length that fits the longest row"
+)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -119,6 +124,8 @@ def _estimate(
             f"{name}: {counts['scored_tokens']} tokens of {counts['rows']} pairs scored, "
             f"{counts['unscored_tokens']} beyond the cut (null)"
         )
+    if any(counts["unscored_tokens"] for counts in made.record["counts"].values()):
+        runtime.reporter.note(_ABOUT_NULLS)
     runtime.wait()
     return made
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.cache import TensorCache
 from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
-from tisdpo_cli.data.scored import check_meaning, read_manifest, require_scores, unscored_needed
+from tisdpo_cli.data.scored import check_meaning, hold_weights, read_manifest, require_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.reference import Logps, ReferencePass
 from tisdpo_cli.engine.reporter import Reporter
@@ -31,7 +31,7 @@ from tisdpo_cli.engine.training import (
     scorer_of,
     with_token_budget,
 )
-from tisdpo_cli.engine.weighing import Weighing, fit_centers, weighing
+from tisdpo_cli.engine.weighing import Weighing, doubts, fit_centers, weighing
 from tisdpo_cli.errors import DataError, ModelError, TrainingError
 from tisdpo_cli.losses import Loss, pair_losses, response_sums
 from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
@@ -179,7 +179,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             scorer,
             tokenizer,
             settings.optim.learning_rate,
-            lambda loss: _check_step0(loss, settings.method.objective(), settings.ref_model is None, runtime.reporter),
+            lambda loss: _check_step0(loss, settings.method.objective(), _same_start(output), runtime.reporter),
         )
 
 
@@ -244,6 +244,12 @@ def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None
         reporter.note("reverse: in all metrics 'chosen' is the side preferred here, the dataset's rejected column")
 
 
+def _same_start(output: Output) -> bool:
+    """Whether the policy starts as the reference, by content: one model may be named twice."""
+    start = output.made_from["content of model"]
+    return output.made_from.get("content of ref_model", start) == start
+
+
 def _check_step0(value: float, loss: Loss, same_start: bool, reporter: Reporter) -> None:
     """Before any update the margins are 0 and the loss has its value there, or something is wrong with the models."""
     expected = loss.at_the_start()
@@ -271,6 +277,13 @@ def _prepare(
     if isinstance(settings, Train):
         tokens = [(pair.chosen.uncut, pair.rejected.uncut) for pair in train.encoded]
         centers = fit_centers(settings.weights, train.pairs, tokens)
+        idle_steps = settings.weights.recipe(eos_scores=True).idle_steps()
+        if idle_steps:
+            reporter.warn(idle_steps)
+    elif hold_weights(pair.row for pair in train.pairs):
+        reporter.note(
+            "this dataset has token weights, which are not read here: `tisdpo train` is what trains with them"
+        )
     wanted = settings.evaluation.eval_pairs
     splits = [train]
     if "test" in files and wanted:
@@ -299,6 +312,10 @@ def _weighted_pairs(
         bad.append(made) if isinstance(made, BadRow) else weighted.append(made)
     for line in stop_or_skip(bad, len(kept), settings.data.on_bad_row):
         reporter.warn(line)
+    chosen = [pair.chosen_weights for pair in weighted if pair.chosen_weights is not None]
+    rejected = [pair.rejected_weights for pair in weighted if pair.rejected_weights is not None]
+    for line in doubts(chosen, rejected, how.recipe.final):
+        reporter.warn(f"{split.path.name}: {line}")
     return weighted
 
 
@@ -317,7 +334,7 @@ def _check_scored(settings: Train, split: Split, tokenizer: Tokenizer, reporter:
         )
     changed = check_meaning(manifest, split.path, final)
     if changed:
-        reporter.note(changed)
+        (reporter.warn if final else reporter.note)(changed)
 
 
 def _why_eos(settings: Train, recipe: Recipe) -> str:
@@ -346,6 +363,9 @@ def _weigh(split: Split, pair: EncodedPair, how: Weighing, contexts: tuple[Conte
         if missing:
             return BadRow(pair.where, f"{side}: {missing}; {_REMEDY[how.recipe.final]}")
         weights.append(how.weights(scores, response.kept, response.has_eos, pair.index, side, context))
+        beyond = how.fault(weights[-1])
+        if beyond:
+            return BadRow(pair.where, f"{side}: {beyond}")
     return WeightedPair(pair, (weights[0], weights[1]))
 
 

@@ -84,7 +84,7 @@ def _refuse_own_input(output: Path, inputs: Sequence[Path | None]) -> None:
 def resolved(runtime: Runtime, settings: Any) -> dict[str, Any]:
     """Settings whose value depends on the machine or on other settings, by dotted name, as they are in force."""
     if isinstance(settings, Estimate):
-        return {"dtype": runtime.precision(settings.dtype, scoring=True), "templates": settings.templates()}
+        return {"dtype": runtime.precision(settings.dtype, scoring=True)}
     rate = settings.learning_rate() if isinstance(settings, TrainSft) else settings.optim.learning_rate
     return {
         "optim.batch_size": _batching(runtime, settings)[0],

@@ -149,12 +149,13 @@ def read_weighed(settings: InspectWeights, scored: str) -> WeighedSplit:
     file, final = files[settings.split], settings.weights.weights_are == "final"
     read = read_pairs(file, columns_of(settings.data), settings.data.on_bad_row)
     require_scores((pair.row for pair in read.pairs), scored, final)
-    check_meaning(read_manifest(Path(scored).expanduser()) or {}, file, final)
+    changed = check_meaning(read_manifest(Path(scored).expanduser()) or {}, file, final)
     tokenizer = load_tokenizer(_tokenizer_path(settings, scored))
     centers = _centers(settings, files["train"], tokenizer)
     how = weighing(settings.weights, settings.seed, tokenizer, read.pairs, centers)
     pairs, skipped = _all_pairs(settings, read.pairs, how)
-    return WeighedSplit(pairs, how, [*read.notices, *skipped])
+    # A changed file of scores is nothing to warn of; weights that may be scores are.
+    return WeighedSplit(pairs, how, [*read.notices, *([changed] if changed and final else []), *skipped])
 
 
 def _centers(settings: InspectWeights, train: Path, tokenizer: Tokenizer) -> Centers | None:
@@ -202,6 +203,9 @@ def _weighed(pair: Pair, side: Any, ids: list[int], how: Weighing, context: Cont
     adjusted, eos_adjusted = stepped[: len(values)], stepped[len(values) :].tolist()
     has_eos = len(values) == len(ids) and (scores.eos is not None or how.recipe.eos_weight != "score")
     weights = how.weights(scores, len(values), has_eos, pair.index, side, context)
+    beyond = how.fault(weights)
+    if beyond:
+        return BadRow(pair.row.where, f"{side}: {beyond}")
     hit = clipped(adjusted, side, how.recipe)
     eos = eos_adjusted[0] if eos_adjusted else None
     return Weighed(ids, scores, logps, values, adjusted, weights, hit, eos, context)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tisdpo_cli.data.pairs import Pair
 from tisdpo_cli.data.reader import BadRow
-from tisdpo_cli.data.scored import SIDES, Scores, hold_eos_scores, read_scores
+from tisdpo_cli.data.scored import SIDES, Scores, hold_eos_scores, lacks_eos_column, read_scores
 from tisdpo_cli.models import Tokenizer
 from tisdpo_cli.settings.groups import Weights
 from tisdpo_cli.steps import Centers, Context, apply_steps, centers_of, spans_of
@@ -26,12 +26,14 @@ class Weighing:
         seed: of transforms that draw.
         tokenizer: the one that the scores belong to.
         centers: means of the train split, where the recipe centres.
+        eos_scores: whether the file has EOS scores, so that rows without a column for them are bad rows.
     """
 
     recipe: Recipe
     seed: int
     tokenizer: Tokenizer
     centers: Centers | None = None
+    eos_scores: bool = False
 
     def contexts(self, texts: Sequence[str]) -> list[Context]:
         """What the steps need of responses beside their scores, in order."""
@@ -49,13 +51,25 @@ class Weighing:
 
     def read(self, pair: Pair, side: str, tokens: int, shown: str) -> Scores | BadRow:
         """The checked scores of a response of so many tokens; see `read_scores`."""
-        return read_scores(pair.row, side, tokens, shown, self.recipe.final)
+        found = read_scores(pair.row, side, tokens, shown, self.recipe.final)
+        if isinstance(found, BadRow) or not self.eos_scores or self.recipe.eos_weight != "score":
+            return found
+        return lacks_eos_column(pair.row, side) or found
 
     def weights(self, scores: Scores, kept: int, has_eos: bool, index: int, side: Side, context: Context) -> Tensor:
         """Weights [kept + EOS] float32 of a response, whose pair has this index in its split."""
         eos = None if scores.eos is None else torch.tensor([scores.eos], dtype=torch.float32)
         stream = Stream(self.seed, index, side)
         return response_weights(known(scores), eos, kept, has_eos, self.recipe, stream, context)
+
+    def fault(self, weights: Tensor) -> str | None:
+        """What is wrong with weights that float32 cannot hold, or None."""
+        beyond = weights[~weights.isfinite()].tolist()
+        if not beyond:
+            return None
+        return (
+            f"{beyond[0]} is no weight, as made by {self.recipe.describe()}: choose parameters nearer to the defaults"
+        )
 
     def adjusted(self, scores: Scores, context: Context) -> Tensor:
         """Scores after the steps: of the tokens that have one, and of the EOS, one more token, where it has one."""
@@ -72,9 +86,18 @@ def weighing(
     settings: Weights, seed: int, tokenizer: Tokenizer, pairs: Sequence[Pair], centers: Centers | None
 ) -> Weighing:
     """How the scores of these pairs become weights; the EOS by its score where the file has it."""
-    # Where the EOS is set by hand, the file need not say.
-    eos_scores = settings.eos_weight == "auto" and hold_eos_scores(pair.row for pair in pairs)
-    return Weighing(settings.recipe(eos_scores), seed, tokenizer, centers)
+    eos_scores = hold_eos_scores(pair.row for pair in pairs)
+    return Weighing(settings.recipe(eos_scores), seed, tokenizer, centers, eos_scores)
+
+
+def doubts(chosen: Sequence[Tensor], rejected: Sequence[Tensor], final: bool) -> list[str]:
+    """What to look at before a training with these weights of all chosen and all rejected responses."""
+    if not any(weights.any() for weights in (*chosen, *rejected)):
+        return ["all weights are 0: nothing will be learned"]
+    mean = float(torch.cat(list(chosen)).double().mean()) if final else 1.0
+    if mean > 0:
+        return []
+    return [f"the mean weight of the chosen responses is {mean:.4g}: if these columns are scores, the sign is wrong"]
 
 
 def fit_centers(settings: Weights, pairs: Sequence[Pair], tokens: Sequence[tuple[int, int]]) -> Centers | None:

@@ -9,7 +9,16 @@ from pydantic import field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from tisdpo_cli.settings.fields import Group, NonNegativeInt, PathText, PositiveInt, Seed, group_of, meta, setting
+from tisdpo_cli.settings.fields import (
+    Group,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Seed,
+    group_of,
+    setting,
+    shapes_result,
+)
 from tisdpo_cli.settings.groups import (
     Checkpoints,
     Checks,
@@ -61,8 +70,15 @@ class Command(BaseSettings):
                 yield name, info, value
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that shape the result, by dotted name."""
-        return {name: value for name, info, value in self.leaves() if meta(info).get("shapes_result", True)}
+        """The settings that shape the result, by dotted name, as they are in force."""
+        made: dict[str, Any] = {}
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Group):
+                made.update({f"{name}.{inner}": set_to for inner, set_to in value.in_force().items()})
+            elif shapes_result(info):
+                made[name] = value
+        return made
 
     def with_values(self, values: Mapping[str, Any]) -> Command:
         """A copy in which some settings, by dotted name, have other values; nothing is checked again."""
@@ -266,6 +282,15 @@ class Estimate(Command):
         defaults = ("normal", "normal") if self.model is None else ("harmless", "harmful")
         chosen = (self.positive_template or defaults[0], self.negative_template or defaults[1])
         return dict(zip(CONTRAST, map(template_text, chosen), strict=True))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that shape the result, the templates by their text."""
+        texts = self.templates()
+        return {
+            **super().fingerprint(),
+            "positive_template": texts["forward"],
+            "negative_template": texts["reverse"],
+        }
 
     def models(self) -> dict[str, str]:
         """The option and the path of each side's model."""

@@ -54,10 +54,22 @@ def meta(info: FieldInfo) -> dict[str, Any]:
     return dict(extra) if isinstance(extra, dict) else {}
 
 
+def shapes_result(info: FieldInfo) -> bool:
+    """Whether another value of a setting may give another output."""
+    return bool(meta(info).get("shapes_result", True))
+
+
 class Group(BaseModel):
     """A nested group of settings. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+
+    def in_force(self) -> dict[str, Any]:
+        """What of the group shapes the result, by name, such that the same computation is always told the same.
+
+        A group in which a setting may be left out, and its default given, resolves it here.
+        """
+        return {name: getattr(self, name) for name, info in type(self).model_fields.items() if shapes_result(info)}
 
 
 def group_of(info: FieldInfo) -> type[Group] | None:

@@ -106,6 +106,11 @@ def _given(group: Group, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
+def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    left_out = set(names)
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
 _OBJECTIVE_PARAMS = {name: entry.params for name, entry in OBJECTIVES.items()}
 _TRANSFORM_PARAMS = {name: entry.params for name, entry in TRANSFORMS.items()}
 _STEP_PARAMS = {"steps": {name: step.param for name, step in STEPS.items()}}
@@ -122,6 +127,11 @@ class MethodChoice(Group):
     def objective(self) -> Loss:
         """The objective with its parameters."""
         return loss(self.loss, self.beta, _given(self, _uses(_OBJECTIVE_PARAMS)))
+
+    def in_force(self) -> dict[str, Any]:
+        """The objective with all its parameters, and no other's."""
+        how = self.objective()
+        return {**_without(super().in_force(), _uses(_OBJECTIVE_PARAMS)), **how.params}
 
     @model_validator(mode="after")
     def _makes_an_objective(self) -> MethodChoice:
@@ -264,6 +274,12 @@ class WeightChoice(Group):
             return final_recipe(eos)
         return recipe(self.transform, self.preset, self.params(), self.normalize, eos, self.steps())
 
+    def in_force(self) -> dict[str, Any]:
+        """The transform with all its parameters, whatever preset or default they come from."""
+        how = self.recipe(eos_scores=True)
+        plain = _without(super().in_force(), ["preset", *_uses(_TRANSFORM_PARAMS)])
+        return {**plain, "transform": how.transform, **how.params}
+
     def other_recipe(self, spec: str, eos_scores: bool) -> Recipe:
         """Another transform, or preset, with the same steps and the same treatment of the EOS.
 
@@ -292,7 +308,10 @@ class WeightChoice(Group):
         idle = [*made, *(["normalize"] if self.normalize != "none" else [])]
         if self.weights_are == "final" and idle:
             raise ValueError(f"final weights are taken as they are: leave out {', '.join(idle)}")
-        self.recipe(eos_scores=True)
+        idle_steps = self.recipe(eos_scores=True).idle_steps()
+        # A preset may stand in one place and the steps in another; training says so.
+        if idle_steps and (self.preset is None or self.transform is not None):
+            raise ValueError(f"{idle_steps}; leave the steps out, or choose another transform")
         return self
 
 
