@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from tisdpo_cli.scoring import TokenScorer, collate
 
 # In float32 two layouts of the same tokens differ by rounding alone, in nats per token.
 _TOLERANCE = 1e-4
-_SHORTEST = 8
+_SHORTEST, _SHORT = 8, 64
+# Where a configuration says from which length on attention or positions are others: windows, chunks, some ropes.
+_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
 
 
 def make_scorer(
@@ -77,9 +80,12 @@ def _cannot_share(model: nn.Module, longest: int) -> str | None:
     return None if worst <= _TOLERANCE else f"packed rows would be off by {worst:.1e} nats"
 
 
-def _probe(config: object, longest: int) -> list[tuple[list[int], list[list[int]]]]:
-    """Two pairs of arbitrary tokens, as long as real rows are: windows, chunks and some ropes begin late."""
-    length = max(_SHORTEST, longest)
+def _probe(config: Any, longest: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Two pairs of arbitrary tokens, as long as real rows are where a model changes its ways with the length."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, name, None) for name in _LIMITS] + [ropes.get(name) for name in _LIMITS]
+    late = any(isinstance(limit, int) and limit < longest for limit in limits)
+    length = max(_SHORTEST, longest if late else min(longest, _SHORT))
     generator = torch.Generator().manual_seed(0)
 
     def some(count: int) -> list[int]:
@@ -89,8 +95,8 @@ def _probe(config: object, longest: int) -> list[tuple[list[int], list[list[int]
     return [(some(half), [some(length - half), some(3)]), (some(2), [some(3), some(length - 2)])]
 
 
-def _ids(config: object) -> int:
-    return int(config.vocab_size)  # type: ignore[attr-defined]
+def _ids(config: Any) -> int:
+    return int(config.vocab_size)
 
 
 def _logps(scorer: TokenScorer, groups: Sequence[tuple[list[int], list[list[int]]]], packed: bool) -> Tensor:

@@ -101,6 +101,8 @@ class Trainer:
             self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
         )
         self.step = 0
+        # The gradients of the first update, taken while its loss is told as that of step 0; and the seconds it took.
+        self._ahead: tuple[Tensor, float] | None = None
 
     def train(
         self,
@@ -158,17 +160,18 @@ class Trainer:
         return record
 
     def _before(self) -> dict[str, Any]:
-        """Step 0: the objective on the first batch, before any update."""
+        """Step 0: the objective on the first batch, before any update. The first update goes on from there."""
+        began = time.perf_counter()
         batch = self.plan.batch(0)
-        sums = self._sums(self.task, batch, self.cutting)
-        if not torch.isfinite(sums[0]):
-            raise self._not_finite("loss", batch)
+        sums = self._backward(batch)
+        self._ahead = sums, time.perf_counter() - began
         return {"step": 0, "epoch": 0.0, **self._averages(self.task, sums, batch)}
 
     def _update(self) -> dict[str, Any]:
         began = time.perf_counter()
         batch = self.plan.batch(self.step)
-        sums = self._backward(batch)
+        sums, before = self._ahead or (self._backward(batch), 0.0)
+        self._ahead = None
         norm = self._clip(batch)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
@@ -177,7 +180,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         averages = self._averages(self.task, sums, batch)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began + before
         return {
             "step": self.step,
             "epoch": round(self.step / self.plan.batches_per_epoch, 4),

@@ -312,8 +312,8 @@ def _weighted_pairs(
         bad.append(made) if isinstance(made, BadRow) else weighted.append(made)
     for line in stop_or_skip(bad, len(kept), settings.data.on_bad_row):
         reporter.warn(line)
-    chosen = [pair.chosen_weights for pair in weighted if pair.chosen_weights is not None]
-    rejected = [pair.rejected_weights for pair in weighted if pair.rejected_weights is not None]
+    known = [pair.weights for pair in weighted if pair.weights is not None]
+    chosen, rejected = ([weights[side] for weights in known] for side in (0, 1))
     for line in doubts(chosen, rejected, how.recipe.final):
         reporter.warn(f"{split.path.name}: {line}")
     return weighted
