@@ -175,10 +175,9 @@ def test_attention_by_hand(monkeypatch, window, softcap, key_heads, block):
     monkeypatch.setattr(attention, "_BLOCK", block)
     heads, by_hand = random_heads(key_heads), random_heads(key_heads)
     groups = Groups(LENGTHS)
-    got = grouped_attention(*heads, groups, Rule(0.4, window, softcap))
+    got = attention._InBlocks.apply(*heads, groups, Rule(0.4, window, softcap))
     expected = attention_by_hand(*by_hand, LENGTHS, 0.4, window, softcap)
     assert torch.allclose(got, expected, atol=1e-12)
-    assert groups.calls == 1
     for values in (got, expected):
         (values * torch.arange(values.numel()).view(values.shape).cos()).sum().backward()
     for ours, theirs in zip(heads, by_hand, strict=True):
@@ -189,7 +188,9 @@ def test_attention_by_hand(monkeypatch, window, softcap, key_heads, block):
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_the_fused_kernel_agrees(window, key_heads):
     heads = random_heads(key_heads)
-    got = attention._fused(*heads, Groups(LENGTHS), Rule(0.4, window))
+    groups = Groups(LENGTHS)
+    got = grouped_attention(*heads, groups, Rule(0.4, window))
+    assert groups.calls == 1
     assert torch.allclose(got, attention_by_hand(*heads, LENGTHS, 0.4, window, None), atol=1e-12)
 
 

@@ -545,7 +545,7 @@ def test_a_profile_says_where_the_time_goes(world: Path, tmp_path: Path, updates
     )  # fmt: skip
     assert done.code == 0, done.err
     trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
-    assert any(event.get("name") == "_InBlocks" for event in trace["traceEvents"])
+    assert any(event.get("name") == "_HeadLogps" for event in trace["traceEvents"])
     table = (tmp_path / "profile" / "table.txt").read_text()
     assert "aten::mm" in table
     assert "Self CPU" in table

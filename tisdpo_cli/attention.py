@@ -16,7 +16,7 @@ from torch import Tensor
 
 # The keyword under which the groups of a packed row travel through a model to its attention.
 GROUPS = "tisdpo_groups"
-# Queries of a block on a CPU: its scores stay in the cache, and what lies after it is never multiplied.
+# Queries of a block: its scores stay in the cache, and what lies after it is never multiplied.
 _BLOCK = 128
 
 
@@ -81,8 +81,8 @@ class Rule:
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rule) -> Tensor:
     """Causal attention of a packed row, group by group.
 
-    On CPUs, and where scores are capped, in blocks of our own, which at the lengths of preference data are faster than
-    torch's fused kernel. Elsewhere by that kernel.
+    By torch's fused kernel; in blocks of our own where scores are capped, which it cannot, and in bf16 on CPUs, where it
+    takes longer.
 
     Args:
         query: [1, A, T, D].
@@ -99,7 +99,7 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups,
     if torch.is_autocast_enabled(kind):
         # Rotary positions leave queries and keys in float32, values in what autocast asks for.
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    if kind == "cpu" or rule.softcap is not None:
+    if rule.softcap is not None or (kind == "cpu" and query.dtype == torch.bfloat16):
         return _InBlocks.apply(query, key, value, groups, rule)
     return _fused(query, key, value, groups, rule)
 
@@ -201,10 +201,12 @@ class _Block(NamedTuple):
 
 
 def _blocks(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rule) -> Iterator[_Block]:
+    # Head after head once, or every product would copy its part.
+    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     like = query.new_empty(0, dtype=_wide(query))
     for branch in groups.branches():
-        k, v = (torch.cat([tensor[0, :, a:b] for a, b in branch.keys], dim=1) for tensor in (key, value))
+        k, v = (_joined(tensor[0], branch.keys) for tensor in (key, value))
         first, last = branch.queries
         before = k.shape[1] - (last - first)
         for begin in range(first, last, _BLOCK):
@@ -216,6 +218,12 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rul
             q = _by_key_head(query[0, :, begin:end], len(k))
             keys = _first(branch.keys, seen)
             yield _Block(begin, end, keys, q, k[:, :seen], v[:, :seen], mask, scaling, rule.softcap)
+
+
+def _joined(tensor: Tensor, parts: tuple[tuple[int, int], ...]) -> Tensor:
+    """The positions of these parts of [G, T, D]."""
+    pieces = [tensor[:, begin:end] for begin, end in parts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:

@@ -162,8 +162,9 @@ def plan_training(
     passes = len(cutting.split(plan.batch(0), costs, runtime.world)[0])
     note, warn = runtime.reporter.note, runtime.reporter.warn
     where = f" on each of {runtime.world} processes" if runtime.world > 1 else ""
+    each = f"{passes} forward pass{'es' if passes != 1 else ''} each{where}"
     note(
-        f"{plan.updates} updates of {min(size, plan.examples)} {unit} ({passes} forward passes each{where}), "
+        f"{plan.updates} updates of {min(size, plan.examples)} {unit} ({each}), "
         f"{plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {unit}"
     )
     if optim.warmup_steps >= plan.updates:
