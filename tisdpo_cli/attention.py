@@ -81,8 +81,8 @@ class Rule:
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rule) -> Tensor:
     """Causal attention of a packed row, group by group.
 
-    By torch's fused kernel; in blocks of our own where scores are capped, which it cannot, and in bf16 on CPUs, where it
-    takes longer.
+    By torch's fused kernel; in blocks of our own where scores are capped, which it cannot, and in bf16 on CPUs, where
+    it takes longer.
 
     Args:
         query: [1, A, T, D].
