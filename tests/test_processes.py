@@ -124,10 +124,10 @@ def test_pairs_that_do_not_divide_are_each_used_once(contrast: Path, tmp_path: P
 def test_steps_and_the_kl_term_are_the_same_on_two_processes(contrast: Path, tmp_path: Path) -> None:
     """Weights are made of the whole dataset, its mean included, on each process; the KL term is weighted too."""
     given = {**SHORT, "max_steps": 3, "model": contrast / "sft", "dataset": contrast / "scored", "alpha": 0.5}
-    given.update({"center": "dataset", "spans": "word", "dead_zone": 0.1, "decay": 0.95})
+    given.update({"center": "dataset", "spans": "word", "dead_zone": 0.1, "decay": 0.95, "micro_batch_size": 4})
     done = on_two("train", **given, output_dir=tmp_path / "two")
     assert done.code == 0, done.err
-    on_one("train", **given, output_dir=tmp_path / "one", micro_batch_size=4)
+    on_one("train", **given, output_dir=tmp_path / "one")
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
 

@@ -99,7 +99,7 @@ def test_pairs_are_encoded_and_cut_as_by_the_oracle(bos, keep):
         )
         cut_prompts += len(pair.prompt) < len(ids[0]) + (bos is not None)
         cut_responses += (not pair.chosen.has_eos) + (not pair.rejected.has_eos)
-        assert pair.tokens == 2 * len(pair.prompt) + len(pair.chosen.ids) + len(pair.rejected.ids)
+        assert pair.tokens == len(pair.prompt) + len(pair.chosen.ids) + len(pair.rejected.ids)
     assert (cuts.rows, cuts.cut_prompts, cuts.cut_responses) == (200, cut_prompts, cut_responses)
     assert cut_prompts
     assert cut_responses
