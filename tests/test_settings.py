@@ -27,13 +27,14 @@ NEEDED = {
     "forward": "f",
     "reverse": "r",
     "scored": "s",
+    "ref_model": "f",
 }
 
 
 def needed(command: str, *without: str) -> dict[str, str]:
     """Flags without which the command has nothing to work on."""
     paths = leaf_paths(COMMANDS[command])
-    optional = {"model"} if command == "estimate" else set()
+    optional = {"estimate": {"model"}, "evaluate": set()}.get(command, {"ref_model"})
     return {name: value for name, value in NEEDED.items() if name in paths and name not in optional.union(without)}
 
 

@@ -79,17 +79,18 @@ class Tokenizer:
         if found is None:
             # Some tokenizers drop the space of a token that comes first, so it is read behind a letter.
             letter = self.encode(["a"])[0]
-            alone, before, both = (self._decoded(ids) for ids in ([at], letter, [*letter, at]))
+            alone, before, both = (self.text(ids) for ids in ([at], letter, [*letter, at]))
             found = self._pieces[at] = both[len(before) :] if both.startswith(before) else alone
         return found
-
-    def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self.backend.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def labels(self, ids: Sequence[int]) -> list[str]:
         """Like `pieces`, with `⟨f09f⟩`, its bytes, for a token that holds a part of a character only."""
         pieces = zip(self.pieces(ids), self.token_bytes(ids), strict=True)
         return [f"⟨{part.hex()}⟩" if "\ufffd" in piece and part else piece for piece, part in pieces]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a sequence of tokens, special ones as they are written."""
+        return str(self.backend.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of each token, of parts of characters too; empty where the tokenizer does not say."""
@@ -119,6 +120,10 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     Raises:
         ModelError: there is none, or it has no end-of-sequence token.
     """
+    return describe_tokenizer(_backend(path, trust_remote_code), str(path))
+
+
+def _backend(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     _quiet()
@@ -132,7 +137,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
         ) from fault
     if len(backend.get_vocab()) <= len(backend.all_special_tokens):
         raise ModelError("no tokenizer files", where=str(path), fix="a model directory needs its tokenizer files")
-    return describe_tokenizer(backend, str(path))
+    return backend
 
 
 def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
@@ -181,7 +186,7 @@ def check_fit(
             where=str(path),
             fix="use the model's own tokenizer, or resize its embedding",
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(path, trust_remote_code)
     if positions is not None and max_length + template > positions:
         added = f" with the {template} tokens of a template" if template else ""
         raise UsageFault(
@@ -195,6 +200,11 @@ def shape_of(path: Path, trust_remote_code: bool = False) -> tuple[int, int]:
     """Layers and width of a model, by its configuration."""
     config = _config(path, trust_remote_code).get_text_config()
     return config.num_hidden_layers, config.hidden_size
+
+
+def positions_of(path: Path, trust_remote_code: bool = False) -> int | None:
+    """How many positions a model has, or None where its configuration sets no limit."""
+    return getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
 
 
 def _config(path: Path, trust_remote_code: bool) -> Any:
@@ -216,11 +226,33 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    _quiet()
     config = _config(path, trust_remote_code)
     kept = _dropout_off(config)
+    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, "name a causal language model")
+    model._tisdpo_dropout = kept
+    return model
+
+
+def load_reward_model(path: Path) -> tuple[nn.Module, Any]:
+    """Load a model that gives a text one number, with the checks of `load_model`, and its transformers tokenizer.
+
+    Raises:
+        ModelError: as in `load_model`; or it gives more numbers than one.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = _config(path, False)
+    if config.num_labels != 1:
+        raise ModelError(f"a reward model gives one number, this one {config.num_labels}", where=str(path))
+    _dropout_off(config)
+    wanted = "name a sequence classification model with one output"
+    return _load(AutoModelForSequenceClassification, path, config, False, wanted), _backend(path, False)
+
+
+def _load(kind: Any, path: Path, config: Any, trust_remote_code: bool, wanted: str) -> Any:
+    _quiet()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
@@ -232,9 +264,7 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
         )
     except Exception as fault:
         raise ModelError(
-            f"the model cannot be loaded: {_first_line(fault)}",
-            where=str(path),
-            fix="copy it again, or name a causal language model",
+            f"the model cannot be loaded: {_first_line(fault)}", where=str(path), fix=f"copy it again, or {wanted}"
         ) from fault
     _refuse_mismatched(info.get("mismatched_keys", ()), path)
     missing = sorted(info.get("missing_keys", ()))
@@ -242,14 +272,13 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
         raise ModelError(
             f"{len(missing)} tensors are missing from the weights, {missing[0]} first",
             where=str(path),
-            fix="copy the model again; it would train from random values",
+            fix="copy the model again; in their place would be random values",
         )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
                 f"tensor {name} holds NaN or infinity", where=str(path), fix="take an earlier checkpoint of it"
             )
-    model._tisdpo_dropout = kept
     return model.eval()
 
 

@@ -19,7 +19,7 @@ from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.cli.options import Common, command_function, spelled_out
 from tisdpo_cli.errors import DataError, Interrupted, LocalFault, TisdpoError
 from tisdpo_cli.files import write_text
-from tisdpo_cli.settings.commands import COMMANDS, Command, InspectWeights
+from tisdpo_cli.settings.commands import COMMANDS, Command, Evaluate, InspectWeights
 from tisdpo_cli.settings.sources import load, to_yaml
 from tisdpo_cli.text import visible
 
@@ -45,7 +45,9 @@ _EXAMPLES = {
     "inspect-weights": "tisdpo inspect-weights out/scored --index 3 --transform exp",
     "run": "tisdpo run --config examples/quickstart.yaml",
     "train-sft": "tisdpo train-sft --init -d pairs.jsonl -o out/sft",
+    "evaluate": "tisdpo evaluate -m out/tisdpo --baseline out/dpo --ref-model SFT -d DATA --samples samples.jsonl",
 }
+_NOT_OF_THE_METHOD = ("train-sft", "evaluate")
 
 
 def _prepare(command: type[Command], flags: dict[str, Any], common: Common) -> Command | None:
@@ -169,6 +171,18 @@ def _inspect(flags: dict[str, Any], common: Common) -> None:
         raise DataError(f"{len(failed)} checks failed: {', '.join(failed)}", where=settings.scored)
 
 
+def _evaluate(flags: dict[str, Any], common: Common) -> None:
+    settings = _prepare(COMMANDS["evaluate"], flags, common)
+    if settings is None:
+        return
+    assert isinstance(settings, Evaluate)
+    from tisdpo_cli.cli.evaluation import render
+    from tisdpo_cli.engine.evaluate import evaluate
+
+    found = evaluate(settings, _reporter())
+    _stdout(json.dumps(found.as_dict()) if common.as_json else render(found))
+
+
 def _run(flags: dict[str, Any], common: Common) -> None:
     settings = _prepare(COMMANDS["run"], flags, common)
     if settings is None:
@@ -261,11 +275,12 @@ def _register() -> None:
         "inspect-weights": _inspect,
         "run": _run,
         "train-sft": _make(_sft_engine, "train-sft"),
+        "evaluate": _evaluate,
     }
     for name, command in COMMANDS.items():
         positional = "scored" if name == "inspect-weights" else None
         function = command_function(command, bodies[name], positional)
-        panel = _AROUND if name == "train-sft" else _METHOD
+        panel = _AROUND if name in _NOT_OF_THE_METHOD else _METHOD
         app.command(name, help=command.__doc__, epilog=f"Example: {_EXAMPLES[name]}", rich_help_panel=panel)(function)
     app.command("env", help=_env.__doc__, rich_help_panel=_AROUND)(_env)
 

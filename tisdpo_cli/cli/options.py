@@ -28,6 +28,8 @@ _PANELS = (
     "Optimisation",
     "Memory",
     "Evaluation",
+    "Samples",
+    "Rewards",
     "View",
     "Checks",
     "Runtime",

@@ -7,9 +7,9 @@ from pathlib import Path
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.checkpoints import open_checkpoint
 from tisdpo_cli.data.reader import find_splits
-from tisdpo_cli.settings.commands import Command, Run
+from tisdpo_cli.settings.commands import Command, Evaluate, Run
 
-_MODELS = ("model", "ref_model", "forward", "reverse")
+_MODELS = ("model", "baseline", "ref_model", "forward", "reverse", "reward_model")
 _DATASETS = ("dataset", "scored")
 
 
@@ -31,6 +31,8 @@ def check(settings: Command) -> None:
     if checkpoints is not None and checkpoints.resume not in ("auto", "never"):
         open_checkpoint(Path(checkpoints.resume).expanduser())
     for name in _MODELS:
-        model = getattr(settings, name, None)
-        if model is not None:
-            locate_model(model, f"--{name.replace('_', '-')}", trust)
+        value = getattr(settings, name, None)
+        several = settings.models() if isinstance(settings, Evaluate) and name == "model" else [value]
+        for model in several:
+            if model is not None:
+                locate_model(model, f"--{name.replace('_', '-')}", trust and name != "reward_model")
