@@ -1,0 +1,302 @@
+"""The planted-reward experiment: does TIS-DPO find the tokens that matter, and does it help? One command, on a CPU.
+
+`python examples/planted/run.py --seeds 0,1,2` prints a table and draws reward against KL; `--json` prints one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from figures import Asked, agreement, ask, gate, read_asked, win_rate, write_asked
+from inventions import INVENTIONS
+from plot import curves
+from stages import Sizes, World
+
+from tisdpo_cli.engine.measures import between
+from tisdpo_cli.files import write_text
+from tisdpo_cli.models import load_model
+
+# What a seed is made again with where its starting model has not learned what good is, and how often.
+_NEXT_SEED, _TRIES = 1000, 3
+_GATE = 0.95
+_FLIP = 0.25
+
+# Steps and transforms tried on the scores of D: settings of `tisdpo train`.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "center position": {"center": "position"},
+    "dead zone 1": {"dead_zone": 1.0},
+    "decay 0.9": {"decay": 0.9},
+    "spans word": {"spans": "word"},
+    "normalize mean": {"normalize": "mean"},
+    "mu 0.5": {"mu": 0.5},
+    "rank_based": {"transform": "rank_based"},
+}
+
+# What must hold of the means over seeds: (figure, at least?, bound).
+EXPECTED = (
+    ("auc_d", True, 0.95),
+    ("auc_p", True, 0.95),
+    ("spearman_d", True, 0.60),
+    ("win_d", True, 0.65),
+    ("win_p", True, 0.72),
+    ("tis_minus_shuffled", True, 0.15),
+    ("win_random", True, 0.44),
+    ("win_random", False, 0.56),
+    ("win_wrong", False, 0.20),
+)
+
+
+def start(root: Path, seed: int, sizes: Sizes) -> tuple[World, float]:
+    """The first world of a seed whose starting model tells good from bad; and its AUC there.
+
+    Raises:
+        SystemExit: none of the tries has learned it.
+    """
+    for again in range(_TRIES + 1):
+        world = World(root / str(seed + again * _NEXT_SEED), seed + again * _NEXT_SEED, sizes)
+        world.make_sft()
+        found = gate(world)
+        if found > _GATE:
+            return world, found
+        print(f"seed {world.seed}: AUC of the prompt contrast {found:.3f}, made again", file=sys.stderr)
+    raise SystemExit(f"seed {seed}: the starting model has not learned what good is in {_TRIES + 1} tries")
+
+
+class Policies:
+    """The policies of a world, each trained and asked once."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sft = load_model(world.root / "sft")
+        self.start = ask(world, self.sft, self.sft)
+
+    def train(
+        self, name: str, command: str, data: Path, steps: Sequence[int] = (), **settings: Any
+    ) -> dict[int, Asked]:
+        """Train a policy and ask it after some updates, by default those after which policies are compared."""
+        name, steps = name.replace(" ", "-"), steps or [self.world.sizes.compared]
+        kept = self.world.root / f"{name}.json"
+        if not kept.is_file():
+            saved = {"max_steps": max(steps), "save_every": 2, "keep_checkpoints": max(steps)}
+            made = self.world.policy(command, name, data, **saved, **settings)
+            write_asked(kept, {step: ask(self.world, of, self.sft) for step, of in self.world.along(made, steps)})
+            self.world.forget(made)
+        return read_asked(kept)
+
+    def variants(self, scored: Path) -> dict[str, dict[int, Asked]]:
+        """Other weights from the same scores."""
+        sizes = self.world.sizes
+        steps = [step for step in sizes.asked if step <= sizes.compared]
+        made = {name: self.train(f"variant {name}", "train", scored, steps, **how) for name, how in VARIANTS.items()}
+        for name, weigh in INVENTIONS.items():
+            data = self.world.weighed(scored, name, weigh)
+            made[name] = self.train(f"variant {name}", "train", data, steps, weights_are="final")
+        return made
+
+
+def run_seed(root: Path, seed: int, sizes: Sizes, flips: Sequence[float], variants: bool) -> dict[str, Any]:
+    """All figures of a seed, and the points of its curves."""
+    began = time.time()
+    world, found = start(root, seed, sizes)
+    policies, steps = Policies(world), sizes.asked
+    pairs = world.make_pairs(_FLIP)
+    scored = {method: world.score(pairs, method) for method in "DPS"}
+    asked = {"DPO": policies.train("dpo", "train-dpo", pairs, steps)}
+    asked["DPO, lr × 2"] = policies.train("dpo lr2", "train-dpo", pairs, steps, learning_rate=2 * sizes.learning_rate)
+    for method, data in scored.items():
+        asked[f"TIS-DPO {method}"] = policies.train(f"tis {method}", "train", data, steps)
+    asked["D shuffled"] = policies.train("shuffled", "train", world.shuffled(scored["D"]), steps)
+    asked["random"] = policies.train("random", "train", scored["D"], transform="random")
+    asked |= policies.variants(scored["D"]) if variants else {}
+    return {
+        "seed": world.seed,
+        **_figures(world, asked, {m: agreement(scored[m]) for m in "DPS"}),
+        "auc_gate": found,
+        "win_wrong": _wrong_sign(world, policies),
+        "flips": {f"{100 * flip:.0f}": _noise(world, policies, flip) for flip in flips},
+        "curves": {name: _points(policies.start, steps) for name, steps in asked.items()},
+        "seconds": round(time.time() - began),
+    }
+
+
+def _points(start_: Asked, steps: Mapping[int, Asked]) -> list[tuple[float, float]]:
+    return [(0.0, start_.reward), *((of.kl, of.reward) for of in steps.values())]
+
+
+def _figures(
+    world: World, asked: Mapping[str, Mapping[int, Asked]], agreed: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    at = world.sizes.compared
+    dpo = asked["DPO"][at]
+    names = {
+        "d": "TIS-DPO D", "p": "TIS-DPO P", "s": "TIS-DPO S", "shuffled": "D shuffled", "random": "random",
+        "dpo_lr2": "DPO, lr × 2",
+    }  # fmt: skip
+    made: dict[str, Any] = {
+        f"{key}_{method.lower()}": value for method, of in agreed.items() for key, value in of.items()
+    }
+    made |= {f"win_{key}": win_rate(asked[name][at], dpo) for key, name in names.items()}
+    made["tis_minus_shuffled"] = made["win_d"] - made["win_shuffled"]
+    for name, steps in asked.items():
+        made[f"reward: {name}"], made[f"kl: {name}"] = steps[at].reward, steps[at].kl
+        made[f"win: {name}"] = win_rate(steps[at], dpo)
+        if len(steps) > 1:
+            made[f"at equal kl: {name}"] = _ahead(_points_of(steps), _points_of(asked["DPO"]))
+    return made
+
+
+def _points_of(steps: Mapping[int, Asked]) -> list[tuple[float, float]]:
+    return [(of.kl, of.reward) for of in steps.values()]
+
+
+def _ahead(ours: Sequence[tuple[float, float]], dpo: Sequence[tuple[float, float]]) -> float | None:
+    """Mean lead in reward over DPO at the KLs that both reach: at each policy of ours, DPO between its two policies."""
+    leads = [reward - there for kl, reward in ours if (there := between(dpo, kl)) is not None]
+    return statistics.fmean(leads) if leads else None
+
+
+def _wrong_sign(world: World, policies: Policies) -> float:
+    """Win rate of the wrong sign against DPO, both on clean labels."""
+    clean = world.make_pairs(0.0)
+    at = world.sizes.compared
+    dpo = policies.train("dpo clean", "train-dpo", clean)[at]
+    return win_rate(policies.train("wrong", "train", world.turned(world.score(clean, "D")))[at], dpo)
+
+
+def _noise(world: World, policies: Policies, flip: float) -> dict[str, float]:
+    """Rewards under label noise, and win rates against DPO under the same noise."""
+    pairs, at = world.make_pairs(flip), world.sizes.compared
+    mark = f"{100 * flip:.0f}"
+    dpo = policies.train(f"dpo {mark}", "train-dpo", pairs)[at]
+    made = {"reward dpo": dpo.reward}
+    for method in "DPS":
+        of = policies.train(f"tis {method} {mark}", "train", world.score(pairs, method))[at]
+        made |= {f"reward {method}": of.reward, f"win {method}": win_rate(of, dpo)}
+    return made
+
+
+# Telling ----------------------------------------------------------------------------------------------------------
+
+
+def means(seeds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of every figure over the seeds that have it."""
+    made = {}
+    for name in seeds[0]:
+        values = [seed[name] for seed in seeds if isinstance(seed[name], (int, float))]
+        if values and name not in ("seed", "seconds"):
+            made[name] = statistics.fmean(values)
+    return made
+
+
+def _spread(seeds: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [seed[name] for seed in seeds if isinstance(seed.get(name), (int, float))]
+    if not values:
+        return "–"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"
+
+
+def table(seeds: Sequence[Mapping[str, Any]], compared: int) -> str:
+    """What was found, as Markdown; ± is one standard error over seeds."""
+    used = ", ".join(str(seed["seed"]) for seed in seeds)
+    lines = [f"Seeds {used}. Held-out prompts, policies after {compared} updates, win rates against DPO there.", ""]
+    lines += [
+        "| scores | AUC, good against bad | rank correlation with the true reward | spread of r on neutral tokens |"
+    ]
+    lines += ["|---|---|---|---|"]
+    for method in "dps":
+        cells = [_spread(seeds, f"{name}_{method}") for name in ("auc", "spearman", "neutral")]
+        lines.append(f"| {method.upper()} | {' | '.join(cells)} |")
+    lines += ["", "| policy | reward | KL | win rate | lead over DPO at equal KL |", "|---|---|---|---|---|"]
+    for name in seeds[0]["curves"]:
+        cells = [_spread(seeds, f"{what}: {name}") for what in ("reward", "kl", "win", "at equal kl")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"Wrong sign, clean labels: win rate {_spread(seeds, 'win_wrong')}.", *_noise_table(seeds)]
+    return "\n".join(lines)
+
+
+def _noise_table(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not seeds[0]["flips"]:
+        return []
+    lines = ["", "| labels turned | DPO: reward | D: reward, win rate | P | S |", "|---|---|---|---|---|"]
+    for flip in seeds[0]["flips"]:
+        rows = [seed["flips"][flip] for seed in seeds]
+        cells = [", ".join(_spread(rows, f"{what} {m}") for what in ("reward", "win")) for m in "DPS"]
+        lines.append(f"| {flip} % | {_spread(rows, 'reward dpo')} | {' | '.join(cells)} |")
+    return lines
+
+
+def verdicts(found: Mapping[str, float], seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was expected and whether it is so; and what is not better."""
+    said = []
+    for name, at_least, bound in EXPECTED:
+        every = [seed[name] for seed in seeds]
+        # The contrasts must tell good from bad in every seed.
+        value = min(every) if name.startswith("auc") else found[name]
+        holds = value >= bound if at_least else value <= bound
+        said.append(
+            f"{'as expected' if holds else 'NOT AS EXPECTED'}: {name} {value:.3f} {'≥' if at_least else '≤'} {bound}"
+        )
+    for name in ("TIS-DPO D", "TIS-DPO P", "TIS-DPO S"):
+        lead = found.get(f"at equal kl: {name}")
+        if lead is not None:
+            said.append(
+                f"at equal KL {name} is {'better' if lead > 0 else 'not better'} than DPO: {lead:+.3f} in reward"
+            )
+    said.append(f"DPO with twice the learning rate wins {found['win_dpo_lr2']:.3f} against DPO, with no weights at all")
+    return said
+
+
+def picture(seeds: Sequence[Mapping[str, Any]]) -> str:
+    """Reward against KL: means over seeds, step by step."""
+    shown = [
+        name
+        for name, points in seeds[0]["curves"].items()
+        if len(points) > 2 and name not in {**VARIANTS, **INVENTIONS}
+    ]
+    of = {}
+    for name in shown:
+        by_step = zip(*(seed["curves"][name] for seed in seeds), strict=True)
+        of[name] = [tuple(statistics.fmean(axis) for axis in zip(*points, strict=True)) for points in by_step]
+    farthest = 1.5 * max(kl for kl, _ in of["DPO"])
+    return curves(of, "KL(policy ‖ SFT) of a response, nats", "true reward of a response", farthest)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the experiment and tell what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, with commas between them (0,1,2)")
+    parser.add_argument("--flip", default="", help="percentages of labels turned, for a table: 0,10,25,40")
+    parser.add_argument("--variants", action="store_true", help="try other weights too")
+    parser.add_argument("--output-dir", default="out/planted", help="where everything is kept (out/planted)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+    root, sizes = Path(given.output_dir), Sizes()
+    flips = [float(part) / 100 for part in given.flip.split(",") if part]
+    seeds = []
+    for seed in given.seeds.split(","):
+        seeds.append(run_seed(root, int(seed), sizes, flips, given.variants))
+        print(f"seed {seed}: {seeds[-1]['seconds']} s", file=sys.stderr)
+    found = means(seeds)
+    write_text(root / "reward_kl.svg", picture(seeds))
+    told = "\n".join([table(seeds, sizes.compared), "", *verdicts(found, seeds), f"plot: {root / 'reward_kl.svg'}"])
+    if given.json:
+        print(told, file=sys.stderr)
+        print(json.dumps({"means": found, "seeds": seeds}))
+    else:
+        print(told)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
