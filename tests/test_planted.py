@@ -16,6 +16,7 @@ sys.path.insert(0, str(PLANTED))
 import figures  # noqa: E402
 import language  # noqa: E402
 import plot  # noqa: E402
+import policies  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
 
@@ -79,7 +80,7 @@ def test_the_experiment_in_small(
         samples=40,
     )  # fmt: skip
     monkeypatch.setattr(run, "Sizes", lambda: small)
-    monkeypatch.setattr(run, "_GATE", 0.7)
+    monkeypatch.setattr(policies, "_GATE", 0.7)
     run.main(["--seeds", "0", "--json", "--output-dir", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
     wanted = {"auc_d", "auc_p", "spearman_d", "win_d", "win_p", "win_s", "win_shuffled", "win_random", "win_dpo_lr2"}

@@ -16,31 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
-from figures import Asked, agreement, ask, gate, read_asked, win_rate, write_asked
-from inventions import INVENTIONS
+from figures import Asked, agreement, win_rate
 from plot import curves
+from policies import FLIP, Policies, lead, spread, start
 from stages import Sizes, World
 
-from tisdpo_cli.engine.measures import between
 from tisdpo_cli.files import write_text
-from tisdpo_cli.models import load_model
-
-# What a seed is made again with where its starting model has not learned what good is, and how often.
-_NEXT_SEED, _TRIES = 1000, 3
-_GATE = 0.95
-_FLIP = 0.25
-
-# Steps and transforms tried on the scores of D: settings of `tisdpo train`.
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "center position": {"center": "position"},
-    "dead zone 1": {"dead_zone": 1.0},
-    "decay 0.9": {"decay": 0.9},
-    "spans word": {"spans": "word"},
-    "normalize mean": {"normalize": "mean"},
-    "mu 0.5": {"mu": 0.5},
-    "rank_based": {"transform": "rank_based"},
-}
 
 # What must hold of the means over seeds: (figure, at least?, bound).
 EXPECTED = (
@@ -56,60 +37,12 @@ EXPECTED = (
 )
 
 
-def start(root: Path, seed: int, sizes: Sizes) -> tuple[World, float]:
-    """The first world of a seed whose starting model tells good from bad; and its AUC there.
-
-    Raises:
-        SystemExit: none of the tries has learned it.
-    """
-    for again in range(_TRIES + 1):
-        world = World(root / str(seed + again * _NEXT_SEED), seed + again * _NEXT_SEED, sizes)
-        world.make_sft()
-        found = gate(world)
-        if found > _GATE:
-            return world, found
-        print(f"seed {world.seed}: AUC of the prompt contrast {found:.3f}, made again", file=sys.stderr)
-    raise SystemExit(f"seed {seed}: the starting model has not learned what good is in {_TRIES + 1} tries")
-
-
-class Policies:
-    """The policies of a world, each trained and asked once."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.sft = load_model(world.root / "sft")
-        self.start = ask(world, self.sft, self.sft)
-
-    def train(
-        self, name: str, command: str, data: Path, steps: Sequence[int] = (), **settings: Any
-    ) -> dict[int, Asked]:
-        """Train a policy and ask it after some updates, by default those after which policies are compared."""
-        name, steps = name.replace(" ", "-"), steps or [self.world.sizes.compared]
-        kept = self.world.root / f"{name}.json"
-        if not kept.is_file():
-            saved = {"max_steps": max(steps), "save_every": 2, "keep_checkpoints": max(steps)}
-            made = self.world.policy(command, name, data, **saved, **settings)
-            write_asked(kept, {step: ask(self.world, of, self.sft) for step, of in self.world.along(made, steps)})
-            self.world.forget(made)
-        return read_asked(kept)
-
-    def variants(self, scored: Path) -> dict[str, dict[int, Asked]]:
-        """Other weights from the same scores."""
-        sizes = self.world.sizes
-        steps = [step for step in sizes.asked if step <= sizes.compared]
-        made = {name: self.train(f"variant {name}", "train", scored, steps, **how) for name, how in VARIANTS.items()}
-        for name, weigh in INVENTIONS.items():
-            data = self.world.weighed(scored, name, weigh)
-            made[name] = self.train(f"variant {name}", "train", data, steps, weights_are="final")
-        return made
-
-
-def run_seed(root: Path, seed: int, sizes: Sizes, flips: Sequence[float], variants: bool) -> dict[str, Any]:
+def run_seed(root: Path, seed: int, sizes: Sizes, flips: Sequence[float]) -> dict[str, Any]:
     """All figures of a seed, and the points of its curves."""
     began = time.time()
     world, found = start(root, seed, sizes)
     policies, steps = Policies(world), sizes.asked
-    pairs = world.make_pairs(_FLIP)
+    pairs = world.make_pairs(FLIP)
     scored = {method: world.score(pairs, method) for method in "DPS"}
     asked = {"DPO": policies.train("dpo", "train-dpo", pairs, steps)}
     asked["DPO, lr × 2"] = policies.train("dpo lr2", "train-dpo", pairs, steps, learning_rate=2 * sizes.learning_rate)
@@ -117,7 +50,6 @@ def run_seed(root: Path, seed: int, sizes: Sizes, flips: Sequence[float], varian
         asked[f"TIS-DPO {method}"] = policies.train(f"tis {method}", "train", data, steps)
     asked["D shuffled"] = policies.train("shuffled", "train", world.shuffled(scored["D"]), steps)
     asked["random"] = policies.train("random", "train", scored["D"], transform="random")
-    asked |= policies.variants(scored["D"]) if variants else {}
     return {
         "seed": world.seed,
         **_figures(world, asked, {m: agreement(scored[m]) for m in "DPS"}),
@@ -151,18 +83,8 @@ def _figures(
         made[f"reward: {name}"], made[f"kl: {name}"] = steps[at].reward, steps[at].kl
         made[f"win: {name}"] = win_rate(steps[at], dpo)
         if len(steps) > 1:
-            made[f"at equal kl: {name}"] = _ahead(_points_of(steps), _points_of(asked["DPO"]))
+            made[f"at equal kl: {name}"] = lead(steps, asked["DPO"])
     return made
-
-
-def _points_of(steps: Mapping[int, Asked]) -> list[tuple[float, float]]:
-    return [(of.kl, of.reward) for of in steps.values()]
-
-
-def _ahead(ours: Sequence[tuple[float, float]], dpo: Sequence[tuple[float, float]]) -> float | None:
-    """Mean lead in reward over DPO at the KLs that both reach: at each policy of ours, DPO between its two policies."""
-    leads = [reward - there for kl, reward in ours if (there := between(dpo, kl)) is not None]
-    return statistics.fmean(leads) if leads else None
 
 
 def _wrong_sign(world: World, policies: Policies) -> float:
@@ -198,14 +120,6 @@ def means(seeds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return made
 
 
-def _spread(seeds: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = [seed[name] for seed in seeds if isinstance(seed.get(name), (int, float))]
-    if not values:
-        return "–"
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{error}"
-
-
 def table(seeds: Sequence[Mapping[str, Any]], compared: int) -> str:
     """What was found, as Markdown; ± is one standard error over seeds."""
     used = ", ".join(str(seed["seed"]) for seed in seeds)
@@ -215,13 +129,13 @@ def table(seeds: Sequence[Mapping[str, Any]], compared: int) -> str:
     ]
     lines += ["|---|---|---|---|"]
     for method in "dps":
-        cells = [_spread(seeds, f"{name}_{method}") for name in ("auc", "spearman", "neutral")]
+        cells = [spread(seeds, f"{name}_{method}") for name in ("auc", "spearman", "neutral")]
         lines.append(f"| {method.upper()} | {' | '.join(cells)} |")
     lines += ["", "| policy | reward | KL | win rate | lead over DPO at equal KL |", "|---|---|---|---|---|"]
     for name in seeds[0]["curves"]:
-        cells = [_spread(seeds, f"{what}: {name}") for what in ("reward", "kl", "win", "at equal kl")]
+        cells = [spread(seeds, f"{what}: {name}") for what in ("reward", "kl", "win", "at equal kl")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"Wrong sign, clean labels: win rate {_spread(seeds, 'win_wrong')}.", *_noise_table(seeds)]
+    lines += ["", f"Wrong sign, clean labels: win rate {spread(seeds, 'win_wrong')}.", *_noise_table(seeds)]
     return "\n".join(lines)
 
 
@@ -231,8 +145,8 @@ def _noise_table(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["", "| labels turned | DPO: reward | D: reward, win rate | P | S |", "|---|---|---|---|---|"]
     for flip in seeds[0]["flips"]:
         rows = [seed["flips"][flip] for seed in seeds]
-        cells = [", ".join(_spread(rows, f"{what} {m}") for what in ("reward", "win")) for m in "DPS"]
-        lines.append(f"| {flip} % | {_spread(rows, 'reward dpo')} | {' | '.join(cells)} |")
+        cells = [", ".join(spread(rows, f"{what} {m}") for what in ("reward", "win")) for m in "DPS"]
+        lines.append(f"| {flip} % | {spread(rows, 'reward dpo')} | {' | '.join(cells)} |")
     return lines
 
 
@@ -259,11 +173,7 @@ def verdicts(found: Mapping[str, float], seeds: Sequence[Mapping[str, Any]]) -> 
 
 def picture(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Reward against KL: means over seeds, step by step."""
-    shown = [
-        name
-        for name, points in seeds[0]["curves"].items()
-        if len(points) > 2 and name not in {**VARIANTS, **INVENTIONS}
-    ]
+    shown = [name for name, points in seeds[0]["curves"].items() if len(points) > 2]
     of = {}
     for name in shown:
         by_step = zip(*(seed["curves"][name] for seed in seeds), strict=True)
@@ -277,7 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2", help="seeds, with commas between them (0,1,2)")
     parser.add_argument("--flip", default="", help="percentages of labels turned, for a table: 0,10,25,40")
-    parser.add_argument("--variants", action="store_true", help="try other weights too")
     parser.add_argument("--output-dir", default="out/planted", help="where everything is kept (out/planted)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
@@ -285,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flips = [float(part) / 100 for part in given.flip.split(",") if part]
     seeds = []
     for seed in given.seeds.split(","):
-        seeds.append(run_seed(root, int(seed), sizes, flips, given.variants))
+        seeds.append(run_seed(root, int(seed), sizes, flips))
         print(f"seed {seed}: {seeds[-1]['seconds']} s", file=sys.stderr)
     found = means(seeds)
     write_text(root / "reward_kl.svg", picture(seeds))
@@ -298,5 +207,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()
