@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def rewards(responses: Sequence[Sequence[int]], ended: Sequence[bool]) -> Reward
     return Rewards(kind - (inside & ~grammatical).astype(int) - end.astype(int), kind)
 
 
-def tokenizer() -> object:
+def tokenizer() -> Any:
     """A transformers tokenizer with one token for each word of the language."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

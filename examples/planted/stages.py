@@ -76,7 +76,10 @@ class Sizes:
 
 @dataclass
 class World:
-    """The directory of a seed, its prompts, and what is done in it."""
+    """The directory of a seed, its prompts, and what is done in it.
+
+    The starting model knows all prompts; the held-out ones have no preferences.
+    """
 
     root: Path
     seed: int
@@ -119,7 +122,7 @@ class World:
         chance = random.Random(f"examples/{self.seed}")
         for _ in range(self.sizes.sft_examples):
             (mode,) = chance.choices(language.MODES, (40, 30, 30))
-            topics = chance.choice(self.trained)
+            topics = chance.choice([*self.trained, *self.held])
             said = " ".join(language.respond(mode, topics, chance))
             yield {"instruction": language.prompt_text(mode, topics), "output": said}
 
