@@ -19,6 +19,7 @@ import plot  # noqa: E402
 import policies  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
+import weights  # noqa: E402
 
 
 def worth(text: str, ended: bool = True) -> list[int]:
@@ -79,12 +80,16 @@ def test_the_experiment_in_small(
         sft_steps=500, sft_examples=16000, pairs=1200, held_pairs=120, contrast_steps=40, compared=12, asked=(6, 12),
         samples=40,
     )  # fmt: skip
-    monkeypatch.setattr(run, "Sizes", lambda: small)
+    for module in (run, weights):
+        monkeypatch.setattr(module, "Sizes", lambda: small)
     monkeypatch.setattr(policies, "_GATE", 0.7)
-    run.main(["--seeds", "0", "--json", "--output-dir", str(tmp_path)])
+    run.main(["--seeds", "0", "--flip", "40", "--json", "--output-dir", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
     wanted = {"auc_d", "auc_p", "spearman_d", "win_d", "win_p", "win_s", "win_shuffled", "win_random", "win_dpo_lr2"}
     assert wanted <= set(found["means"])
     assert wanted <= set(found["seeds"][0])
     assert found["means"]["auc_p"] > 0.7
+    assert {"reward dpo", "win D", "win P", "win S"} <= set(found["seeds"][0]["flips"]["40"])
+    weights.main(["--seeds", "0", "--only", "exp, dead zone 1; size of r", "--output-dir", str(tmp_path)])
+    assert capsys.readouterr().out.count("of 1 |") == 2
     assert (tmp_path / "reward_kl.svg").read_text().startswith("<svg")

@@ -239,7 +239,9 @@ _SIDES = {"positive": "praise", "negative": "blame"}
 def new_model(folder: Path, seed: int) -> None:
     """A random Llama of 2 layers, width 64, with the tokenizer of the language."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(language.VOCABULARY), hidden_size=64, intermediate_size=172, num_hidden_layers=2,
