@@ -77,8 +77,8 @@ def test_the_experiment_in_small(
 ) -> None:
     """The same code with fewer steps: the scores find the words, and everything promised is in the object."""
     small = stages.Sizes(
-        sft_steps=500, sft_examples=16000, pairs=1200, held_pairs=120, contrast_steps=40, compared=12, asked=(6, 12),
-        samples=40,
+        sft_steps=400, sft_examples=12800, pairs=400, held_pairs=80, contrast_steps=16, compared=8, asked=(4, 8),
+        samples=20,
     )  # fmt: skip
     for module in (run, weights):
         monkeypatch.setattr(module, "Sizes", lambda: small)
