@@ -46,7 +46,7 @@ _PAIRS = {
     "batch_size": 64,
     "micro_batch_size": 64,
     # Without a warm-up the first steps of Adam are kicks that leave offsets on neutral tokens.
-    "warmup_steps": 15,
+    "warmup_steps": 10,
     "eval_pairs": 0,
     "max_length": 64,
     "max_prompt_length": 32,
@@ -69,7 +69,7 @@ class Sizes:
     held_pairs: int = 600
     contrast_steps: int = 124
     compared: int = 46
-    asked: tuple[int, ...] = (6, 12, 18, 24, 34, 46, 68, 92)
+    asked: tuple[int, ...] = (12, 24, 34, 46, 68, 92)
     samples: int = 256
     learning_rate: float = 3e-4
 
@@ -115,7 +115,7 @@ class World:
         return self.do(
             "train-sft", "sft", model=new, dataset=data, instruction_template="{instruction}", max_length=64,
             max_prompt_length=32, batch_size=64, micro_batch_size=64, learning_rate=5e-3, warmup_steps=100,
-            lr_scheduler="cosine", max_steps=self.sizes.sft_steps,
+            max_steps=self.sizes.sft_steps,
         )  # fmt: skip
 
     def _examples(self) -> Iterator[dict[str, str]]:
