@@ -85,10 +85,10 @@ def ask(world: World, policy: nn.Module, sft: nn.Module) -> Asked:
     prompts = [language.prompt_text("plain", topics) for topics in world.held for _ in range(world.sizes.samples)]
     said = sample_from(policy, prompts, f"held/{world.seed}")
     eos, pad = language.ID[language.EOS], language.ID[language.PAD]
-    rows = [([language.ID[w] for w in p.split()], s.scored(eos)) for p, s in zip(prompts, said, strict=True)]
+    rows = [([language.ID[w] for w in p.split()], [s.scored(eos)]) for p, s in zip(prompts, said, strict=True)]
     total = 0.0
     for start in range(0, len(rows), 1024):
-        batch = collate(rows[start : start + 1024], pad)
+        batch = collate(rows[start : start + 1024], pad, packed=False)
         with torch.inference_mode():
             kl = compare(TokenScorer(policy), TokenScorer(sft), batch, "policy||reference").kl
         assert kl is not None

@@ -23,7 +23,7 @@ from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.errors import LocalFault
 from tisdpo_cli.losses import response_sums
 from tisdpo_cli.models import Tokenizer, load_model
-from tisdpo_cli.scoring import TokenScorer, collate, compare
+from tisdpo_cli.scoring import TokenScorer, compare, lay_out
 from tisdpo_cli.settings.commands import Evaluate
 
 _KL = "policy||reference"
@@ -119,7 +119,7 @@ def _compared(
     found: dict[int, tuple[float, float, float]] = {}
     for start in range(0, len(order), task.settings.batch_size):
         some = order[start : start + task.settings.batch_size]
-        batch = collate([rows[i] for i in some], task.tokenizer.pad).to(task.runtime.device)
+        batch = lay_out(policy, [(rows[i][0], [rows[i][1]]) for i in some], task.tokenizer.pad)
         with torch.inference_mode():
             compared = compare(policy, reference, batch, _KL)
             assert compared.kl is not None
