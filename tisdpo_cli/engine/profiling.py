@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,9 @@ def profiled(directory: Path | None, updates: int) -> Iterator[Callable[[], None
         write_text(directory / TABLE, found.key_averages().table(sort_by=order, row_limit=_ROWS) + "\n")
 
     before = min(1, updates - 1)
-    times = schedule(wait=0, warmup=before, active=min(_UPDATES, updates - before), repeat=1)
+    with warnings.catch_warnings():
+        # Torch warns of a profile without a warm-up, which a single update leaves no room for.
+        warnings.simplefilter("ignore")
+        times = schedule(wait=0, warmup=before, active=min(_UPDATES, updates - before), repeat=1)
     with profile(schedule=times, on_trace_ready=write, profile_memory=True) as running:
         yield running.step
