@@ -490,7 +490,7 @@ def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored dataset whose every text fights back, with the world's tokenizer beside it."""
     from tisdpo_cli.data.reader import Row
     from tisdpo_cli.data.scored import Scores, scored_columns
-    from tisdpo_cli.models import load_tokenizer
+    from tisdpo_cli.tokenizer import load_tokenizer
 
     path = tmp_path_factory.mktemp("hostile") / "scored"
     tokenizer = load_tokenizer(world / "sft")

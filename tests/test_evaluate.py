@@ -18,9 +18,10 @@ from tisdpo_cli.engine.generation import Sampling, chances, left_padded, pick, s
 from tisdpo_cli.engine.measures import between, bootstrap, duel, mean, perplexity, ratio, repetition, sign_test
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.errors import DataError, ModelError, TisdpoError, UsageFault
-from tisdpo_cli.models import load_model, load_reward_model, load_tokenizer
+from tisdpo_cli.models import load_model, load_reward_model
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
+from tisdpo_cli.tokenizer import load_tokenizer
 
 SMALL = {"sample_prompts": "6", "max_new_tokens": "12", "eval_pairs": "8"}
 

@@ -20,8 +20,8 @@ from tisdpo_cli.data import tokens as tokens_module
 from tisdpo_cli.data.tokens import shared_characters
 from tisdpo_cli.engine.statistics import mean_ranks
 from tisdpo_cli.facts import Scale
-from tisdpo_cli.models import load_tokenizer
 from tisdpo_cli.text import glyphs
+from tisdpo_cli.tokenizer import load_tokenizer
 
 SIDES = ("chosen", "rejected")
 # r of the token at a position of a response of so many tokens: (row, side, token id, position, tokens) to nats.

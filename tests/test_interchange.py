@@ -17,8 +17,8 @@ import torch
 from conftest import Done, read_jsonl, run_here, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from tisdpo_cli.models import load_tokenizer
 from tisdpo_cli.steps import spans_of
+from tisdpo_cli.tokenizer import load_tokenizer
 
 SIDES = ("chosen", "rejected")
 FIELDS = ("prompt", "chosen", "rejected", "chosen_weight", "rejected_weight")

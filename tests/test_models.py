@@ -19,9 +19,10 @@ from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.preflight import check
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.errors import TisdpoError, UsageFault
-from tisdpo_cli.models import describe_tokenizer, load_model, load_tokenizer
+from tisdpo_cli.models import load_model
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
+from tisdpo_cli.tokenizer import describe_tokenizer, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 NORM = "model.norm.weight"

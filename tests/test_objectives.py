@@ -15,7 +15,7 @@ from conftest import Done, Listener, read_jsonl, run_here, write_jsonl
 import tisdpo_cli
 from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.errors import Interrupted
-from tisdpo_cli.settings.commands import TrainDpo
+from tisdpo_cli.settings.training import TrainDpo
 
 SHORT = ("--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "0")
 LOSSES = [

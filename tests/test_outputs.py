@@ -19,7 +19,8 @@ from tisdpo_cli.engine.sft import train_sft
 from tisdpo_cli.engine.training import Made
 from tisdpo_cli.errors import ModelError, TisdpoError, TrainingError, UsageFault
 from tisdpo_cli.outputs import claim
-from tisdpo_cli.settings.commands import Estimate, InspectWeights, TrainDpo, TrainReverse, TrainSft
+from tisdpo_cli.settings.asking import Estimate, InspectWeights
+from tisdpo_cli.settings.training import TrainDpo, TrainReverse, TrainSft
 
 
 def dpo(world: Path, out: Path, kind: type = TrainDpo, **flat: Any) -> Made:

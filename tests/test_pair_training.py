@@ -16,7 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
 from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Trainer
-from tisdpo_cli.engine.pairs import PairTask, WeightedPair, _check_step0
+from tisdpo_cli.engine.objective import PairTask, WeightedPair
+from tisdpo_cli.engine.pairs import _check_step0
 from tisdpo_cli.engine.plan import Microbatching, Plan, learning_rate, make_plan, microbatching
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.runtime import Runtime, StopRequest

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from tisdpo_cli.data.tokens import Frame
 from tisdpo_cli.engine import estimate as engine
 from tisdpo_cli.errors import UsageFault
-from tisdpo_cli.models import check_fit, load_tokenizer
-from tisdpo_cli.settings.commands import Estimate
+from tisdpo_cli.models import check_fit
+from tisdpo_cli.settings.asking import Estimate
+from tisdpo_cli.tokenizer import load_tokenizer
 
 BEFORE, AFTER = "Be <|endoftext|> kind.\n", "\nThink."
 

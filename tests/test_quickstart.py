@@ -11,7 +11,7 @@ import pytest
 from conftest import run_tisdpo
 
 from tisdpo_cli.data.reader import Row, read_rows
-from tisdpo_cli.models import load_tokenizer
+from tisdpo_cli.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 EXAMPLES = REPOSITORY / "examples"

@@ -348,7 +348,7 @@ def test_cut_prompts_and_responses_are_counted(write: Write) -> None:
 
 @pytest.mark.parametrize("text", ["a<|endoftext|>b", "<|pad|>", "x</s><|im_end|>[INST]"])
 def test_text_that_spells_a_special_token_stays_text(world: Path, text: str) -> None:
-    from tisdpo_cli.models import load_tokenizer
+    from tisdpo_cli.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(world / "sft")
     (ids,) = tokenizer.encode([text])

@@ -22,10 +22,10 @@ from conftest import pair_rows, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.engine.inspect import inspect_weights
 from tisdpo_cli.facts import Inspection
-from tisdpo_cli.models import load_tokenizer
 from tisdpo_cli.report.page import page
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
+from tisdpo_cli.tokenizer import load_tokenizer
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = (

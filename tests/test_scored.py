@@ -208,7 +208,7 @@ def test_estimate_keeps_rows_columns_and_order(contrast: Path) -> None:
 
 
 def test_estimate_scores_every_token_and_the_eos(contrast: Path) -> None:
-    from tisdpo_cli.models import load_tokenizer
+    from tisdpo_cli.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(contrast / "scored")
     for made in read_rows(contrast / "scored" / "train.jsonl"):

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tisdpo_cli import params, steps, templates
 from tisdpo_cli.data import tokens
-from tisdpo_cli.models import describe_tokenizer, make_tokenizer
 from tisdpo_cli.steps import STEPS, Centers, Context, apply_steps, centers_of, spans_of
+from tisdpo_cli.tokenizer import describe_tokenizer, make_tokenizer
 from tisdpo_cli.weights import TRANSFORMS, Stream, recipe, response_weights
 
 CENTERS = Centers(0.5, (1.0, -1.0), 0.25)

@@ -16,7 +16,7 @@ import pytest
 from conftest import write_jsonl
 from rich.cells import cell_len
 
-from tisdpo_cli.models import load_tokenizer
+from tisdpo_cli.tokenizer import load_tokenizer
 
 WIDE = " 你好，世界。再见！ ok 👍🏽"
 ARABIC = " مرحبا كيف حالك اليوم"

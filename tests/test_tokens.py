@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, Vocabulary, cut, encode_pairs
 from tisdpo_cli.errors import ModelError
-from tisdpo_cli.models import describe_tokenizer, load_tokenizer, make_model, make_tokenizer, save_model
+from tisdpo_cli.models import make_model, save_model
+from tisdpo_cli.tokenizer import describe_tokenizer, load_tokenizer, make_tokenizer
 
 BOS, EOS = 100, 101
 

@@ -20,15 +20,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, encode_pairs
 from tisdpo_cli.engine.loop import Keeping, Schedule, Trainer
-from tisdpo_cli.engine.pairs import PairTask, WeightedPair
+from tisdpo_cli.engine.objective import PairTask, WeightedPair
 from tisdpo_cli.engine.plan import Microbatching, Plan
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.engine.runtime import Runtime, StopRequest
 from tisdpo_cli.engine.splits import vocabulary_of
 from tisdpo_cli.losses import loss
-from tisdpo_cli.models import Tokenizer, describe_tokenizer, make_model, make_tokenizer
+from tisdpo_cli.models import make_model
 from tisdpo_cli.outputs import read_metrics
 from tisdpo_cli.scoring import TokenScorer
+from tisdpo_cli.tokenizer import Tokenizer, describe_tokenizer, make_tokenizer
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

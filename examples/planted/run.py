@@ -21,6 +21,7 @@ from plot import curves
 from policies import FLIP, Policies, lead, spread, start
 from stages import Sizes, World
 
+from tisdpo_cli.errors import TisdpoError
 from tisdpo_cli.files import write_text
 
 # What must hold of the means over seeds: (figure, at least?, bound).
@@ -209,4 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TisdpoError as fault:
+        sys.exit(f"error: {fault}")

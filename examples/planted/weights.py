@@ -18,6 +18,8 @@ from inventions import INVENTIONS
 from policies import FLIP, Policies, lead, spread, start
 from stages import Sizes
 
+from tisdpo_cli.errors import TisdpoError
+
 # Settings of `tisdpo train` on the scores of D.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "exp": {},
@@ -81,4 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TisdpoError as fault:
+        sys.exit(f"error: {fault}")

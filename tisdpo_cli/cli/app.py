@@ -19,7 +19,9 @@ from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.cli.options import Common, command_function, spelled_out
 from tisdpo_cli.errors import DataError, Interrupted, LocalFault, TisdpoError
 from tisdpo_cli.files import write_text
-from tisdpo_cli.settings.commands import COMMANDS, Command, Evaluate, InspectWeights
+from tisdpo_cli.settings.asking import Evaluate, InspectWeights
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load, to_yaml
 from tisdpo_cli.text import visible
 

@@ -13,7 +13,8 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from tisdpo_cli.settings.commands import Command, leaf_paths
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import leaf_paths
 from tisdpo_cli.settings.fields import meta
 from tisdpo_cli.settings.names import second_names
 

@@ -22,9 +22,10 @@ from tisdpo_cli.engine.reporter import Progress
 from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.errors import LocalFault
 from tisdpo_cli.losses import response_sums
-from tisdpo_cli.models import Tokenizer, load_model
+from tisdpo_cli.models import load_model
 from tisdpo_cli.scoring import TokenScorer, compare, lay_out
-from tisdpo_cli.settings.commands import Evaluate
+from tisdpo_cli.settings.asking import Evaluate
+from tisdpo_cli.tokenizer import Tokenizer
 
 _KL = "policy||reference"
 

@@ -14,7 +14,7 @@ from tisdpo_cli.engine.statistics import mean_ranks
 from tisdpo_cli.engine.weighed import Weighed, WeighedSplit, read_weighed
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.facts import Comparison, Differing
-from tisdpo_cli.settings.commands import InspectWeights
+from tisdpo_cli.settings.asking import InspectWeights
 from tisdpo_cli.settings.groups import is_recipe
 
 # Closer to neutral than this is neutral: float32 rounding is no opinion.

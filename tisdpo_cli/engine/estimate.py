@@ -33,12 +33,13 @@ from tisdpo_cli.engine.splits import Split, limits_of, read_split
 from tisdpo_cli.engine.training import Made, claim_output, describe, finished
 from tisdpo_cli.errors import Interrupted, LocalFault, ModelError
 from tisdpo_cli.files import PARTIAL, sha256, sync, told_when_unwritable, write_json
-from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer
+from tisdpo_cli.models import check_fit, load_model
 from tisdpo_cli.outputs import Output, settle_permissions, versions
 from tisdpo_cli.scoring import TokenScorer, lay_out, score
-from tisdpo_cli.settings.commands import CONTRAST, Estimate
+from tisdpo_cli.settings.asking import CONTRAST, Estimate
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.templates import around
+from tisdpo_cli.tokenizer import Tokenizer, load_tokenizer
 
 # Batches in a part: what an interruption costs at most, for each model.
 _BATCHES_PER_PART = 16

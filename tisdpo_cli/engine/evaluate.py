@@ -24,9 +24,10 @@ from tisdpo_cli.engine.runtime import Runtime, autocast_dtype
 from tisdpo_cli.engine.splits import read_split, trainable
 from tisdpo_cli.errors import ModelError, UsageFault
 from tisdpo_cli.files import sha256, write_text
-from tisdpo_cli.models import Tokenizer, check_fit, load_tokenizer, positions_of
+from tisdpo_cli.models import check_fit, positions_of
 from tisdpo_cli.outputs import versions
-from tisdpo_cli.settings.commands import Evaluate
+from tisdpo_cli.settings.asking import Evaluate
+from tisdpo_cli.tokenizer import Tokenizer, load_tokenizer
 
 
 def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:

@@ -29,7 +29,7 @@ from tisdpo_cli.engine.weighed import Weighed, WeighedPair, WeighedSplit, manife
 from tisdpo_cli.errors import UsageFault
 from tisdpo_cli.facts import Inspection, PairView, ResponseFacts, Token
 from tisdpo_cli.outputs import versions
-from tisdpo_cli.settings.commands import InspectWeights
+from tisdpo_cli.settings.asking import InspectWeights
 from tisdpo_cli.weights import Recipe, Side, Stream, transform_scores
 
 # Pairs in a report, unless a limit is given: a page that opens at once.

@@ -13,7 +13,10 @@ from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.engine.sft import train_sft
 from tisdpo_cli.engine.training import Made
 from tisdpo_cli.facts import Inspection
-from tisdpo_cli.settings.commands import Command, Estimate, Run, TrainPairs, TrainSft
+from tisdpo_cli.settings.asking import Estimate
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import Run
+from tisdpo_cli.settings.training import TrainPairs, TrainSft
 
 _TITLES = {
     "train_sft": "starting model (SFT)",

@@ -7,7 +7,9 @@ from pathlib import Path
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.checkpoints import open_checkpoint
 from tisdpo_cli.data.reader import find_splits
-from tisdpo_cli.settings.commands import Command, Evaluate, Run
+from tisdpo_cli.settings.asking import Evaluate
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import Run
 
 _MODELS = ("model", "baseline", "ref_model", "forward", "reverse", "reward_model")
 _DATASETS = ("dataset", "scored")

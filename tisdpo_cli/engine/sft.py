@@ -30,9 +30,10 @@ from tisdpo_cli.engine.training import (
     with_token_budget,
 )
 from tisdpo_cli.errors import DataError
-from tisdpo_cli.models import Tokenizer, check_fit, load_model, load_tokenizer, make_model, make_tokenizer
+from tisdpo_cli.models import check_fit, load_model, make_model
 from tisdpo_cli.scoring import lay_out, score
-from tisdpo_cli.settings.commands import TrainSft
+from tisdpo_cli.settings.training import TrainSft
+from tisdpo_cli.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
 from tisdpo_cli.data.tokens import EncodedPair, Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError
-from tisdpo_cli.models import Tokenizer
 from tisdpo_cli.settings.groups import Data, Reading
+from tisdpo_cli.tokenizer import Tokenizer
 
 
 @dataclass

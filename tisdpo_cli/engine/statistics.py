@@ -15,8 +15,8 @@ from tisdpo_cli.data.scored import SIDES
 from tisdpo_cli.engine.weighed import Weighed, WeighedSplit
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.facts import Check, Example, Histogram, Scale, Separation, SideSummary, TokenSummary
-from tisdpo_cli.models import Tokenizer
 from tisdpo_cli.settings.groups import Checks
+from tisdpo_cli.tokenizer import Tokenizer
 
 _CURVE_BINS = 24
 _HISTOGRAM_BINS = 24

@@ -17,12 +17,16 @@ from tisdpo_cli.engine.plan import Microbatching, Plan, make_plan, microbatching
 from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.errors import Interrupted, UsageFault
 from tisdpo_cli.files import sha256, told_when_unwritable
-from tisdpo_cli.models import Tokenizer, save_model, shape_of
+from tisdpo_cli.models import save_model, shape_of
 from tisdpo_cli.outputs import METRICS_FILE, Output, claim, settle_permissions
 from tisdpo_cli.scoring import TokenScorer
-from tisdpo_cli.settings.commands import COMMANDS, Command, Estimate, TrainPairs, TrainSft
+from tisdpo_cli.settings.asking import Estimate
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
+from tisdpo_cli.settings.training import TrainPairs, TrainSft
+from tisdpo_cli.tokenizer import Tokenizer
 
 Trainable = TypeVar("Trainable", TrainPairs, TrainSft)
 

@@ -26,9 +26,9 @@ from tisdpo_cli.data.scored import (
 from tisdpo_cli.engine.splits import columns_of
 from tisdpo_cli.engine.weighing import Weighing, fit_centers, known, weighing
 from tisdpo_cli.errors import UsageFault
-from tisdpo_cli.models import Tokenizer, load_tokenizer
-from tisdpo_cli.settings.commands import InspectWeights
+from tisdpo_cli.settings.asking import InspectWeights
 from tisdpo_cli.steps import Centers, Context
+from tisdpo_cli.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.weights import Recipe, Side, clipped
 
 

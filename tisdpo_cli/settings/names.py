@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from tisdpo_cli.settings.commands import STAGES, Command, Run, leaf_paths
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import STAGES, Run, leaf_paths
 from tisdpo_cli.settings.fields import meta
 
 # Settings of stages that `run` decides, so that they cannot stand at its top.

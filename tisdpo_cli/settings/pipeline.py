@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.settings.commands import STAGES, Stages, TrainSft
+from tisdpo_cli.settings.commands import STAGES, Stages
 from tisdpo_cli.settings.names import resolve
+from tisdpo_cli.settings.training import TrainSft
 
 
 @dataclass(frozen=True)

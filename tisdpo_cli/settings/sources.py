@@ -15,7 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from tisdpo_cli.errors import UsageFault
-from tisdpo_cli.settings.commands import COMMANDS, STAGES, Command, Run, Stages, leaf_paths
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import COMMANDS, STAGES, Run, Stages, leaf_paths
 from tisdpo_cli.settings.fields import group_of
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.pipeline import Layer, planned, stage_layer, wiring
