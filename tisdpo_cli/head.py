@@ -44,7 +44,9 @@ class PlainHead:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Keeps the hidden states and one number a token; logits are made again in the backward pass."""
+    """Keeps the hidden states and one number a token; logits are made again in the backward pass, unless one chunk
+    holds all: then they are kept, for they would be held at once there too.
+    """
 
     @staticmethod
     def forward(
@@ -54,12 +56,13 @@ class _HeadLogps(torch.autograd.Function):
             used = _Used(hidden, weight, bias, head, dtype)
             logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
             normalisers = torch.empty_like(logps)
-            for rows in used.chunks():
+            chunks = used.chunks()
+            for rows in chunks:
                 logits = used.logits(rows)
                 torch.logsumexp(logits, -1, out=normalisers[rows])
                 torch.sub(logits.gather(1, targets[rows, None])[:, 0], normalisers[rows], out=logps[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.head, ctx.dtype = head, dtype
+        ctx.head, ctx.dtype, ctx.logits = head, dtype, logits if len(chunks) == 1 else None
         return logps
 
     @staticmethod
@@ -71,7 +74,9 @@ class _HeadLogps(torch.autograd.Function):
             of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
             for rows in used.chunks():
-                of_logits = used.gradient(rows, targets[rows], normalisers[rows], grads[0][rows])
+                # They are changed in place: a second backward pass makes them again.
+                logits, ctx.logits = used.logits(rows) if ctx.logits is None else ctx.logits, None
+                of_logits = used.gradient(logits, targets[rows], normalisers[rows], grads[0][rows])
                 if of_bias is not None:
                     of_bias += of_logits.sum(0)
                 low = of_logits.to(ctx.dtype)
@@ -89,12 +94,12 @@ class _Used:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlainHead, dtype: Any) -> None:
         self.hidden, self.weight, self.bias, self.head = hidden.to(dtype), weight.to(dtype), bias, head
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self) -> list[slice]:
         total, rows = len(self.hidden), max(_CHUNK_ROWS, _CHUNK_LOGITS // len(self.weight))
         # Of like size: a matrix product of few rows takes another path, and other rounding.
         count = max(1, -(-total // rows))
         cuts = [total * i // count for i in range(count + 1)]
-        return (slice(a, b) for a, b in pairwise(cuts))
+        return [slice(a, b) for a, b in pairwise(cuts)]
 
     def logits(self, rows: slice) -> Tensor:
         """Logits [n, V] float32."""
@@ -107,9 +112,9 @@ class _Used:
             logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return logits
 
-    def gradient(self, rows: slice, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
-        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]."""
-        logits, softcap = self.logits(rows), self.head.softcap
+    def gradient(self, logits: Tensor, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
+        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]; in place of the logits."""
+        softcap = self.head.softcap
         slope = None if softcap is None else 1 - (logits / softcap).square_()
         # d log p(target) / d logits = onehot − softmax.
         made = logits.sub_(normalisers[:, None]).exp_().mul_(-grad[:, None])
