@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from common import answer, compared, in_processes, make_model, measured, parser, prepare, table
-from sides import score_dense, score_here
+from sides import import_here, score_dense, score_here
 
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run; all scores, one after the other."""
     folders = [asked.where / "model", asked.where / "other"]
     if asked.worker == "tisdpo":
-        import tisdpo_cli.engine.estimate  # noqa: F401
-
+        import_here()
         with measured(record):
             path = score_here(asked.where, *folders)
         rows = [json.loads(line) for line in (path / "train.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from common import answer, compared, in_processes, measured, parser, prepare, table
-from sides import out, score_dense, score_here, train_here, trl_trainer
+from sides import import_here, out, score_dense, score_here, train_here, trl_trainer
 
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run."""
     if asked.worker == "tisdpo":
-        import tisdpo_cli.engine.estimate
-        import tisdpo_cli.engine.pairs  # noqa: F401
-
+        import_here()
         with measured(record):
             data = asked.where / "data"
             for command in ("train-dpo", "train-reverse"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import answer, in_processes, measured, middle, parser, prepare
-from sides import train_here
+from sides import import_here, train_here
 
 CASES: dict[str, dict[str, Any]] = {
     "as in the other benchmarks": {},
@@ -48,8 +48,7 @@ def product_rate(hidden: int, dtype: str) -> float:
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured epoch."""
-    import tisdpo_cli.engine.pairs  # noqa: F401
-
+    import_here()
     case = CASES[asked.worker]
     if case:
         apart = Namespace(**{**vars(asked), **{k: v for k, v in case.items() if k in ("pairs", "lengths")}})

@@ -22,6 +22,14 @@ def out() -> Path:
 # Here ----------------------------------------------------------------------------------------------------------
 
 
+def import_here() -> None:
+    """Everything that the stages import on their way: imports are outside the time of all sides."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import tisdpo_cli.engine.estimate
+    import tisdpo_cli.engine.pairs  # noqa: F401
+
+
 def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: Any) -> list[float]:
     """A training by its command's engine, with a cache that this run alone knows; the loss of every update."""
     from tisdpo_cli.engine.pairs import train_pairs

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import answer, compared, in_processes, measured, parser, prepare, table
-from sides import BATCH, losses_of, train_here, trl_trainer
+from sides import BATCH, import_here, losses_of, train_here, trl_trainer
 
 TRL = ("trl", "trl, reference precomputed")
 
@@ -27,8 +27,7 @@ TRL = ("trl", "trl, reference precomputed")
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run."""
     if asked.worker == "tisdpo":
-        import tisdpo_cli.engine.pairs  # noqa: F401
-
+        import_here()
         with measured(record):
             losses = train_here(asked.where, "train-dpo", asked.where / "data", asked.dtype, layout=asked.layout)
     else:
