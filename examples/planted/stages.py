@@ -114,8 +114,8 @@ class World:
             new_model(new, self.seed)
         return self.do(
             "train-sft", "sft", model=new, dataset=data, instruction_template="{instruction}", max_length=64,
-            max_prompt_length=32, batch_size=64, micro_batch_size=64, learning_rate=5e-3, lr_scheduler="linear",
-            warmup_steps=100, max_steps=self.sizes.sft_steps,
+            max_prompt_length=32, batch_size=64, micro_batch_size=64, learning_rate=5e-3, warmup_steps=100,
+            max_steps=self.sizes.sft_steps,
         )  # fmt: skip
 
     def _examples(self) -> Iterator[dict[str, str]]:
