@@ -23,7 +23,7 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run; all scores, one after the other."""
     folders = [asked.where / "model", asked.where / "other"]
     if asked.worker == "tisdpo":
-        import_here()
+        import_here(asked.where)
         with measured(record):
             path = score_here(asked.where, *folders)
         rows = [json.loads(line) for line in (path / "train.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -23,7 +23,7 @@ from sides import import_here, out, score_dense, score_here, train_here, trl_tra
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run."""
     if asked.worker == "tisdpo":
-        import_here()
+        import_here(asked.where)
         with measured(record):
             data = asked.where / "data"
             for command in ("train-dpo", "train-reverse"):

@@ -48,13 +48,13 @@ def product_rate(hidden: int, dtype: str) -> float:
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured epoch."""
-    import_here()
     case = CASES[asked.worker]
     if case:
         apart = Namespace(**{**vars(asked), **{k: v for k, v in case.items() if k in ("pairs", "lengths")}})
         asked.where = Path(tempfile.mkdtemp())
         prepare(apart, asked.where, **{k: v for k, v in case.items() if k in ("vocabulary", "hidden", "layers")})
     dtype = case.get("dtype", "float32")
+    import_here(asked.where)
     with measured(record):
         train_here(asked.where, "train-dpo", asked.where / "data", dtype)
     record["rate"] = product_rate(case.get("hidden", 256), dtype)

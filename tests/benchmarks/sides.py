@@ -22,12 +22,18 @@ def out() -> Path:
 # Here ----------------------------------------------------------------------------------------------------------
 
 
-def import_here() -> None:
-    """Everything that the stages import on their way: imports are outside the time of all sides."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+def import_here(where: Path) -> None:
+    """Everything that the stages import on their way: imports are outside the time of all sides.
+
+    A model and a tokenizer are loaded once, for loading imports the most. What is measured loads them again.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import tisdpo_cli.engine.estimate
     import tisdpo_cli.engine.pairs  # noqa: F401
+
+    AutoModelForCausalLM.from_pretrained(where / "model")
+    AutoTokenizer.from_pretrained(where / "model")
 
 
 def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: Any) -> list[float]:

@@ -27,7 +27,7 @@ TRL = ("trl", "trl, reference precomputed")
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run."""
     if asked.worker == "tisdpo":
-        import_here()
+        import_here(asked.where)
         with measured(record):
             losses = train_here(asked.where, "train-dpo", asked.where / "data", asked.dtype, layout=asked.layout)
     else:
