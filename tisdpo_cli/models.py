@@ -42,7 +42,7 @@ def check_fit(
             where=str(path),
             fix="use the model's own tokenizer, or resize its embedding",
         )
-    positions = positions_of(path, trust_remote_code)
+    positions = _positions(config)
     if positions is not None and max_length + template > positions:
         added = f" with the {template} tokens of a template" if template else ""
         raise UsageFault(
@@ -60,7 +60,11 @@ def shape_of(path: Path, trust_remote_code: bool = False) -> tuple[int, int]:
 
 def positions_of(path: Path, trust_remote_code: bool = False) -> int | None:
     """How many positions a model has, or None where its configuration sets no limit."""
-    return getattr(_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
+    return _positions(_config(path, trust_remote_code).get_text_config())
+
+
+def _positions(config: Any) -> int | None:
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _config(path: Path, trust_remote_code: bool) -> Any:

@@ -124,7 +124,8 @@ def _shared_tokenizer(settings: Evaluate, models: Sequence[Named]) -> Tokenizer:
     """The tokenizer of all models, which must be one: they are compared token by token."""
     tokenizer = load_tokenizer(models[0].path, settings.trust_remote_code)
     for named in models:
-        if load_tokenizer(named.path, settings.trust_remote_code).digest != tokenizer.digest:
+        own = tokenizer if named is models[0] else load_tokenizer(named.path, settings.trust_remote_code)
+        if own.digest != tokenizer.digest:
             where, fix = f"{named.option} {named.name}", "compare models that share one"
             raise ModelError(f"has another tokenizer than {models[0].name}", where=where, fix=fix)
         check_fit(named.path, tokenizer, settings.data.max_length, settings.trust_remote_code)
