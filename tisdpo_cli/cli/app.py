@@ -300,7 +300,6 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=arguments, prog_name="tisdpo", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
     except BaseException as fault:
         if isinstance(fault, SystemExit):
             raise
@@ -309,6 +308,7 @@ def main() -> NoReturn:
 
             print(visible(traceback.format_exc(), keep_lines=True), file=sys.stderr)
         _fail(fault)
+    _leave(code if isinstance(code, int) else 0)
 
 
 def _spare_shared_cores() -> None:
@@ -334,9 +334,19 @@ def _fail(fault: BaseException) -> NoReturn:
         if isinstance(told, Interrupted):
             print(f"go on with: {shlex.join(['tisdpo', *sys.argv[1:]])}", file=sys.stderr)
         print_error(told)
-    # The other processes of a run may wait for this one in a collective call; leaving at once ends them too.
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(told.exit_code)
-    sys.exit(told.exit_code)
+    _leave(told.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; as one of several processes at once, without taking the interpreter down.
+
+    After a fault the others may wait for this process in a collective call, and its end ends them too. After a success
+    the threads of the process group, which `destroy_process_group` does not always end, still let go of tensors: the
+    interpreter of Python 3.11 ends a thread that asks for it while it shuts down, and that aborts the process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)

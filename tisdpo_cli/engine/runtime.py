@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 from collections.abc import Callable
@@ -44,8 +43,6 @@ class Runtime:
         self.main: bool = self.accelerator.is_main_process
         self.reporter: Reporter = reporter if self.main else Silent()
         self._gpu_bytes = self._smallest_gpu()
-        # Threads of a process group that lives on into the end of the interpreter abort it now and then.
-        atexit.register(_leave)
         self._check_launch()
 
     def _check_launch(self) -> None:
@@ -140,11 +137,6 @@ def _deterministic() -> None:
     torch.set_deterministic_debug_mode("warn")
     # Filling fresh memory with NaN is for debugging and costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _leave() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class StopRequest:
