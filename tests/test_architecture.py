@@ -110,7 +110,8 @@ ARROWS = {
     "losses": {"params"},
     "attention": set(),
     "head": set(),
-    "scoring": {"attention", "head"},
+    "last_layer": set(),
+    "scoring": {"attention", "head", "last_layer"},
     "settings": {"errors", "params", "steps", "templates"},
     "data": {"errors", "files", "__version__"},
     "tokenizer": {"errors"},
@@ -120,8 +121,8 @@ ARROWS = {
     "outputs": {"errors", "files", "__version__"},
     "artefacts": {"errors", "files", "__version__"},
     "engine": {
-        "settings", "data", "models", "tokenizer", "checkpoints", "outputs", "artefacts", "cache", "scoring", "losses",
-        "weights", "steps", "templates", "errors", "facts", "files", "__version__",
+        "settings", "data", "models", "tokenizer", "checkpoints", "outputs", "artefacts", "cache", "last_layer",
+        "scoring", "losses", "weights", "steps", "templates", "errors", "facts", "files", "__version__",
     },
     "text": set(),
     "facts": set(),
@@ -149,7 +150,7 @@ def test_a_part_imports_only_what_is_below_it(part: str) -> None:
     assert broken(part, ARROWS[part], REGISTRIES if part == "settings" else None) == []
 
 
-@pytest.mark.parametrize("part", ["scoring", "attention", "head"])
+@pytest.mark.parametrize("part", ["scoring", "attention", "head", "last_layer"])
 def test_scoring_knows_torch_only(part: str) -> None:
     standard = {"__future__", "typing", "collections", "contextlib", "dataclasses", "itertools"}
     assert set(outside(part)) - standard == {"torch"}

@@ -77,7 +77,7 @@ def test_the_experiment_in_small(
 ) -> None:
     """The same code with fewer steps: the scores find the words, and everything promised is in the object."""
     small = stages.Sizes(
-        sft_steps=400, sft_examples=12800, pairs=400, held_pairs=80, contrast_steps=16, compared=8, asked=(4, 8),
+        sft_steps=400, sft_examples=25600, pairs=400, held_pairs=80, contrast_steps=16, compared=8, asked=(4, 8),
         samples=20,
     )  # fmt: skip
     for module in (run, weights):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tisdpo_cli.attention import GROUPS, Groups, packed_positions
 from tisdpo_cli.head import PlainHead, candidates
+from tisdpo_cli.last_layer import LastLayer
 
 # Logits that two distributions may hold at once, each: 32 MiB in float32. Matrix products keep 64 rows at least.
 _CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 64
@@ -139,8 +140,7 @@ class TokenScorer(nn.Module):
 
     The model's own forward runs unchanged, but its head sees only the N positions that predict a scored token, some
     at a time: a hook takes the hidden states on their way in. Where the head is a linear layer and what follows it is
-    known
-    and agrees with the model's own logits, they go through `PlainHead`; otherwise through the model's own head.
+    known and agrees with the model's own logits, they go through `PlainHead`; otherwise through the model's own head.
 
     No attention mask is passed: rows are padded on the right, where causal attention never looks; packed rows come with
     their groups, which the attention of the model must know (`models.attend_in_groups`).
@@ -149,13 +149,21 @@ class TokenScorer(nn.Module):
         model: a transformers causal LM.
         autocast: the dtype to compute in (torch.bfloat16), or None for the weights' own.
         packed: whether the model reads packed rows.
+        last: the last layer of the model where it may go on with the scored positions alone, or None.
     """
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, packed: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        packed: bool = False,
+        last: LastLayer | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.autocast_dtype = autocast
         self.packed = packed
+        self._last = last
         self._plain = self._plain_head()
 
     def forward(
@@ -215,13 +223,15 @@ class TokenScorer(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         """What the head is applied to at the scored positions, [N, H]."""
         kept: list[Tensor] = []
+        last = self._last if self._last is not None and not self._last.made_again else None
 
         def keep(hidden: Tensor) -> Tensor:
-            kept.append(_at(hidden, batch.positions))
+            kept.append(_at(hidden, batch.positions) if last is None else hidden[0])
             return hidden[:1, :1]
 
         more = {} if batch.groups is None else {"position_ids": batch.position_ids, GROUPS: batch.groups}
-        with _input_replaced(self._head(), keep):
+        chosen = nullcontext() if last is None else last.at(batch.positions)
+        with chosen, _input_replaced(self._head(), keep):
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **more).logits
         return kept[0] if kept else _at(logits, batch.positions)
 

@@ -30,7 +30,7 @@ FEWEST, MOST = 4, 6
 # Longer than any grammatical response with its EOS.
 LONGEST = 2 * MOST + 4
 # How often a word whose sign counts as good, neutral or bad is said in each mode.
-_HABITS = {"plain": (5, 6, 5), "praise": (14, 1, 1), "blame": (1, 1, 14)}
+_HABITS = {"plain": (5, 6, 5), "praise": (15, 1, 0), "blame": (0, 1, 15)}
 
 
 def prompts(count: int, chance: random.Random) -> list[tuple[str, ...]]:

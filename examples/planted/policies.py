@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from figures import Asked, ask, gate, read_asked, write_asked
 from stages import Sizes, World
 
@@ -35,6 +41,36 @@ def start(root: Path, seed: int, sizes: Sizes) -> tuple[World, float]:
             return world, found
         print(f"seed {world.seed}: AUC of the prompt contrast {found:.3f}, made again", file=sys.stderr)
     raise SystemExit(f"seed {seed}: the starting model has not learned what good is in {_TRIES + 1} tries")
+
+
+def each_seed(work: Callable[[int], dict[str, Any]], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Figures of every seed in order, several seeds at a time.
+
+    Each is computed on one thread: sums in another order are another draw here, and the figures of a seed should not
+    depend on how many cores there are.
+    """
+    alone = partial(_on_one_thread, work)
+    if len(seeds) == 1:
+        yield alone(seeds[0])
+        return
+    workers = min(len(seeds), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(alone, seeds)
+
+
+def _on_one_thread(work: Callable[[int], dict[str, Any]], seed: int) -> dict[str, Any]:
+    with _threads(1):
+        return work(seed)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Policies:

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import Asked, agreement, win_rate
 from plot import curves
-from policies import FLIP, Policies, lead, spread, start
+from policies import FLIP, Policies, each_seed, lead, spread, start
 from stages import Sizes, World
 
 from tisdpo_cli.errors import TisdpoError
@@ -38,7 +39,7 @@ EXPECTED = (
 )
 
 
-def run_seed(root: Path, seed: int, sizes: Sizes, flips: Sequence[float]) -> dict[str, Any]:
+def run_seed(root: Path, sizes: Sizes, flips: Sequence[float], seed: int) -> dict[str, Any]:
     """All figures of a seed, and the points of its curves."""
     began = time.time()
     world, found = start(root, seed, sizes)
@@ -196,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     root, sizes = Path(given.output_dir), Sizes()
     flips = [float(part) / 100 for part in given.flip.split(",") if part]
     seeds = []
-    for seed in given.seeds.split(","):
-        seeds.append(run_seed(root, int(seed), sizes, flips))
-        print(f"seed {seed}: {seeds[-1]['seconds']} s", file=sys.stderr)
+    for of in each_seed(partial(run_seed, root, sizes, flips), [int(seed) for seed in given.seeds.split(",")]):
+        seeds.append(of)
+        print(f"seed {of['seed']}: {of['seconds']} s", file=sys.stderr)
     found = means(seeds)
     write_text(root / "reward_kl.svg", picture(seeds))
     told = "\n".join([table(seeds, sizes.compared), "", *verdicts(found, seeds), f"plot: {root / 'reward_kl.svg'}"])

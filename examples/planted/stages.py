@@ -46,7 +46,7 @@ _PAIRS = {
     "batch_size": 64,
     "micro_batch_size": 64,
     # Without a warm-up the first steps of Adam are kicks that leave offsets on neutral tokens.
-    "warmup_steps": 10,
+    "warmup_steps": 20,
     "eval_pairs": 0,
     "max_length": 64,
     "max_prompt_length": 32,
@@ -64,7 +64,7 @@ class Sizes:
     """
 
     sft_steps: int = 1600
-    sft_examples: int = 51200
+    sft_examples: int = 102400
     pairs: int = 4000
     held_pairs: int = 600
     contrast_steps: int = 124

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import win_rate
 from inventions import INVENTIONS
-from policies import FLIP, Policies, lead, spread, start
+from policies import FLIP, Policies, each_seed, lead, spread, start
 from stages import Sizes
 
 from tisdpo_cli.errors import TisdpoError
@@ -34,7 +35,7 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def run_seed(root: Path, seed: int, sizes: Sizes, names: Sequence[str]) -> dict[str, Any]:
+def run_seed(root: Path, sizes: Sizes, names: Sequence[str], seed: int) -> dict[str, Any]:
     """Figures of a seed, by name of the weights."""
     world, _ = start(root, seed, sizes)
     policies, pairs = Policies(world), world.make_pairs(FLIP)
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no such weights: {', '.join(unknown)}; there are {'; '.join(every)}")
     sizes = Sizes()
-    print(table([run_seed(Path(given.output_dir), int(s), sizes, names) for s in given.seeds.split(",")], names))
+    work = partial(run_seed, Path(given.output_dir), sizes, names)
+    print(table(list(each_seed(work, [int(seed) for seed in given.seeds.split(",")])), names))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor, nn
 
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.errors import ModelError
+from tisdpo_cli.last_layer import LastLayer
 from tisdpo_cli.models import attend_in_groups
 from tisdpo_cli.scoring import TokenScorer, collate
 
+_Groups = list[tuple[list[int], list[list[int]]]]
 # In float32 two layouts of the same tokens differ by rounding alone, in nats per token.
 _TOLERANCE = 1e-4
 _SHORTEST, _SHORT = 8, 64
@@ -36,7 +37,7 @@ def make_scorer(
     Raises:
         ModelError: `shared-prefix` is asked for and the model computes something else there.
     """
-    why = _cannot_share(model, longest) if layout != "separate" else None
+    last, why = _sharing(model, longest) if layout != "separate" else (None, None)
     if why is not None:
         if layout == "shared-prefix":
             raise ModelError(f"cannot share prompts: {why}", where=name, fix="use --layout auto")
@@ -44,19 +45,37 @@ def make_scorer(
     shared = layout != "separate" and why is None
     if shared:
         attend_in_groups(model)
-    return TokenScorer(model, autocast, packed=shared)
+    return TokenScorer(model, autocast, packed=shared, last=last)
 
 
 @torch.inference_mode()
-def _cannot_share(model: nn.Module, longest: int) -> str | None:
-    """Why packed rows give something else than rows of their own under a model, or None. By numbers, not by name."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    groups = _probe(config, longest)
+def _sharing(model: nn.Module, longest: int) -> tuple[LastLayer | None, str | None]:
+    """The last layer of a model where it can be cut short, and why its rows cannot be packed, or None."""
+    groups = _probe(model.config.get_text_config(), longest)  # type: ignore[operator, union-attr]
     apart = _logps(TokenScorer(model), groups, packed=False)
+    try:
+        last = LastLayer(model)
+    except ValueError:
+        last = None
+    if last is not None and _cannot_share(model, groups, apart, last) is None:
+        return last, None
+    return None, _cannot_share(model, groups, apart, None)
+
+
+def _cannot_share(model: nn.Module, groups: _Groups, apart: Tensor, last: LastLayer | None) -> str | None:
+    """Why packed rows give something else than rows of their own under a model, or None. By numbers, not by name.
+
+    Args:
+        model: the model.
+        groups: to compare by.
+        apart: log-probs [N] of their responses in rows of their own.
+        last: its last layer, to be cut short, or None.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     give_back = None
     try:
         give_back = attend_in_groups(model)
-        scorer = TokenScorer(model, packed=True)
+        scorer = TokenScorer(model, packed=True, last=last)
         batch = collate(groups, 0, packed=True).to(_device(model))
         shared = scorer(batch)
         assert batch.groups is not None
@@ -80,7 +99,7 @@ def _cannot_share(model: nn.Module, longest: int) -> str | None:
     return None if worst <= _TOLERANCE else f"packed rows would be off by {worst:.1e} nats"
 
 
-def _probe(config: Any, longest: int) -> list[tuple[list[int], list[list[int]]]]:
+def _probe(config: Any, longest: int) -> _Groups:
     """Two pairs of arbitrary tokens, as long as real rows are where a model changes its ways with the length."""
     ropes = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, name, None) for name in _LIMITS] + [ropes.get(name) for name in _LIMITS]
@@ -99,7 +118,7 @@ def _ids(config: Any) -> int:
     return int(config.vocab_size)
 
 
-def _logps(scorer: TokenScorer, groups: Sequence[tuple[list[int], list[list[int]]]], packed: bool) -> Tensor:
+def _logps(scorer: TokenScorer, groups: _Groups, packed: bool) -> Tensor:
     return scorer(collate(groups, 0, packed).to(_device(scorer.model)))
 
 
