@@ -2,8 +2,8 @@
 
     python tests/benchmarks/estimate.py
 
-Ours: `estimate`, with loading, tokenising and writing inside its time. The dense one: tokenising and the forward passes
-of both models; loading is outside, and it writes nothing. The largest difference of the scores is printed.
+Ours: `estimate`, with tokenising and writing inside its time. The dense one: tokenising and the forward passes of both
+models; it writes nothing. Loading is outside for both. The largest difference of the scores is printed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run; all scores, one after the other."""
     folders = [asked.where / "model", asked.where / "other"]
     if asked.worker == "tisdpo":
-        import_here(asked.where)
-        with measured(record):
+        loading = import_here(asked.where)
+        with measured(record, loading):
             path = score_here(asked.where, *folders)
         rows = [json.loads(line) for line in (path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
         record["scores"] = [

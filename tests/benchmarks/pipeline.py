@@ -4,7 +4,7 @@
     python tests/benchmarks/pipeline.py --dtype bf16
 
 All stages run in one process on each side, ours with an empty cache at the beginning. TRL's third training stands for
-the token-weighted one, which it does not have.
+the token-weighted one, which it does not have. Imports and the loading of models are outside.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sides import import_here, out, score_dense, score_here, train_here, trl_tra
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run."""
     if asked.worker == "tisdpo":
-        import_here(asked.where)
-        with measured(record):
+        loading = import_here(asked.where)
+        with measured(record, loading):
             data = asked.where / "data"
             for command in ("train-dpo", "train-reverse"):
                 train_here(asked.where, command, data, asked.dtype)

@@ -54,8 +54,8 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
         asked.where = Path(tempfile.mkdtemp())
         prepare(apart, asked.where, **{k: v for k, v in case.items() if k in ("vocabulary", "hidden", "layers")})
     dtype = case.get("dtype", "float32")
-    import_here(asked.where)
-    with measured(record):
+    loading = import_here(asked.where)
+    with measured(record, loading):
         train_here(asked.where, "train-dpo", asked.where / "data", dtype)
     record["rate"] = product_rate(case.get("hidden", 256), dtype)
     record["work"] = useful_work(asked.where)

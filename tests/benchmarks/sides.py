@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common import MAX_LENGTH, MAX_PROMPT_LENGTH, made_for
+from common import MAX_LENGTH, MAX_PROMPT_LENGTH, Clock, made_for
 
 BATCH, RATE, BETA = 8, 1e-5, 0.1
 # What the dense scoring takes at once, in pairs: the default of `estimate`.
@@ -22,18 +22,35 @@ def out() -> Path:
 # Here ----------------------------------------------------------------------------------------------------------
 
 
-def import_here(where: Path) -> None:
-    """Everything that the stages import on their way: imports are outside the time of all sides.
+def import_here(where: Path) -> Clock:
+    """Everything that the stages import on their way: imports and the loading of models are outside the time of all
+    sides.
 
-    A model and a tokenizer are loaded once, for loading imports the most. What is measured loads them again.
+    A model and a tokenizer are loaded once, for loading imports the most.
+
+    Returns:
+        The clock of the models and tokenizers that the stages load from now on.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import tisdpo_cli.engine.estimate
-    import tisdpo_cli.engine.pairs  # noqa: F401
+    import tisdpo_cli.engine.pairs
 
     AutoModelForCausalLM.from_pretrained(where / "model")
     AutoTokenizer.from_pretrained(where / "model")
+    clock = Clock()
+    for engine in (tisdpo_cli.engine.estimate, tisdpo_cli.engine.pairs):
+        engine.load_model = _timed(engine.load_model, clock)  # type: ignore[attr-defined]
+        engine.load_tokenizer = _timed(engine.load_tokenizer, clock)  # type: ignore[attr-defined]
+    return clock
+
+
+def _timed(function: Any, clock: Clock) -> Any:
+    def timed(*args: Any, **named: Any) -> Any:
+        with clock.running():
+            return function(*args, **named)
+
+    return timed
 
 
 def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: Any) -> list[float]:

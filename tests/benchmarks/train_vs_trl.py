@@ -4,9 +4,10 @@
     python tests/benchmarks/train_vs_trl.py --dtype bf16
     python tests/benchmarks/train_vs_trl.py --lengths ultrafeedback --pairs 24
 
-Ours is measured with an empty cache: loading, tokenising, the pass of the reference, training and saving are inside its
-time. TRL is measured with and without its precomputed reference, which is inside its time too, and the faster counts;
-its tokenising and the loading of its models are outside. Neither writes checkpoints or evaluates.
+Ours is measured with an empty cache: tokenising, the pass of the reference, training and saving are inside its time.
+TRL is measured with and without its precomputed reference, which is inside its time too, and the faster counts; its
+tokenising is outside. Imports and the loading of models are outside on both sides. Neither writes checkpoints or
+evaluates.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ TRL = ("trl", "trl, reference precomputed")
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run."""
     if asked.worker == "tisdpo":
-        import_here(asked.where)
-        with measured(record):
+        loading = import_here(asked.where)
+        with measured(record, loading):
             losses = train_here(asked.where, "train-dpo", asked.where / "data", asked.dtype, layout=asked.layout)
     else:
         trainer = trl_trainer(asked.where, asked.dtype, precompute=asked.worker == TRL[1])

@@ -195,15 +195,17 @@ class _Scorer:
             StopRequest() as stop,
             self.runtime.reporter.progress("scoring both sides", total, 0, "scoring") as progress,
         ):
+            models: dict[Path, TokenScorer] = {}
             for group in groups:
                 work = [item for item in mine if item[0].path in group]
                 if not work:
                     continue
+                if models:
+                    models.clear()
+                    gc.collect()
                 models = {path: self._load(path, sides) for path in group}
                 for side, part in work:
                     tokens += self._part(models[side.path], side, part, progress, stop)
-                del models
-                gc.collect()
             _stop_if_asked(stop)
         return tokens
 
