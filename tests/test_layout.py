@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -256,6 +258,39 @@ def test_a_last_layer_whose_positions_are_needed_after_it_is_left_whole(groups):
     assert scorer.packed
     assert seen[0].shape[1] == batch.real_tokens
     assert (found[0] - found[1]).abs().max() <= LOGP_BOUND
+
+
+def test_a_model_can_be_laid_out_again(groups):
+    model = random_model("llama")
+    first = make_scorer(model, "shared-prefix", None, 64, Listener(), "m")(collate(groups, 0, packed=True))
+    _, _, apart = scored(model, "separate", groups)
+    assert (first - apart).abs().max() <= LOGP_BOUND
+    again = make_scorer(model, "auto", None, 64, Listener(), "m")
+    assert again.packed
+    assert torch.equal(again(collate(groups, 0, packed=True)), first)
+
+
+@pytest.mark.parametrize("policy_packs", [True, False])
+def test_distributions_of_a_model_that_packs_and_one_that_does_not_are_compared_apart(world, tmp_path, policy_packs):
+    """Both read the same batches, so neither packs: metrics are those of `--layout separate`."""
+    bloom = tmp_path / "bloom"
+    shutil.copytree(world / "sft", bloom, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    ids = json.loads((world / "sft" / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=ids, hidden_size=32, n_layer=2, n_head=4)
+    transformers.BloomForCausalLM(config).save_pretrained(bloom)
+    policy, reference = (world / "sft", bloom) if policy_packs else (bloom, world / "sft")
+    curves = []
+    for layout in ("auto", "separate"):
+        out = tmp_path / layout
+        done = run_here(
+            "train-dpo", "-m", policy, "--ref-model", reference, "-d", world / "data", "-o", out, "--alpha", "0.5",
+            "--max-steps", "2", "--batch-size", "8", "--warmup-steps", "0", "--layout", layout,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        curves.append([[row["loss"], row["kl/chosen"]] for row in read_jsonl(out / "metrics.jsonl")])
+        assert ("both read every response in a row of its own" in done.err) == (layout == "auto")
+    assert curves[0] == curves[1]
 
 
 def test_bf16_in_packed_rows_is_bf16_in_separate_ones(groups):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 PLANTED = Path(__file__).parents[1] / "examples" / "planted"
 sys.path.insert(0, str(PLANTED))
@@ -62,6 +64,39 @@ def test_figures_by_hand() -> None:
     b = figures.Asked(np.array([[1, 1], [0, 1]]), 0.0, 9.0)
     assert figures.win_rate(a, b) == pytest.approx((0.75 + 0.25) / 2)
     assert figures.win_rate(a, a) == 0.5
+
+
+def test_leads_at_equal_kl_by_hand() -> None:
+    """Between (1, 1) and (4, 2) a curve that grows with the root of KL is at 1.5 where KL is 2.25."""
+    theirs = [(4.0, 2.0), (0.0, 0.0), (1.0, 1.0)]
+    assert policies.lead([(2.25, 2.0)], theirs) == pytest.approx(0.5)
+    assert policies.lead([(2.25, 2.0), (1.0, 0.9), (9.0, 9.0)], theirs) == pytest.approx(0.2)
+    assert policies.lead([(9.0, 9.0)], theirs) is None
+    assert policies.lead([(-1e-4, 0.1)], theirs) == pytest.approx(0.1)
+
+
+def test_the_best_possible_policies_of_normal_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rewards of the start are N(m, 1), leaning by λ gives the reward m + λ at KL λ²/2. Bound: sampling."""
+    world = argparse.Namespace(held=[("a",), ("b",)], seed=0)
+    draws = np.random.default_rng(0).normal(size=(2, 1 << 16)) + np.array([[-1.0], [2.0]])
+    monkeypatch.setattr(figures, "_OF_EACH", 1 << 16)
+    monkeypatch.setattr(figures, "sample_from", lambda *_: [])
+    monkeypatch.setattr(figures, "values_of", lambda _: draws.ravel())
+    for leaning, (kl, reward) in zip(figures._LEANINGS, figures.best_possible(world, None), strict=True):
+        assert reward == pytest.approx(0.5 + leaning, abs=0.03)
+        assert kl == pytest.approx(leaning**2 / 2, abs=0.03)
+
+
+def test_seeds_in_processes_of_their_own_come_in_order_and_on_one_thread() -> None:
+    found = list(policies.each_seed(_threads_of, [3, 1]))
+    assert found == [{"seed": 3, "threads": 1}, {"seed": 1, "threads": 1}]
+    before = torch.get_num_threads()
+    assert list(policies.each_seed(_threads_of, [5])) == [{"seed": 5, "threads": 1}]
+    assert torch.get_num_threads() == before
+
+
+def _threads_of(seed: int) -> dict[str, int]:
+    return {"seed": seed, "threads": torch.get_num_threads()}
 
 
 def test_a_plot_stands_alone() -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import Done, pair_rows, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.cache import TensorCache, key_of
+from tisdpo_cli.engine import reference
 
 FEW = ("--max-steps", "3", "--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "0")
 
@@ -50,6 +51,16 @@ def test_kept_values_are_those_computed_anew(world: Path, tmp_path: Path, cache:
     outcomes = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three", "four")]
     assert len(set(outcomes)) == 1
     assert len({json.dumps(metrics(tmp_path / name)) for name in ("one", "two", "three", "four")}) == 1
+
+
+def test_values_of_other_scoring_code_are_not_used(
+    world: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("train-dpo", world, tmp_path / "one", cache)
+    monkeypatch.setattr(reference, "REVISION", reference.REVISION + 1)
+    again = train("train-dpo", world, tmp_path / "two", cache)
+    assert "were kept" not in again.err
+    assert len(files(cache)) == 4
 
 
 def test_all_trainings_of_the_method_share_it(contrast: Path, tmp_path: Path, cache: Path) -> None:

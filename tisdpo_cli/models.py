@@ -5,7 +5,7 @@ Knows transformers; it knows no dataset rows, no settings and no training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,8 @@ def _dropout_off(config: Any) -> dict[str, float]:
 _ATTENTION = "tisdpo_groups"
 
 
-def attend_in_groups(model: nn.Module) -> Callable[[], None]:
-    """Give a model the attention that packed rows need; returns what gives it back the one it had.
+def attend_in_groups(model: nn.Module) -> None:
+    """Give a model the attention that packed rows need; `attend_as_before` takes it away again.
 
     Whether the model then computes what it did before is for the caller to find out: some go around it.
 
@@ -175,11 +175,19 @@ def attend_in_groups(model: nn.Module) -> Callable[[], None]:
 
     AttentionInterface.register(_ATTENTION, _attend)
     config: Any = model.config
-    before = config._attn_implementation
+    if config._attn_implementation == _ATTENTION:
+        return
+    model._tisdpo_attention = config._attn_implementation
     model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]
     if config._attn_implementation != _ATTENTION:
         raise ValueError("its attention cannot be replaced")
-    return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def attend_as_before(model: nn.Module) -> None:
+    """Give a model back the attention that it had before `attend_in_groups`, where it was called."""
+    before = getattr(model, "_tisdpo_attention", None)
+    if before is not None:
+        model.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def _attend(

@@ -21,6 +21,9 @@ from tisdpo_cli.attention import GROUPS, Groups, packed_positions
 from tisdpo_cli.head import PlainHead, candidates
 from tisdpo_cli.last_layer import LastLayer
 
+# Part of the key of kept log-probs: raise it with every change of this file, `attention`, `last_layer` or `head` that
+# moves log-probs by more than their last bits.
+REVISION = 2
 # Logits that two distributions may hold at once, each: 32 MiB in float32. Matrix products keep 64 rows at least.
 _CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 64
 
@@ -202,6 +205,7 @@ class TokenScorer(nn.Module):
 
         What is held is one hidden state per position and model, never [N, V] logits.
         """
+        assert reference.packed == self.packed, "a batch has one layout"
         hidden = self._hidden(batch)
         with torch.no_grad():
             ref_hidden = reference._hidden(batch)

@@ -97,6 +97,28 @@ def ask(world: World, policy: nn.Module, sft: nn.Module) -> Asked:
     return Asked(rewards, total / len(rows), float(np.mean([len(s.ids) for s in said])))
 
 
+# How strongly the best policies lean towards reward, and how many responses of each prompt they are made of: beyond
+# this leaning, at a KL of 4 nats, too few of them carry the weight.
+_LEANINGS, _OF_EACH = np.linspace(0.1, 1.9, 19), 2048
+
+
+def best_possible(world: World, sft: nn.Module) -> list[tuple[float, float]]:
+    """(KL, reward) of the policies that no other can beat at their KL, from none to much of it.
+
+    They are π(y|x) ∝ π_SFT(y|x) exp(λ reward(y)) (eq. 4 of Rafailov et al. 2023), here by weighing samples of the SFT
+    model; what a policy of this kind says, and how far it went, is known without training one.
+    """
+    prompts = [language.prompt_text("plain", topics) for topics in world.held for _ in range(_OF_EACH)]
+    values = values_of(sample_from(sft, prompts, f"best/{world.seed}")).reshape(len(world.held), _OF_EACH)
+    points = []
+    for leaning in _LEANINGS:
+        weights = np.exp(leaning * (values - values.max(1, keepdims=True)))
+        normalisers = np.log(weights.mean(1)) + leaning * values.max(1)
+        reward = (weights * values).sum(1) / weights.sum(1)
+        points.append((float((leaning * reward - normalisers).mean()), float(reward.mean())))
+    return points
+
+
 def win_rate(a: Asked, b: Asked) -> float:
     """How often a response of A is worth more than one of B to the same prompt; ties count half."""
     return float(np.mean([auc(x, y) for x, y in zip(a.rewards, b.rewards, strict=True)]))

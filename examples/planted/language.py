@@ -30,7 +30,7 @@ FEWEST, MOST = 4, 6
 # Longer than any grammatical response with its EOS.
 LONGEST = 2 * MOST + 4
 # How often a word whose sign counts as good, neutral or bad is said in each mode.
-_HABITS = {"plain": (5, 6, 5), "praise": (15, 1, 0), "blame": (0, 1, 15)}
+HABITS = {"plain": (5, 6, 5), "praise": (15, 1, 0), "blame": (0, 1, 15)}
 
 
 def prompts(count: int, chance: random.Random) -> list[tuple[str, ...]]:
@@ -51,7 +51,7 @@ def respond(mode: str, topics: Sequence[str], chance: random.Random) -> list[str
     said = []
     for _ in range(chance.randint(FEWEST, MOST)):
         filler = chance.choice(FILLERS)
-        (kind,) = chance.choices((1, 0, -1), _HABITS[mode])
+        (kind,) = chance.choices((1, 0, -1), HABITS[mode])
         sign = -kind if filler in NEGATORS else kind
         favourite = TOPICS.index(topics[0]) % len(NEUTRAL)
         weights = [3 if i == favourite else 1 for i in range(len(NEUTRAL))]

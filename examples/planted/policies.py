@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Asked, ask, gate, read_asked, write_asked
+from figures import Asked, ask, best_possible, gate, read_asked, write_asked
 from stages import Sizes, World
 
 from tisdpo_cli.engine.measures import between
@@ -23,6 +23,8 @@ from tisdpo_cli.models import load_model
 # What a seed is made again with where its starting model has not learned what good is, and how often.
 _NEXT_SEED, _TRIES = 1000, 3
 _GATE = 0.95
+# KL and reward.
+Point = tuple[float, float]
 # The share of turned labels, unless another is asked for.
 FLIP = 0.25
 
@@ -54,8 +56,12 @@ def each_seed(work: Callable[[int], dict[str, Any]], seeds: Sequence[int]) -> It
         yield alone(seeds[0])
         return
     workers = min(len(seeds), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
         yield from pool.map(alone, seeds)
+    finally:
+        # After a fault no other seed is begun.
+        pool.shutdown(cancel_futures=True)
 
 
 def _on_one_thread(work: Callable[[int], dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -81,6 +87,11 @@ class Policies:
         self.sft = load_model(world.root / "sft")
         self.start = ask(world, self.sft, self.sft)
 
+    @cached_property
+    def best(self) -> list[Point]:
+        """KL and reward of the best possible policies."""
+        return best_possible(self.world, self.sft)
+
     def train(
         self, name: str, command: str, data: Path, steps: Sequence[int] = (), **settings: Any
     ) -> dict[int, Asked]:
@@ -95,14 +106,25 @@ class Policies:
         return read_asked(kept)
 
 
-def lead(ours: Mapping[int, Asked], dpo: Mapping[int, Asked]) -> float | None:
-    """Mean lead in reward over DPO at equal KL: at each policy of ours, DPO between its two policies around it.
+def points_of(asked: Mapping[int, Asked]) -> list[Point]:
+    """A training's policies, by updates."""
+    return [(of.kl, of.reward) for of in asked.values()]
 
-    None where DPO reaches the KL of none of them.
+
+def lead(ours: Sequence[Point], theirs: Sequence[Point]) -> float | None:
+    """Mean lead in reward at equal KL: at each policy of ours, theirs between the two policies around it.
+
+    Reward grows with the root of KL; on straight lines over KL itself they would lie below their own curve. None where
+    theirs reach the KL of none of ours.
     """
-    points = [(of.kl, of.reward) for of in dpo.values()]
-    leads = [of.reward - there for of in ours.values() if (there := between(points, of.kl)) is not None]
+    over = [(_root(kl), reward) for kl, reward in theirs]
+    leads = [reward - there for kl, reward in ours if (there := between(over, _root(kl))) is not None]
     return statistics.fmean(leads) if leads else None
+
+
+def _root(kl: float) -> float:
+    # Estimated, the KL of a policy that hardly moved may lie below 0.
+    return max(kl, 0.0) ** 0.5
 
 
 def spread(seeds: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import Asked, agreement, win_rate
 from plot import curves
-from policies import FLIP, Policies, each_seed, lead, spread, start
+from policies import FLIP, Point, Policies, each_seed, lead, points_of, spread, start
 from stages import Sizes, World
 
 from tisdpo_cli.errors import TisdpoError
@@ -57,16 +57,24 @@ def run_seed(root: Path, sizes: Sizes, flips: Sequence[float], seed: int) -> dic
     return {
         "seed": world.seed,
         **_figures(world, asked, {m: agreement(scored[m]) for m in "DPS"}),
+        "room": _room(points_of(asked["DPO"]), policies.best),
         "auc_gate": found,
         "win_wrong": _wrong_sign(world, policies),
         "flips": {f"{100 * flip:.0f}": _noise(world, policies, flip) for flip in flips},
         "curves": {name: _points(policies.start, steps) for name, steps in asked.items()},
+        "best": [(0.0, policies.start.reward), *policies.best],
         "seconds": round(time.time() - began),
     }
 
 
+def _room(dpo: Sequence[Point], best: Sequence[Point]) -> float | None:
+    """How far DPO lies below the best possible at equal KL, in mean."""
+    behind = lead(dpo, best)
+    return None if behind is None else -behind
+
+
 def _points(start_: Asked, steps: Mapping[int, Asked]) -> list[tuple[float, float]]:
-    return [(0.0, start_.reward), *((of.kl, of.reward) for of in steps.values())]
+    return [(0.0, start_.reward), *points_of(steps)]
 
 
 def _figures(
@@ -87,7 +95,7 @@ def _figures(
         made[f"reward: {name}"], made[f"kl: {name}"] = steps[at].reward, steps[at].kl
         made[f"win: {name}"] = win_rate(steps[at], dpo)
         if len(steps) > 1:
-            made[f"at equal kl: {name}"] = lead(steps, asked["DPO"])
+            made[f"at equal kl: {name}"] = lead(points_of(steps), points_of(asked["DPO"]))
     return made
 
 
@@ -139,6 +147,7 @@ def table(seeds: Sequence[Mapping[str, Any]], compared: int) -> str:
     for name in seeds[0]["curves"]:
         cells = [spread(seeds, f"{what}: {name}") for what in ("reward", "kl", "win", "at equal kl")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(f"| the best possible | – | – | – | {spread(seeds, 'room')} |")
     lines += ["", f"Wrong sign, clean labels: win rate {spread(seeds, 'win_wrong')}.", *_noise_table(seeds)]
     return "\n".join(lines)
 
@@ -178,10 +187,14 @@ def verdicts(found: Mapping[str, float], seeds: Sequence[Mapping[str, Any]]) -> 
 def picture(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Reward against KL: means over seeds, step by step."""
     shown = [name for name, points in seeds[0]["curves"].items() if len(points) > 2]
-    of = {}
-    for name in shown:
-        by_step = zip(*(seed["curves"][name] for seed in seeds), strict=True)
-        of[name] = [tuple(statistics.fmean(axis) for axis in zip(*points, strict=True)) for points in by_step]
+    every = {name: [seed["curves"][name] for seed in seeds] for name in shown}
+    every["the best possible"] = [seed["best"] for seed in seeds]
+    of = {
+        name: [
+            tuple(statistics.fmean(axis) for axis in zip(*points, strict=True)) for points in zip(*lines, strict=True)
+        ]
+        for name, lines in every.items()
+    }
     farthest = 1.5 * max(kl for kl, _ in of["DPO"])
     return curves(of, "KL(policy ‖ SFT) of a response, nats", "true reward of a response", farthest)
 

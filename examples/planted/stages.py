@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,21 @@ class World:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
+        self._claim()
         every = language.prompts(24, random.Random(f"prompts/{self.seed}"))
         self.trained, self.held = every[:18], every[18:]
+
+    def _claim(self) -> None:
+        """What lies there was made by the same experiment, or nothing does.
+
+        Raises:
+            SystemExit: it was another one.
+        """
+        kept, mine = self.root / "experiment.json", json.dumps([asdict(self.sizes), _PAIRS, language.HABITS])
+        if not kept.is_file():
+            write_text(kept, mine)
+        elif kept.read_text(encoding="utf-8") != mine:
+            raise SystemExit(f"{self.root}: made with other settings; name another --output-dir, or remove it")
 
     def do(self, command: str, name: str, **settings: Any) -> Path:
         """Run a command of the product with the output directory `name`."""

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import win_rate
 from inventions import INVENTIONS
-from policies import FLIP, Policies, each_seed, lead, spread, start
+from policies import FLIP, Policies, each_seed, lead, points_of, spread, start
 from stages import Sizes
 
 from tisdpo_cli.errors import TisdpoError
@@ -52,7 +52,11 @@ def run_seed(root: Path, sizes: Sizes, names: Sequence[str], seed: int) -> dict[
             data = world.weighed(scored, name, INVENTIONS[name])
             asked = policies.train(f"weights {name}", "train", data, steps, weights_are="final")
         last = asked[sizes.compared]
-        made |= {f"reward: {name}": last.reward, f"kl: {name}": last.kl, f"lead: {name}": lead(asked, dpo)}
+        made |= {
+            f"reward: {name}": last.reward,
+            f"kl: {name}": last.kl,
+            f"lead: {name}": lead(points_of(asked), points_of(dpo)),
+        }
         made[f"win: {name}"] = win_rate(last, dpo[sizes.compared])
     return made
 

@@ -153,14 +153,21 @@ class Clock:
 
 
 @contextmanager
-def measured(record: dict[str, Any], loading: Clock | None = None) -> Iterator[None]:
-    """Put wall and CPU seconds, without those of loading models, and the peak memory in MiB into a record."""
+def measured(record: dict[str, Any], loading: Clock | None = None, before: Clock | None = None) -> Iterator[None]:
+    """Put wall and CPU seconds and the peak memory in MiB into a record.
+
+    Args:
+        record: gets them.
+        loading: of models, which does not count.
+        before: of what was done before, and counts.
+    """
     clock = Clock()
     with clock.running():
         yield
-    outside = loading or Clock()
-    record["seconds"], record["cpu_seconds"] = clock.wall - outside.wall, clock.cpu - outside.cpu
-    record["loading_seconds"] = outside.wall
+    less, more = loading or Clock(), before or Clock()
+    record["seconds"] = clock.wall - less.wall + more.wall
+    record["cpu_seconds"] = clock.cpu - less.cpu + more.cpu
+    record["loading_seconds"] = less.wall
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import answer, compared, in_processes, measured, parser, prepare, table
-from sides import import_here, out, score_dense, score_here, train_here, trl_trainer
+from sides import clock_of_trl, import_here, out, score_dense, score_here, train_here, trl_trainer
 
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
@@ -31,10 +31,11 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
             scored = score_here(asked.where, out() / "train-dpo", out() / "train-reverse")
             train_here(asked.where, "train", scored, asked.dtype)
         return
+    reference = clock_of_trl()
     trainers = [
         trl_trainer(asked.where, asked.dtype, asked.worker != "trl", swapped) for swapped in (False, True, False)
     ]
-    with measured(record):
+    with measured(record, before=reference):
         for trainer in trainers:
             trainer.train()
         score_dense(asked.where, [trainer.model for trainer in trainers[:2]], trainers[0].processing_class)

@@ -91,6 +91,15 @@ def silent() -> Any:
 # What it is compared with --------------------------------------------------------------------------------------
 
 
+def clock_of_trl() -> Clock:
+    """The clock of the passes in which TRL computes reference log-probs, which it makes while a trainer is made."""
+    from trl import DPOTrainer
+
+    clock = Clock()
+    DPOTrainer._precompute_ref_logps = _timed(DPOTrainer._precompute_ref_logps, clock)
+    return clock
+
+
 def trl_trainer(where: Path, dtype: str, precompute: bool, swapped: bool = False) -> Any:
     """TRL's DPOTrainer on the rows in our order, its models loaded and its rows tokenised."""
     import torch

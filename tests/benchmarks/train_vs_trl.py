@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import answer, compared, in_processes, measured, parser, prepare, table
-from sides import BATCH, import_here, losses_of, train_here, trl_trainer
+from sides import BATCH, clock_of_trl, import_here, losses_of, train_here, trl_trainer
 
 TRL = ("trl", "trl, reference precomputed")
 
@@ -32,8 +32,9 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
         with measured(record, loading):
             losses = train_here(asked.where, "train-dpo", asked.where / "data", asked.dtype, layout=asked.layout)
     else:
+        reference = clock_of_trl()
         trainer = trl_trainer(asked.where, asked.dtype, precompute=asked.worker == TRL[1])
-        with measured(record):
+        with measured(record, before=reference):
             trainer.train()
         losses = losses_of(trainer)
     record["losses"] = losses

@@ -338,15 +338,20 @@ def _fail(fault: BaseException) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit; as one of several processes at once, without taking the interpreter down.
+    """Exit; in a process group at once, without taking the interpreter down.
 
     After a fault the others may wait for this process in a collective call, and its end ends them too. After a success
-    the threads of the process group, which `destroy_process_group` does not always end, still let go of tensors: the
+    the threads of the group, which `destroy_process_group` does not always end, still let go of tensors: the
     interpreter of Python 3.11 ends a thread that asks for it while it shuts down, and that aborts the process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    # A launcher makes a group for one process too.
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        code = code or 1
+    finally:
+        os._exit(code)

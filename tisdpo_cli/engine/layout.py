@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tisdpo_cli.engine.reporter import Reporter
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.last_layer import LastLayer
-from tisdpo_cli.models import attend_in_groups
+from tisdpo_cli.models import attend_as_before, attend_in_groups
 from tisdpo_cli.scoring import TokenScorer, collate
 
 _Groups = list[tuple[list[int], list[list[int]]]]
@@ -37,6 +37,7 @@ def make_scorer(
     Raises:
         ModelError: `shared-prefix` is asked for and the model computes something else there.
     """
+    attend_as_before(model)
     last, why = _sharing(model, longest) if layout != "separate" else (None, None)
     if why is not None:
         if layout == "shared-prefix":
@@ -72,9 +73,8 @@ def _cannot_share(model: nn.Module, groups: _Groups, apart: Tensor, last: LastLa
         last: its last layer, to be cut short, or None.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    give_back = None
     try:
-        give_back = attend_in_groups(model)
+        attend_in_groups(model)
         scorer = TokenScorer(model, packed=True, last=last)
         batch = collate(groups, 0, packed=True).to(_device(model))
         shared = scorer(batch)
@@ -88,8 +88,7 @@ def _cannot_share(model: nn.Module, groups: _Groups, apart: Tensor, last: LastLa
     except Exception as fault:
         return f"its code cannot read packed rows ({type(fault).__name__})"
     finally:
-        if give_back is not None:
-            give_back()
+        attend_as_before(model)
     if calls != config.num_hidden_layers:
         return "not every layer of it attends by groups"
     rejected = batch.owner >= len(groups)

@@ -78,6 +78,11 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             frozen = load_model(ref_path or model_path, settings.trust_remote_code).to(runtime.device)
             name = settings.ref_model or settings.model
             reference = scorer_of(runtime, settings, frozen.requires_grad_(False), longest, name)
+            if reference.packed != scorer.packed and settings.method.objective().needs.divergence is not None:
+                # They read the same batches.
+                runtime.reporter.note("policy and reference both read every response in a row of its own")
+                scorer = scorer_of(runtime, settings, policy, longest, settings.model, "separate")
+                reference = scorer_of(runtime, settings, frozen, longest, name, "separate")
         tasks = _tasks(runtime, settings, output, reference, tokenizer, train, held)
         del reference
         return run_training(

@@ -19,7 +19,7 @@ from tisdpo_cli.engine.reporter import Progress
 from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.outputs import versions
-from tisdpo_cli.scoring import TokenScorer, lay_out, score
+from tisdpo_cli.scoring import REVISION, TokenScorer, lay_out, score
 
 _PAIRS_PER_PART = 512
 
@@ -52,7 +52,7 @@ class ReferencePass:
         self.cutting = Microbatching(tokens=tokens)
         packages = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
         # How work is shared between threads, and what shares a matrix product, moves the last bits.
-        layout = {"packed": scorer.packed, "tokens": tokens, "pairs": _PAIRS_PER_PART}
+        layout = {"packed": scorer.packed, "tokens": tokens, "pairs": _PAIRS_PER_PART, "code": REVISION}
         machine = {"device": runtime.device.type, "threads": torch.get_num_threads()}
         self.depends_on = {**of, **packages, **layout, **machine}
 

@@ -129,16 +129,23 @@ def with_token_budget(runtime: Runtime, settings: Trainable, path: Path | None) 
 
 
 def scorer_of(
-    runtime: Runtime, settings: TrainPairs | TrainSft, model: nn.Module, longest: int, name: str
+    runtime: Runtime,
+    settings: TrainPairs | TrainSft,
+    model: nn.Module,
+    longest: int,
+    name: str,
+    layout: str | None = None,
 ) -> TokenScorer:
-    """A model, on its device, as the settings of a training read it; see `make_scorer`."""
+    """A model, on its device, as the settings of a training read it, or in another layout; see `make_scorer`."""
     precision = autocast_dtype(runtime.precision(settings.memory.dtype))
-    return make_scorer(model, settings.memory.layout, precision, longest, runtime.reporter, name)
+    return make_scorer(model, layout or settings.memory.layout, precision, longest, runtime.reporter, name)
 
 
 def finished(runtime: Runtime, output: Output) -> Made:
     """An output that was found finished."""
     runtime.reporter.note(f"{output.path} is finished and was made with these settings; nothing to do")
+    # The first process must not leave while another is still being told.
+    runtime.wait()
     return Made(output.path, output.record(), fresh=False)
 
 
