@@ -33,6 +33,9 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "exp, lr × 0.4": {"learning_rate": 1.2e-4},
     "rank_based": {"transform": "rank_based"},
 }
+# DPO itself at other learning rates: a policy that takes smaller steps averages over more pairs on its way to the same
+# KL, and that alone is worth something.
+CONTROLS: Mapping[str, float] = {"DPO, lr × 0.5": 0.5, "DPO, lr × 0.7": 0.7}
 
 
 def run_seed(root: Path, sizes: Sizes, names: Sequence[str], seed: int) -> dict[str, Any]:
@@ -44,7 +47,10 @@ def run_seed(root: Path, sizes: Sizes, names: Sequence[str], seed: int) -> dict[
     steps = [step for step in sizes.asked if step <= sizes.compared]
     made: dict[str, Any] = {}
     for name in names:
-        if name in PUBLISHED:
+        if name in CONTROLS:
+            rate = CONTROLS[name] * sizes.learning_rate
+            asked = policies.train(f"control {CONTROLS[name]}", "train-dpo", pairs, sizes.asked, learning_rate=rate)
+        elif name in PUBLISHED:
             # The published weights themselves are a policy of `run.py`.
             kept = f"weights {name}" if PUBLISHED[name] else "tis D"
             asked = policies.train(kept, "train", scored, steps, **PUBLISHED[name])
@@ -73,7 +79,7 @@ def table(seeds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare weights and tell which are ahead."""
-    every = [*PUBLISHED, *INVENTIONS]
+    every = [*CONTROLS, *PUBLISHED, *INVENTIONS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, with commas between them (0,1,2,3,4)")
     parser.add_argument("--only", default="; ".join(every), help="some of the weights, with semicolons between them")
