@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from conftest import Done, pair_rows, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.cache import TensorCache, key_of
-from tisdpo_cli.engine import reference
+from tisdpo_cli.engine import pairs, reference
 
 FEW = ("--max-steps", "3", "--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "0")
 
@@ -51,6 +53,28 @@ def test_kept_values_are_those_computed_anew(world: Path, tmp_path: Path, cache:
     outcomes = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three", "four")]
     assert len(set(outcomes)) == 1
     assert len({json.dumps(metrics(tmp_path / name)) for name in ("one", "two", "three", "four")}) == 1
+
+
+def test_the_reference_is_not_in_memory_while_training(
+    contrast: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref] = []
+    load, run = pairs.load_model, pairs.run_training
+
+    def remembered(*args: object) -> torch.nn.Module:
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def checked(*args: object) -> object:
+        gc.collect()
+        assert [reference() is None for reference in loaded] == [False, True]
+        return run(*args)
+
+    monkeypatch.setattr(pairs, "load_model", remembered)
+    monkeypatch.setattr(pairs, "run_training", checked)
+    train("train-dpo", contrast, tmp_path / "out", cache, "--ref-model", contrast / "dpo")
+    assert len(loaded) == 2
 
 
 def test_values_of_other_scoring_code_are_not_used(

@@ -73,17 +73,9 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
             _show_first(runtime.reporter, train[0], tokenizer)
             return Made(Path(settings.output_dir), {}, fresh=False)
         _banner(runtime.reporter, settings, policy)
-        reference = scorer
-        if ref_path is not None or settings.method.objective().needs.divergence is not None:
-            frozen = load_model(ref_path or model_path, settings.trust_remote_code).to(runtime.device)
-            name = settings.ref_model or settings.model
-            reference = scorer_of(runtime, settings, frozen.requires_grad_(False), longest, name)
-            if reference.packed != scorer.packed and settings.method.objective().needs.divergence is not None:
-                # They read the same batches.
-                runtime.reporter.note("policy and reference both read every response in a row of its own")
-                scorer = scorer_of(runtime, settings, policy, longest, settings.model, "separate")
-                reference = scorer_of(runtime, settings, frozen, longest, name, "separate")
+        scorer, reference = _with_reference_model(runtime, settings, scorer, ref_path or model_path, longest)
         tasks = _tasks(runtime, settings, output, reference, tokenizer, train, held)
+        # Unless a task has it, it is not in memory from here on.
         del reference
         return run_training(
             runtime,
@@ -107,6 +99,23 @@ def _check_reference(settings: TrainPairs, path: Path, tokenizer: Tokenizer) -> 
         where, fix = f"--ref-model {settings.ref_model}", "name a reference with the same one"
         raise ModelError("has another tokenizer than the model", where=where, fix=fix)
     check_fit(path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+
+
+def _with_reference_model(
+    runtime: Runtime, settings: TrainPairs, policy: TokenScorer, path: Path, longest: int
+) -> tuple[TokenScorer, TokenScorer]:
+    """The policy and its reference: itself, before any update, where that is the model and only log-probs are read."""
+    divergence = settings.method.objective().needs.divergence
+    if settings.ref_model is None and divergence is None:
+        return policy, policy
+    frozen = load_model(path, settings.trust_remote_code).to(runtime.device).requires_grad_(False)
+    name = settings.ref_model or settings.model
+    reference = scorer_of(runtime, settings, frozen, longest, name)
+    if reference.packed == policy.packed or divergence is None:
+        return policy, reference
+    runtime.reporter.note("policy and reference both read every response in a row of its own, for one cannot pack them")
+    policy = scorer_of(runtime, settings, policy.model, longest, settings.model, "separate")
+    return policy, scorer_of(runtime, settings, frozen, longest, name, "separate")
 
 
 def _tasks(
