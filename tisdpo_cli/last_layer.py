@@ -41,7 +41,7 @@ class LastLayer:
         every: list[Tensor] = []
 
         def chosen(hidden: Tensor) -> Tensor:
-            return hidden.flatten(0, 1).index_select(0, positions)[None]
+            return at_positions(hidden, positions)[None]
 
         def enter(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             every[:] = inputs[:1]
@@ -61,6 +61,12 @@ class LastLayer:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """The states [N, H] at positions [N] of the flattened rows [R, T, H]."""
+    # index_select, not indexing: the backward of indexing is not deterministic on several threads.
+    return hidden.flatten(0, 1).index_select(0, positions)
 
 
 def _last_of_its_kind(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tisdpo_cli.attention import GROUPS, Groups, packed_positions
 from tisdpo_cli.head import PlainHead, candidates
-from tisdpo_cli.last_layer import LastLayer
+from tisdpo_cli.last_layer import LastLayer, at_positions
 
 # Part of the key of kept log-probs: raise it with every change of this file, `attention`, `last_layer` or `head` that
 # moves log-probs by more than their last bits.
@@ -230,14 +230,14 @@ class TokenScorer(nn.Module):
         last = self._last if self._last is not None and not self._last.made_again else None
 
         def keep(hidden: Tensor) -> Tensor:
-            kept.append(_at(hidden, batch.positions) if last is None else hidden[0])
+            kept.append(at_positions(hidden, batch.positions) if last is None else hidden[0])
             return hidden[:1, :1]
 
         more = {} if batch.groups is None else {"position_ids": batch.position_ids, GROUPS: batch.groups}
         chosen = nullcontext() if last is None else last.at(batch.positions)
         with chosen, _input_replaced(self._head(), keep):
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **more).logits
-        return kept[0] if kept else _at(logits, batch.positions)
+        return kept[0] if kept else at_positions(logits, batch.positions)
 
     def _from_hidden(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] by the model's own forward with its body left out: the head, and what the family does after.
@@ -276,11 +276,6 @@ def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
 
 def _made_again(function: Callable[..., Any], *inputs: Tensor) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def _at(hidden: Tensor, positions: Tensor) -> Tensor:
-    # index_select, not indexing: the backward of indexing is not deterministic on several threads.
-    return hidden.flatten(0, 1).index_select(0, positions)
 
 
 @contextmanager

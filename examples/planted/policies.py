@@ -8,7 +8,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -65,16 +64,10 @@ def each_seed(work: Callable[[int], dict[str, Any]], seeds: Sequence[int]) -> It
 
 
 def _on_one_thread(work: Callable[[int], dict[str, Any]], seed: int) -> dict[str, Any]:
-    with _threads(1):
-        return work(seed)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
     try:
-        yield
+        return work(seed)
     finally:
         torch.set_num_threads(before)
 

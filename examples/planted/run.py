@@ -73,7 +73,7 @@ def _room(dpo: Sequence[Point], best: Sequence[Point]) -> float | None:
     return None if behind is None else -behind
 
 
-def _points(start_: Asked, steps: Mapping[int, Asked]) -> list[tuple[float, float]]:
+def _points(start_: Asked, steps: Mapping[int, Asked]) -> list[Point]:
     return [(0.0, start_.reward), *points_of(steps)]
 
 
