@@ -36,9 +36,11 @@ def plain(linear: nn.Linear, hidden, targets, scale, softcap):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients(monkeypatch, rows, softcap, scale, bias):
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["made again", "kept"])
+def test_values_and_gradients(monkeypatch, rows, softcap, scale, bias, kept):
     monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 0)
     monkeypatch.setattr(head_module, "_CHUNK_ROWS", rows)
+    monkeypatch.setattr(head_module, "_KEPT_LOGITS", kept)
     linear, hidden, targets, coefficients = inputs(bias)
     exact, exact_hidden = copy.deepcopy(linear).double(), hidden.double().requires_grad_()
     expected = plain(exact, exact_hidden, targets, scale, softcap)
@@ -51,6 +53,16 @@ def test_values_and_gradients(monkeypatch, rows, softcap, scale, bias):
     pairs = [(hidden, exact_hidden), *zip(linear.parameters(), exact.parameters(), strict=True)]
     for ours, theirs in pairs:
         assert (ours.grad - theirs.grad).norm() <= 1e-6 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_second_backward_pass_gives_the_same(softcap):
+    linear, hidden, targets, coefficients = inputs(True)
+    hidden.requires_grad_()
+    total = (PlainHead(linear, 0.3, softcap).logps(hidden, targets, None) * coefficients).sum()
+    first, second = (torch.autograd.grad(total, (hidden, linear.weight), retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_by_finite_differences(monkeypatch):
@@ -101,6 +113,7 @@ def test_memory_does_not_grow_with_positions_beyond_a_chunk(monkeypatch):
     """In both passes: the logits of all positions are never there at once, not even in parts."""
     monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 0)
     monkeypatch.setattr(head_module, "_CHUNK_ROWS", 16)
+    monkeypatch.setattr(head_module, "_KEPT_LOGITS", 0)
     vocabulary, width = 3000, 8
     peaks = []
     for positions in (64, 512):

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits held at once, and the fewest rows of a chunk: each one costs a pass over the weights' gradient.
-_CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 256
+# Logits made at once, and the fewest rows of a chunk: each one costs a pass over the weights' gradient. In float32 a
+# chunk has 24 MiB: from 32 MiB on, C libraries ask the system for fresh pages every time.
+_CHUNK_LOGITS, _CHUNK_ROWS = 3 * 2**21, 256
+# Logits of all chunks that are kept for the backward pass instead of being made again.
+_KEPT_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -44,39 +47,51 @@ class PlainHead:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Keeps the hidden states and one number a token; logits are made again in the backward pass, unless one chunk
-    holds all: then they are kept, for they would be held at once there too.
+    """Keeps the hidden states and one number a token; what the softmax is made of is made again in the backward pass,
+    unless there is so little of it that it can stay.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: PlainHead, dtype: Any
     ) -> Tensor:
+        stay = len(targets) * len(weight) <= _KEPT_LOGITS and head.softcap is None
+        kept: list[tuple[Tensor, Tensor]] = []
         with torch.autocast(hidden.device.type, enabled=False):
             used = _Used(hidden, weight, bias, head, dtype)
             logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
             normalisers = torch.empty_like(logps)
-            chunks = used.chunks()
-            for rows in chunks:
+            for rows in used.chunks():
                 logits = used.logits(rows)
-                torch.logsumexp(logits, -1, out=normalisers[rows])
-                torch.sub(logits.gather(1, targets[rows, None])[:, 0], normalisers[rows], out=logps[rows])
+                logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
+                highest = logits.amax(-1)
+                exponentials = logits.sub_(highest[:, None]).exp_()
+                sums = exponentials.sum(-1)
+                normalisers[rows] = sums.log().add_(highest)
+                if stay:
+                    kept.append((exponentials, sums))
+            logps -= normalisers
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.head, ctx.dtype, ctx.logits = head, dtype, logits if len(chunks) == 1 else None
+        ctx.head, ctx.dtype, ctx.kept = head, dtype, kept
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        # They are changed in place: a second backward pass makes them again.
+        kept, ctx.kept = ctx.kept, []
         with torch.autocast(hidden.device.type, enabled=False):
             used = _Used(hidden, weight, bias, ctx.head, ctx.dtype)
             of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-            for rows in used.chunks():
-                # They are changed in place: a second backward pass makes them again.
-                logits, ctx.logits = used.logits(rows) if ctx.logits is None else ctx.logits, None
-                of_logits = used.gradient(logits, targets[rows], normalisers[rows], grads[0][rows])
+            for number, rows in enumerate(used.chunks()):
+                grad = grads[0][rows]
+                if kept:
+                    exponentials, sums = kept[number]
+                    of_logits = used.gradient(exponentials, targets[rows], grad, grad / sums)
+                else:
+                    of_logits = used.gradient_again(rows, targets[rows], normalisers[rows], grad)
                 if of_bias is not None:
                     of_bias += of_logits.sum(0)
                 low = of_logits.to(ctx.dtype)
@@ -112,15 +127,25 @@ class _Used:
             logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return logits
 
-    def gradient(self, logits: Tensor, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
-        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]; in place of the logits."""
-        softcap = self.head.softcap
+    def gradient_again(self, rows: slice, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
+        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]."""
+        logits, softcap = self.logits(rows), self.head.softcap
         slope = None if softcap is None else 1 - (logits / softcap).square_()
+        made = self.gradient(logits.sub_(normalisers[:, None]).exp_(), targets, grad, grad)
+        return made if slope is None else made.mul_(slope)
+
+    def gradient(self, exponentials: Tensor, targets: Tensor, grad: Tensor, of_each: Tensor) -> Tensor:
+        """The same without the cap, in place of the softmax times a number per row.
+
+        Args:
+            exponentials: softmax times that number [n, V].
+            targets: tokens [n].
+            grad: of the log-probs [n].
+            of_each: `grad` over that number [n].
+        """
         # d log p(target) / d logits = onehot − softmax.
-        made = logits.sub_(normalisers[:, None]).exp_().mul_(-grad[:, None])
+        made = exponentials.mul_(-of_each[:, None])
         made.scatter_add_(1, targets[:, None], grad[:, None])
-        if slope is not None:
-            made *= slope
         return made.mul_(self.head.scale) if self.head.scale != 1.0 else made
 
 
