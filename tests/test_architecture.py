@@ -109,13 +109,14 @@ ARROWS = {
     "weights": {"params", "steps"},
     "losses": {"params"},
     "attention": set(),
+    "flash": {"attention"},
     "head": set(),
     "last_layer": set(),
     "scoring": {"attention", "head", "last_layer"},
     "settings": {"errors", "params", "steps", "templates"},
     "data": {"errors", "files", "__version__"},
     "tokenizer": {"errors"},
-    "models": {"attention", "tokenizer", "errors"},
+    "models": {"attention", "flash", "tokenizer", "errors"},
     "cache": {"errors", "files"},
     "checkpoints": {"errors", "files", "__version__"},
     "outputs": {"errors", "files", "__version__"},
@@ -150,9 +151,11 @@ def test_a_part_imports_only_what_is_below_it(part: str) -> None:
     assert broken(part, ARROWS[part], REGISTRIES if part == "settings" else None) == []
 
 
-@pytest.mark.parametrize("part", ["scoring", "attention", "head", "last_layer"])
+@pytest.mark.parametrize("part", ["scoring", "attention", "flash", "head", "last_layer"])
 def test_scoring_knows_torch_only(part: str) -> None:
-    standard = {"__future__", "typing", "collections", "contextlib", "dataclasses", "itertools"}
+    standard = {
+        "__future__", "typing", "collections", "contextlib", "dataclasses", "functools", "importlib", "itertools",
+    }  # fmt: skip
     assert set(outside(part)) - standard == {"torch"}
 
 

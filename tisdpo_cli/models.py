@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.attention import GROUPS, Rule, grouped_attention
+from tisdpo_cli.attention import GROUPS, Rule
 from tisdpo_cli.errors import ModelError, UsageFault
+from tisdpo_cli.flash import packed_attention
 from tisdpo_cli.tokenizer import Tokenizer, first_line, load_backend, quiet
 
 
@@ -194,7 +195,7 @@ def _attend(
     _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     rule = Rule(more.get("scaling"), more.get("sliding_window"), more.get("softcap"))
-    return grouped_attention(query, key, value, more[GROUPS], rule).transpose(1, 2).contiguous(), None
+    return packed_attention(query, key, value, more[GROUPS], rule).transpose(1, 2).contiguous(), None
 
 
 def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:

@@ -244,7 +244,7 @@ def _short(value: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the program and of what its numbers depend on."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "flash-attn")
     found = {name: _version(name) for name in packages}
     return {"tisdpo": __version__, "python": platform.python_version(), **found}
 

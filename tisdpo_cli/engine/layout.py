@@ -16,7 +16,7 @@ from tisdpo_cli.scoring import TokenScorer, collate
 _Groups = list[tuple[list[int], list[list[int]]]]
 # In float32 two layouts of the same tokens differ by rounding alone, in nats per token.
 _TOLERANCE = 1e-4
-_SHORTEST, _SHORT = 8, 64
+_SHORTEST, _SHORT = 8, 32
 # Where a configuration says from which length on attention or positions are others: windows, chunks, some ropes.
 _LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
 

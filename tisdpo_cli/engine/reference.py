@@ -50,7 +50,8 @@ class ReferencePass:
     ) -> None:
         self.runtime, self.scorer, self.pad, self.cache = runtime, scorer, pad, cache
         self.cutting = Microbatching(tokens=tokens)
-        packages = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
+        computing = ("torch", "transformers", "flash-attn")
+        packages = {name: version for name, version in versions().items() if name in computing}
         # How work is shared between threads, and what shares a matrix product, moves the last bits.
         layout = {"packed": scorer.packed, "tokens": tokens, "pairs": _PAIRS_PER_PART, "code": REVISION}
         machine = {"device": runtime.device.type, "threads": torch.get_num_threads()}

@@ -1,0 +1,179 @@
+"""Attention in packed rows by a kernel of FlashAttention for many lengths, on GPUs where there is one that gives the
+right numbers; by groups everywhere else.
+
+Pure torch: it knows no model and no transformers. Legend: A heads, G key heads, T positions, M keys, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from importlib import import_module
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tisdpo_cli.attention import Groups, Rule, grouped_attention
+
+# Of probabilities and gradients of size 1 in bf16.
+_TOLERANCE = 0.05
+# What a kernel must agree on with the plain computation: groups of unlike lengths, and a window and a cap that matter
+# there, for those of a model may lie far beyond.
+_CHECKED, _CHECKED_WINDOW, _CHECKED_CAP = ((70, (9, 150)), (3, (1, 5))), 50, 1.0
+
+
+class Lengths(NamedTuple):
+    """Where consecutive queries and their keys begin and end; every query sees the keys up to its own.
+
+    Attributes:
+        queries: [B + 1] int32, the first query of each sequence, and the end.
+        keys: [B + 1] int32, the same of its keys, the last of which is that of the last query.
+        most_queries: of a sequence.
+        most_keys: of a sequence.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
+
+# query [T, A, D], key [M, G, D], value [M, G, D] → [T, A, D].
+Kernel = Callable[[Tensor, Tensor, Tensor, Lengths, Rule], Tensor]
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rule) -> Tensor:
+    """Causal attention of a packed row: `grouped_attention`, by the fastest kernel that computes the same.
+
+    Args:
+        query: [1, A, T, D].
+        key: [1, G, T, D], A a multiple of G.
+        value: [1, G, T, D'].
+        groups: what stands where in the row.
+        rule: of the layer.
+
+    Returns:
+        [1, A, T, D'].
+    """
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1]:
+        shape = (query.shape[1], key.shape[1], query.shape[-1])
+        for kernel in (_by_flash_attn, _by_torch):
+            if agrees(kernel, shape, rule, dtype, query.device):
+                query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+                return by_lengths(query, key, value, groups, rule, kernel)
+    return grouped_attention(query, key, value, groups, rule)
+
+
+def by_lengths(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rule, kernel: Kernel) -> Tensor:
+    """`packed_attention` by one call of a kernel: keys and values of a prompt stand before each of its responses."""
+    groups.calls += 1
+    parts = [part for prompt, responses in groups.lengths for part in (prompt, *responses)]
+
+    def repeated(tensor: Tensor) -> Tensor:
+        # By pieces: summing the gradients of an index takes atomic additions, in another order every time.
+        pieces = iter(tensor[0].transpose(0, 1).split(parts))
+        order = []
+        for _, responses in groups.lengths:
+            prompt = next(pieces)
+            for _ in responses:
+                order += [prompt, next(pieces)]
+        return torch.cat(order)
+
+    with torch.autocast(query.device.type, enabled=False):
+        found = kernel(query[0].transpose(0, 1), repeated(key), repeated(value), _lengths(groups, query.device), rule)
+    return found.transpose(0, 1)[None]
+
+
+def _lengths(groups: Groups, device: torch.device) -> Lengths:
+    queries = [branch.queries[1] - branch.queries[0] for branch in groups.branches()]
+    keys = [sum(end - begin for begin, end in branch.keys) for branch in groups.branches()]
+
+    def ends(counts: list[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+
+    return Lengths(ends(queries), ends(keys), max(queries), max(keys))
+
+
+@lru_cache(maxsize=64)
+def agrees(kernel: Kernel, shape: tuple[int, int, int], rule: Rule, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel is there, takes such tensors, and gives what `grouped_attention` gives, its gradients included.
+
+    Args:
+        kernel: to try.
+        shape: heads, key heads, head width.
+        rule: of the layer.
+        dtype: of the tensors.
+        device: where they are.
+    """
+    heads, key_heads, width = shape
+    rule = replace(
+        rule,
+        window=None if rule.window is None else min(rule.window, _CHECKED_WINDOW),
+        softcap=None if rule.softcap is None else _CHECKED_CAP,
+    )
+    total = sum(prompt + sum(responses) for prompt, responses in _CHECKED)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> Tensor:
+        return torch.randn(1, count, total, width, generator=generator).to(device, dtype)
+
+    def found(of: Callable[..., Tensor], kind: torch.dtype, *more: Kernel) -> list[Tensor]:
+        given = [tensor.to(kind).requires_grad_() for tensor in tensors]
+        made = of(*given, Groups(_CHECKED), rule, *more)
+        return [tensor.float() for tensor in (made.detach(), *torch.autograd.grad(made, given, at.to(kind)))]
+
+    # Layers run under autocast and inference mode too, which would change what is compared here.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        tensors, at = [some(count) for count in (heads, key_heads, key_heads)], some(heads)
+        try:
+            both = list(zip(found(by_lengths, dtype, kernel), found(grouped_attention, torch.float32), strict=True))
+        except Exception:
+            # A package that is not there, an architecture or a head width that it does not know: groups do.
+            return False
+    return all(float((a - b).abs().max()) <= _TOLERANCE * max(1.0, float(b.abs().max())) for a, b in both)
+
+
+def _window(rule: Rule) -> tuple[int, int]:
+    """Keys before and after its own that a query sees; −1 for all."""
+    return (-1 if rule.window is None else rule.window - 1, 0)
+
+
+def _by_flash_attn(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, rule: Rule) -> Tensor:
+    """The package flash-attn, from 2.6 on."""
+    return import_module("flash_attn").flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        lengths.queries,
+        lengths.keys,
+        lengths.most_queries,
+        lengths.most_keys,
+        softmax_scale=rule.scaling,
+        causal=True,
+        window_size=_window(rule) if rule.window is not None else (-1, -1),
+        softcap=rule.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, rule: Rule) -> Tensor:
+    """Torch's own, where it is new enough."""
+    if rule.softcap is not None:
+        raise ValueError("it cannot cap scores")
+    return import_module("torch.nn.attention.varlen").varlen_attn(
+        query,
+        key,
+        value,
+        lengths.queries,
+        lengths.keys,
+        lengths.most_queries,
+        lengths.most_keys,
+        scale=rule.scaling,
+        window_size=_window(rule),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
