@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tisdpo_cli
 from tisdpo_cli.engine.estimate import estimate
 from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.reporter import Silent
+from tisdpo_cli.errors import DataError, Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
 
@@ -217,3 +219,17 @@ def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: P
     assert done.code != 0
     assert "No space left on device" in done.err
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        DataError("no prompt", where="rows.jsonl:3", fix="give it one", details=("a", "b")),
+        Interrupted(signal.SIGINT, "stopped after update 3", fix="the same command goes on from there"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_fault_is_the_same_out_of_another_process(fault):
+    again = pickle.loads(pickle.dumps(fault))
+    assert (type(again), str(again), again.exit_code) == (type(fault), str(fault), fault.exit_code)
+    assert (again.where, again.fix, again.details) == (fault.where, fault.fix, fault.details)

@@ -61,4 +61,6 @@ class Interrupted(Told, BaseException):
 
     def __init__(self, signal_number: int, what: str, *, fix: str = "") -> None:
         super().__init__(what, fix=fix)
+        # What it is made from again on its way out of another process.
+        self.args = (signal_number, what)
         self.exit_code = 128 + signal_number

@@ -47,30 +47,26 @@ class PlainHead:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Keeps the hidden states and one number a token; what the softmax is made of is made again in the backward pass,
-    unless there is so little of it that it can stay.
+    """Keeps the hidden states and one number a token; logits are made again in the backward pass, unless there are so
+    few that they can stay.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: PlainHead, dtype: Any
     ) -> Tensor:
-        stay = len(targets) * len(weight) <= _KEPT_LOGITS and head.softcap is None
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[Tensor] = []
+        stay = len(targets) * len(weight) <= _KEPT_LOGITS and any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             used = _Used(hidden, weight, bias, head, dtype)
             logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
             normalisers = torch.empty_like(logps)
             for rows in used.chunks():
                 logits = used.logits(rows)
-                logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
-                highest = logits.amax(-1)
-                exponentials = logits.sub_(highest[:, None]).exp_()
-                sums = exponentials.sum(-1)
-                normalisers[rows] = sums.log().add_(highest)
+                torch.logsumexp(logits, -1, out=normalisers[rows])
+                torch.sub(logits.gather(1, targets[rows, None])[:, 0], normalisers[rows], out=logps[rows])
                 if stay:
-                    kept.append((exponentials, sums))
-            logps -= normalisers
+                    kept.append(logits)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.head, ctx.dtype, ctx.kept = head, dtype, kept
         return logps
@@ -85,13 +81,9 @@ class _HeadLogps(torch.autograd.Function):
             of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-            for number, rows in enumerate(used.chunks()):
-                grad = grads[0][rows]
-                if kept:
-                    exponentials, sums = kept[number]
-                    of_logits = used.gradient(exponentials, targets[rows], grad, grad / sums)
-                else:
-                    of_logits = used.gradient_again(rows, targets[rows], normalisers[rows], grad)
+            for rows in used.chunks():
+                logits = kept.pop(0) if kept else used.logits(rows)
+                of_logits = used.gradient(logits, targets[rows], normalisers[rows], grads[0][rows])
                 if of_bias is not None:
                     of_bias += of_logits.sum(0)
                 low = of_logits.to(ctx.dtype)
@@ -127,25 +119,15 @@ class _Used:
             logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return logits
 
-    def gradient_again(self, rows: slice, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
-        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]."""
-        logits, softcap = self.logits(rows), self.head.softcap
+    def gradient(self, logits: Tensor, targets: Tensor, normalisers: Tensor, grad: Tensor) -> Tensor:
+        """Gradient [n, V] of what the linear layer gives, from that of the log-probs [n]; in place of the logits."""
+        softcap = self.head.softcap
         slope = None if softcap is None else 1 - (logits / softcap).square_()
-        made = self.gradient(logits.sub_(normalisers[:, None]).exp_(), targets, grad, grad)
-        return made if slope is None else made.mul_(slope)
-
-    def gradient(self, exponentials: Tensor, targets: Tensor, grad: Tensor, of_each: Tensor) -> Tensor:
-        """The same without the cap, in place of the softmax times a number per row.
-
-        Args:
-            exponentials: softmax times that number [n, V].
-            targets: tokens [n].
-            grad: of the log-probs [n].
-            of_each: `grad` over that number [n].
-        """
         # d log p(target) / d logits = onehot − softmax.
-        made = exponentials.mul_(-of_each[:, None])
+        made = logits.sub_(normalisers[:, None]).exp_().mul_(-grad[:, None])
         made.scatter_add_(1, targets[:, None], grad[:, None])
+        if slope is not None:
+            made *= slope
         return made.mul_(self.head.scale) if self.head.scale != 1.0 else made
 
 
