@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,10 +25,9 @@ from tisdpo_cli.outputs import MetricsFile, differences, read_metrics
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
-    # Fused where torch can: a third of the time on a CPU.
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "adam": partial(torch.optim.Adam, fused=True),
-    "sgd": partial(torch.optim.SGD, fused=True),
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
 }
 
 
@@ -99,8 +97,10 @@ class Trainer:
         self.runtime, self.task, self.plan, self.cutting, self.schedule = runtime, task, plan, cutting, schedule
         self.scorer = runtime.accelerator.prepare_model(scorer)
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
+        # One kernel instead of hundreds on a GPU. On a CPU it saves 2 % of an update, and moves the last bits.
+        fused = {"fused": True} if runtime.device.type == "cuda" and schedule.optimizer != "rmsprop" else {}
         self.optimizer = OPTIMIZERS[schedule.optimizer](
-            self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+            self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, **fused
         )
         self.step = 0
         # The gradients of the first update, taken while its loss is told as that of step 0; and the seconds it took.
