@@ -48,6 +48,8 @@ def test_the_words_that_carry_the_preference_stand_out(tmp_path: Path) -> None:
         env={"OMP_NUM_THREADS": "2"}, timeout=900,
     )  # fmt: skip
     assert done.code == 0, done.err
+    # The command that follows shows the weights that were trained with.
+    assert "/scored --transform exp --spans word --dead-zone 0.3\n" in done.err
     stages = json.loads(done.out)["stages"]
     metrics = {name: stage.get("final_metrics", {}) for name, stage in stages.items()}
     # Far above chance; rounding alone (another processor, say) moves so short a training by some points.

@@ -549,3 +549,8 @@ def test_a_profile_says_where_the_time_goes(world: Path, tmp_path: Path, updates
     table = (tmp_path / "profile" / "table.txt").read_text()
     assert "aten::mm" in table
     assert "Self CPU" in table
+    assert f"profile: {tmp_path / 'profile' / 'table.txt'}" in done.err
+    # The mirror would write over it.
+    (following,) = [line for line in done.err.splitlines() if line.startswith("next:")]
+    assert "--batch-size 8" in following
+    assert "--profile" not in following

@@ -114,6 +114,7 @@ def _repeated(flags: Mapping[str, Any], common: Common, prefix: str) -> str:
             "overwrite",
             "forward",
             "reverse",
+            "profile",
         ):
             option = "--" + path.rpartition(".")[2].replace("_", "-")
             words += [option] if value is True else [option, str(value)]
@@ -206,7 +207,9 @@ def _run(flags: dict[str, Any], common: Common) -> None:
         write_text(made.path / "report.svg", picture(made.inspection, made))
         write_text(made.path / "report.html", page(made.inspection, stage_rows(made)))
         reporter.note(f"the report: {made.path / 'report.html'}, and as a picture {made.path / 'report.svg'}")
-        reporter.note(f"next: tisdpo inspect-weights {shlex.quote(made.inspection.source)}")
+        weighed = settings.inspect_weights.weights.model_dump(exclude_defaults=True)  # type: ignore[attr-defined]
+        same = _repeated({f"weights.{name}": value for name, value in weighed.items()}, common, "weights.")
+        reporter.note(f"next: tisdpo inspect-weights {shlex.quote(made.inspection.source)}{same}")
     _result(made.as_dict(), str(made.path), common.as_json)
 
 

@@ -111,7 +111,7 @@ def _fault(row: Row, columns: Columns) -> BadRow | None:
 def text_problem(value: Any) -> str | None:
     """Why a value cannot be the text of a prompt or response, or None."""
     if isinstance(value, list):
-        return "is a list; a string is needed"
+        return "is a list; a string is needed (of a conversation: what the model's chat template makes of it)"
     if not isinstance(value, str):
         return f"is {'null' if value is None else type(value).__name__}; a string is needed"
     return None if value.strip() else "is empty"

@@ -194,6 +194,7 @@ def _show_first(reporter: Reporter, pair: WeightedPair, tokenizer: Tokenizer) ->
     tokens = pair.tokens
     for name, ids in (("prompt", tokens.prompt), ("chosen", tokens.chosen.ids), ("rejected", tokens.rejected.ids)):
         shown = " ".join(f"{piece!r}" for piece in tokenizer.pieces(ids[:12]))
-        ending = f" … {tokenizer.pieces(ids[-1:])[0]!r}" if len(ids) > 12 else ""
+        between = " …" if len(ids) > 13 else ""
+        ending = f"{between} {tokenizer.pieces(ids[-1:])[0]!r}" if len(ids) > 12 else ""
         reporter.note(f"first {name} ({len(ids)} tokens): {shown}{ending}")
     reporter.note("dry run: nothing was trained")

@@ -14,6 +14,7 @@ from tisdpo_cli.artefacts import hash_model
 from tisdpo_cli.engine.layout import make_scorer
 from tisdpo_cli.engine.loop import Held, Keeping, Schedule, Task, Trainer
 from tisdpo_cli.engine.plan import Microbatching, Plan, make_plan, microbatching
+from tisdpo_cli.engine.profiling import TABLE, TRACE
 from tisdpo_cli.engine.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.errors import Interrupted, UsageFault
 from tisdpo_cli.files import sha256, told_when_unwritable
@@ -223,6 +224,8 @@ def run_training(
     profile = Path(settings.profile).expanduser() if settings.profile is not None else None
     with StopRequest() as stop:
         last = trainer.train(metrics, keeping, held, check, stop, profile)
+        if profile is not None:
+            runtime.reporter.note(f"profile: {profile / TABLE}, and {profile / TRACE} for a browser's trace viewer")
         record = {
             "seed": settings.seed,
             "seconds": round(time.time() - began, 1),

@@ -101,10 +101,10 @@ def _shown_text(text: str) -> str:
 def _pictures(inspection: Inspection) -> list[tuple[str, str, Markup]]:
     """Title, caption and picture."""
     final = inspection.separation is None
-    what = "weight" if final else "score r"
+    what, many = ("weight", "weights") if final else ("score r", "scores r")
     made = [
         (
-            f"How the {what}s are spread",
+            f"How the {many} are spread",
             "share of the tokens of each side (square-root scale); the ends hold what lies beyond",
             pictures.histogram(inspection.scores, f"histogram of the {what} of chosen and rejected tokens"),
         )
