@@ -76,6 +76,11 @@ def words() -> list[str]:
     return [token.replace("Ġ", " ") for token in vocabulary()[0] if token.startswith("Ġ") and len(token) > 1]
 
 
+def feed_forward(hidden: int) -> int:
+    """The width of the feed-forward layers."""
+    return hidden * 8 // 3 // 64 * 64
+
+
 def make_model(
     directory: Path, seed: int, vocabulary_size: int = VOCABULARY, hidden: int = 256, layers: int = 6
 ) -> None:
@@ -87,7 +92,7 @@ def make_model(
     tokenizer = Qwen2Tokenizer(vocab=ids, merges=merges, eos_token=EOS, pad_token=PAD, unk_token=None)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=vocabulary_size, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 64 * 64,
+        vocab_size=vocabulary_size, hidden_size=hidden, intermediate_size=feed_forward(hidden),
         num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

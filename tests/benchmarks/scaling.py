@@ -17,7 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from common import answer, in_processes, measured, middle, parser, prepare
+from common import answer, feed_forward, in_processes, measured, middle, parser, prepare
 from sides import import_here, train_here
 
 CASES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def product_rate(hidden: int, dtype: str) -> float:
     import torch
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    a, b = torch.randn(2048, hidden).to(kind), torch.randn(hidden, hidden * 8 // 3).to(kind)
+    a, b = torch.randn(2048, hidden).to(kind), torch.randn(hidden, feed_forward(hidden)).to(kind)
     best = 0.0
     for _ in range(20):
         began = time.perf_counter()
