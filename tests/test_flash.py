@@ -9,9 +9,10 @@ import types
 import pytest
 import torch
 from test_layout import LENGTHS, attention_by_hand, random_heads
+from torch.utils.checkpoint import checkpoint
 
 from tisdpo_cli import flash
-from tisdpo_cli.attention import Groups, Rule
+from tisdpo_cli.attention import Groups, Rule, grouped_attention
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,20 @@ def no_gradient(*given):
     return by_hand(*(g.detach() if isinstance(g, torch.Tensor) else g for g in given))
 
 
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+def another_gradient(query, key, value, lengths, rule):
+    return by_hand(query, Tripled.apply(key), value, lengths, rule)
+
+
 def of_a_package_that_is_not_there(*given):
     import no_such_package  # noqa: F401
 
@@ -96,6 +111,8 @@ def of_a_package_that_is_not_there(*given):
         (wrong_scale, Rule()),
         (without_window, Rule(None, 4096)),
         (one_too_few, Rule(None, 4)),
+        (one_too_few, Rule(0.02, 4096)),
+        (another_gradient, Rule()),
         (without_cap, Rule(None, None, 50.0)),
         (first_keys_first, Rule()),
         (no_gradient, Rule()),
@@ -151,6 +168,33 @@ def test_torch_has_the_parameters_that_are_named():
         pytest.skip("this torch has another one, which is left alone")
     wanted = set(inspect.signature(of_torch).parameters)
     assert wanted <= set(parameters)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_check_may_come_first_in_a_checkpointed_layer(checkpointing):
+    flash.agrees.cache_clear()
+    heads, groups, rule = [tensor.float() for tensor in random_heads(2)], Groups(LENGTHS), Rule(0.4)
+    heads[2] = heads[2].repeat(1, 1, 1, 2)[..., :8]
+    given = [tensor.detach().requires_grad_() for tensor in heads]
+
+    def layer(*tensors):
+        assert flash.agrees(by_hand, (4, 2, 8), rule, torch.bfloat16, CPU)
+        return flash.by_lengths(*tensors, groups, rule, by_hand).tanh()
+
+    made = checkpoint(layer, *given, use_reentrant=False) if checkpointing else layer(*given)
+    made.sum().backward()
+    plain = [tensor.detach().requires_grad_() for tensor in heads]
+    grouped_attention(*plain, groups, rule).tanh().sum().backward()
+    for a, b in zip(given, plain, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
+
+
+def test_lengths_of_an_inference_pass_serve_a_backward_pass():
+    flash._lengths.cache_clear()
+    with torch.inference_mode():
+        made = flash._lengths(LENGTHS, CPU)
+    assert not made.queries.is_inference()
+    assert flash._lengths(LENGTHS, CPU) is made
 
 
 def test_on_a_cpu_attention_goes_by_groups(monkeypatch):

@@ -55,6 +55,19 @@ def test_values_and_gradients(monkeypatch, rows, softcap, scale, bias, kept):
         assert (ours.grad - theirs.grad).norm() <= 1e-6 * theirs.grad.norm()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_a_backward_pass_one_chunk_is_held(monkeypatch, mode):
+    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 0)
+    monkeypatch.setattr(head_module, "_CHUNK_ROWS", 16)
+    vocabulary, peaks = 3000, []
+    for positions in (64, 512):
+        linear, hidden = nn.Linear(8, vocabulary, bias=False), torch.randn(positions, 8)
+        with mode(), Memory() as held:
+            PlainHead(linear).logps(hidden, torch.arange(positions), None)
+        peaks.append(held.peak)
+    assert peaks[1] - peaks[0] < 16 * vocabulary
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_a_second_backward_pass_gives_the_same(softcap):
     linear, hidden, targets, coefficients = inputs(True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits made at once, and the fewest rows of a chunk: each one costs a pass over the weights' gradient. In float32 a
-# chunk has 24 MiB: from 32 MiB on, C libraries ask the system for fresh pages every time.
+# Logits made at once, and the fewest rows of a chunk: each one costs a pass over the weights' gradient. With a small
+# vocabulary they take 24 MiB in float32: from 32 MiB on, C libraries ask the system for fresh pages every time.
 _CHUNK_LOGITS, _CHUNK_ROWS = 3 * 2**21, 256
 # Logits of all chunks that are kept for the backward pass instead of being made again.
 _KEPT_LOGITS = 2**24
@@ -43,7 +43,9 @@ class PlainHead:
             dtype: what the matrix products are computed in; that of the weights where None.
         """
         dtype = dtype or self.linear.weight.dtype
-        return _HeadLogps.apply(hidden, self.linear.weight, self.linear.bias, targets, self, dtype)
+        weight, bias = self.linear.weight, self.linear.bias
+        backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return _HeadLogps.apply(hidden, weight, bias, targets, self, dtype, backward)
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -53,10 +55,17 @@ class _HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: PlainHead, dtype: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: PlainHead,
+        dtype: Any,
+        backward: bool,
     ) -> Tensor:
         kept: list[Tensor] = []
-        stay = len(targets) * len(weight) <= _KEPT_LOGITS and any(ctx.needs_input_grad)
+        stay = backward and len(targets) * len(weight) <= _KEPT_LOGITS
         with torch.autocast(hidden.device.type, enabled=False):
             used = _Used(hidden, weight, bias, head, dtype)
             logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -92,7 +101,7 @@ class _HeadLogps(torch.autograd.Function):
                 if of_weight is not None:
                     _add_product(of_weight, low.t(), used.hidden[rows])
         cast = (None if g is None else g.to(w.dtype) for g, w in ((of_weight, weight), (of_bias, bias)))
-        return of_hidden, *cast, None, None, None
+        return of_hidden, *cast, None, None, None, None
 
 
 class _Used:

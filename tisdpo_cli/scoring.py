@@ -21,8 +21,8 @@ from tisdpo_cli.attention import GROUPS, Groups, packed_positions
 from tisdpo_cli.head import PlainHead, candidates
 from tisdpo_cli.last_layer import LastLayer, at_positions
 
-# Part of the key of kept log-probs: raise it with every change of this file, `attention`, `last_layer` or `head` that
-# moves log-probs, if only by their last bits.
+# Part of the key of kept log-probs: raise it with every change of this file, `attention`, `flash`, `last_layer` or
+# `head` that moves log-probs, if only by their last bits.
 REVISION = 3
 # Logits that two distributions may hold at once, each: 32 MiB in float32. Matrix products keep 64 rows at least.
 _CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 64

@@ -97,7 +97,7 @@ class Trainer:
         self.runtime, self.task, self.plan, self.cutting, self.schedule = runtime, task, plan, cutting, schedule
         self.scorer = runtime.accelerator.prepare_model(scorer)
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
-        # One kernel instead of hundreds on a GPU. On a CPU it saves 2 % of an update, and moves the last bits.
+        # The fewest kernels on a GPU. On a CPU it saves 2 % of an update, and moves the last bits.
         fused = {"fused": True} if runtime.device.type == "cuda" and schedule.optimizer != "rmsprop" else {}
         self.optimizer = OPTIMIZERS[schedule.optimizer](
             self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, **fused
