@@ -27,6 +27,8 @@ _CHECKED, _CHECKED_WINDOWS, _CHECKED_CAP = ((70, (9, 150)), (3, (1, 5))), (4, 50
 class Lengths(NamedTuple):
     """Where consecutive queries and their keys begin and end; every query sees the keys up to its own.
 
+    In the order in which kernels take them.
+
     Attributes:
         queries: [B + 1] int32, the first query of each sequence, and the end.
         keys: [B + 1] int32, the same of its keys, the last of which is that of the last query.
@@ -45,18 +47,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Lengths, Rule], Tensor]
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, rule: Rule) -> Tensor:
-    """Causal attention of a packed row: `grouped_attention`, by the fastest kernel that computes the same.
-
-    Args:
-        query: [1, A, T, D].
-        key: [1, G, T, D], A a multiple of G.
-        value: [1, G, T, D'].
-        groups: what stands where in the row.
-        rule: of the layer.
-
-    Returns:
-        [1, A, T, D'].
-    """
+    """What `grouped_attention` gives for the same arguments, by the fastest kernel that computes the same."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     if kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1]:
@@ -165,10 +156,7 @@ def _by_flash_attn(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, 
         query,
         key,
         value,
-        lengths.queries,
-        lengths.keys,
-        lengths.most_queries,
-        lengths.most_keys,
+        *lengths,
         softmax_scale=rule.scaling,
         causal=True,
         window_size=_window(rule) if rule.window is not None else (-1, -1),
@@ -185,10 +173,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, rule:
         query,
         key,
         value,
-        lengths.queries,
-        lengths.keys,
-        lengths.most_queries,
-        lengths.most_keys,
+        *lengths,
         scale=rule.scaling,
         window_size=_window(rule),
         enable_gqa=query.shape[1] != key.shape[1],

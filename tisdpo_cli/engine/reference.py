@@ -54,8 +54,9 @@ class ReferencePass:
         packages = {name: version for name, version in versions().items() if name in computing}
         # How work is shared between threads, and what shares a matrix product, moves the last bits.
         layout = {"packed": scorer.packed, "tokens": tokens, "pairs": _PAIRS_PER_PART, "code": REVISION}
-        gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
-        machine = {"device": gpu or runtime.device.type, "threads": torch.get_num_threads()}
+        kind = runtime.device.type
+        device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else kind
+        machine = {"device": device, "threads": torch.get_num_threads()}
         self.depends_on = {**of, **packages, **layout, **machine}
 
     def run(self, pairs: Sequence[EncodedPair]) -> list[Logps]:
