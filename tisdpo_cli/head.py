@@ -71,11 +71,12 @@ class _HeadLogps(torch.autograd.Function):
             logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
             normalisers = torch.empty_like(logps)
             for rows in used.chunks():
-                logits = used.logits(rows)
-                torch.logsumexp(logits, -1, out=normalisers[rows])
-                torch.sub(logits.gather(1, targets[rows, None])[:, 0], normalisers[rows], out=logps[rows])
+                logits = used.logits(rows, used.fresh(rows) if stay else used.room(rows))
+                of_targets = logits.gather(1, targets[rows, None])[:, 0]
                 if stay:
                     kept.append(logits)
+                _logsumexp(logits, used.room(rows), normalisers[rows])
+                torch.sub(of_targets, normalisers[rows], out=logps[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.head, ctx.dtype, ctx.kept = head, dtype, kept
         return logps
@@ -90,25 +91,43 @@ class _HeadLogps(torch.autograd.Function):
             of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+            of_chunk = None if of_weight is None or ctx.dtype == of_weight.dtype else torch.empty_like(used.weight)
             for rows in used.chunks():
-                logits = kept.pop(0) if kept else used.logits(rows)
+                logits = kept.pop(0) if kept else used.logits(rows, used.room(rows))
                 of_logits = used.gradient(logits, targets[rows], normalisers[rows], grads[0][rows])
                 if of_bias is not None:
                     of_bias += of_logits.sum(0)
-                low = of_logits.to(ctx.dtype)
+                low = of_logits if of_logits.dtype == ctx.dtype else used.room(rows, ctx.dtype).copy_(of_logits)
                 if of_hidden is not None:
                     of_hidden[rows] = (low @ used.weight).to(hidden.dtype)
-                if of_weight is not None:
-                    _add_product(of_weight, low.t(), used.hidden[rows])
+                if of_weight is not None and of_chunk is not None:
+                    of_weight += torch.mm(low.t(), used.hidden[rows], out=of_chunk)
+                elif of_weight is not None:
+                    of_weight.addmm_(low.t(), used.hidden[rows])
         cast = (None if g is None else g.to(w.dtype) for g, w in ((of_weight, weight), (of_bias, bias)))
         return of_hidden, *cast, None, None, None, None
 
 
 class _Used:
-    """Hidden states and weights in the dtype of the products."""
+    """Hidden states and weights in the dtype of the products, and room for the numbers of one chunk, which all chunks
+    share: memory fresh from the system costs more than what is computed in it.
+    """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlainHead, dtype: Any) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: PlainHead, dtype: torch.dtype
+    ) -> None:
         self.hidden, self.weight, self.bias, self.head = hidden.to(dtype), weight.to(dtype), bias, head
+        self._rooms: dict[torch.dtype, Tensor] = {}
+
+    def fresh(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory [n, V] for a chunk."""
+        return self.hidden.new_empty(rows.stop - rows.start, len(self.weight), dtype=dtype)
+
+    def room(self, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory [n, V] for a chunk: that of the chunk before it."""
+        if dtype not in self._rooms:
+            self._rooms[dtype] = self.fresh(max(self.chunks(), key=lambda some: some.stop - some.start), dtype)
+        return self._rooms[dtype][: rows.stop - rows.start]
 
     def chunks(self) -> list[slice]:
         total, rows = len(self.hidden), max(_CHUNK_ROWS, _CHUNK_LOGITS // len(self.weight))
@@ -117,9 +136,13 @@ class _Used:
         cuts = [total * i // count for i in range(count + 1)]
         return [slice(a, b) for a, b in pairwise(cuts)]
 
-    def logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Logits [n, V] float32."""
-        logits = (self.hidden[rows] @ self.weight.t()).float()
+        hidden = self.hidden[rows]
+        if hidden.dtype == out.dtype:
+            logits = torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            logits = out.copy_(torch.mm(hidden, self.weight.t(), out=self.room(rows, hidden.dtype)))
         if self.bias is not None:
             logits += self.bias
         if self.head.scale != 1.0:
@@ -140,11 +163,10 @@ class _Used:
         return made.mul_(self.head.scale) if self.head.scale != 1.0 else made
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _logsumexp(logits: Tensor, room: Tensor, out: Tensor) -> None:
+    """Of logits [n, V] into [n]; the room, of their size, may be their own."""
+    largest = logits.amax(-1, keepdim=True)
+    torch.sum(torch.sub(logits, largest, out=room).exp_(), -1, out=out).log_().add_(largest[:, 0])
 
 
 def candidates(model: nn.Module) -> Iterator[PlainHead]:
