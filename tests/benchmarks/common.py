@@ -22,22 +22,58 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 VOCABULARY, MAX_LENGTH, MAX_PROMPT_LENGTH = 8192, 512, 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Qwen2 with tied embeddings."""
+
+    hidden: int = 256
+    feed_forward: int = 640
+    layers: int = 6
+    heads: int = 4
+    key_heads: int = 4
+    vocabulary: int = VOCABULARY
+
+
+SHAPES = {
+    "small": Shape(),
+    # Of Qwen2.5-0.5B; the tokenizer stays the small one.
+    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151_936),
+}
 # Mean, median and longest, in tokens: prompts, chosen and rejected responses.
 LENGTHS = {
     "hh": ((126, 98, 850), (41, 28, 280), (52, 36, 574)),
     "ultrafeedback": ((80, 45, 400), (260, 230, 900), (220, 185, 900)),
 }
+DTYPES = ("float32", "bf16")
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
+def on_gpu() -> bool:
+    """Whether everything runs on a GPU."""
+    return torch.cuda.is_available()
+
+
 def parser(description: str, pairs: int) -> argparse.ArgumentParser:
-    """Options that all benchmarks have."""
+    """Options that all benchmarks have; on a GPU there is more of everything.
+
+    Args:
+        description: of the benchmark.
+        pairs: on CPUs.
+    """
+    gpu = on_gpu()
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--pairs", type=int, default=pairs, help="pairs of preference data")
+    made.add_argument("--pairs", type=int, default=8 * pairs if gpu else pairs, help="pairs of preference data")
+    made.add_argument("--model", choices=sorted(SHAPES), default="qwen2.5-0.5b" if gpu else "small", help="its shape")
+    made.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "float32", help="what all compute in")
     made.add_argument("--lengths", choices=sorted(LENGTHS), default="hh", help="whose lengths the data have")
     made.add_argument("--data", type=Path, default=None, help="JSONL with prompt, chosen, rejected, in their place")
     made.add_argument("--rounds", type=int, default=3, help="how often each side runs")
@@ -76,24 +112,16 @@ def words() -> list[str]:
     return [token.replace("Ġ", " ") for token in vocabulary()[0] if token.startswith("Ġ") and len(token) > 1]
 
 
-def feed_forward(hidden: int) -> int:
-    """The width of the feed-forward layers."""
-    return hidden * 8 // 3 // 64 * 64
-
-
-def make_model(
-    directory: Path, seed: int, vocabulary_size: int = VOCABULARY, hidden: int = 256, layers: int = 6
-) -> None:
-    """A random Qwen2 and its tokenizer."""
-    import torch
+def make_model(directory: Path, seed: int, shape: Shape) -> None:
+    """A random model and its tokenizer."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
     ids, merges = vocabulary()
     tokenizer = Qwen2Tokenizer(vocab=ids, merges=merges, eos_token=EOS, pad_token=PAD, unk_token=None)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=vocabulary_size, hidden_size=hidden, intermediate_size=feed_forward(hidden),
-        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.key_heads,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -124,11 +152,9 @@ def make_pairs(count: int, lengths: str, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def prepare(
-    asked: argparse.Namespace, where: Path, vocabulary: int = VOCABULARY, hidden: int = 256, layers: int = 6
-) -> None:
+def prepare(asked: argparse.Namespace, where: Path, shape: Shape | None = None) -> None:
     """Write `model/` and `data/train.jsonl`."""
-    make_model(where / "model", asked.seed, vocabulary, hidden, layers)
+    make_model(where / "model", asked.seed, shape or SHAPES[asked.model])
     if asked.data is not None:
         rows = [json.loads(line) for line in asked.data.read_text(encoding="utf-8").splitlines()[: asked.pairs]]
         rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
@@ -139,11 +165,55 @@ def prepare(
     (where / "data" / "train.jsonl").write_text(lines, encoding="utf-8")
 
 
+# Work ----------------------------------------------------------------------------------------------------------
+
+
+def forward_work(where: Path) -> float:
+    """Multiplications and additions of one forward pass over all pairs, each prompt once, the head where a token is
+    scored; a backward pass takes twice as many. Attention, which is little at these lengths, is left out.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (of.from_pretrained(where / "model") for of in (AutoModelForCausalLM, AutoTokenizer))
+    body = sum(p.numel() for p in model.model.layers.parameters())
+    head = model.lm_head.weight.numel()
+    rows = [json.loads(line) for line in (where / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    sizes = [{name: len(tokenizer(text)["input_ids"]) for name, text in row.items()} for row in rows]
+    scored = sum(size["chosen"] + size["rejected"] + 2 for size in sizes)
+    tokens = scored + sum(size["prompt"] for size in sizes)
+    return 2.0 * (body * tokens + head * scored)
+
+
+def product_rate(shape: Shape, dtype: str) -> float:
+    """Multiplications and additions per second of this device in matrix products: the better of those of a model's
+    feed-forward layers and of large square ones.
+    """
+    gpu = on_gpu()
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    rows, edge = (16_384, 8192) if gpu else (2048, 1024)
+    best = 0.0
+    for n, k, m in ((rows, shape.hidden, shape.feed_forward), (edge, edge, edge)):
+        a, b = (torch.randn(size, device="cuda" if gpu else "cpu").to(kind) for size in ((n, k), (k, m)))
+        for _ in range(20):
+            began = time.perf_counter()
+            for _ in range(10):
+                a @ b
+            settle()
+            best = max(best, 10 * 2.0 * n * k * m / (time.perf_counter() - began))
+    return best
+
+
+def settle() -> None:
+    """Wait for what a GPU still has to do."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
 # Runs ----------------------------------------------------------------------------------------------------------
 
 
 class Clock:
-    """Wall and CPU seconds of all stretches that it has timed."""
+    """Wall and CPU seconds of all stretches that it has timed, to the end of what they asked of a GPU."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = 0.0, 0.0
@@ -153,13 +223,14 @@ class Clock:
         """Time what is done meanwhile."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
+        settle()
         self.wall += time.perf_counter() - wall
         self.cpu += time.process_time() - cpu
 
 
 @contextmanager
 def measured(record: dict[str, Any], loading: Clock | None = None, before: Clock | None = None) -> Iterator[None]:
-    """Put wall and CPU seconds and the peak memory in MiB into a record.
+    """Put wall and CPU seconds and the peak memory in MiB into a record; on a GPU that of its memory.
 
     Args:
         record: gets them.
@@ -174,6 +245,35 @@ def measured(record: dict[str, Any], loading: Clock | None = None, before: Clock
     record["cpu_seconds"] = clock.cpu - less.cpu + more.cpu
     record["loading_seconds"] = less.wall
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if on_gpu():
+        record["peak_mib"] = torch.cuda.max_memory_reserved() / 2**20
+
+
+def utilisation(record: dict[str, Any], where: Path, passes: int, shape: Shape, dtype: str) -> None:
+    """Put into a record of `measured` what share of the device's product rate the useful work had: the utilisation of
+    model FLOPs, against what products reach here instead of what a data sheet says.
+
+    Args:
+        record: gets it.
+        where: model and data.
+        passes: the work, in forward passes over all pairs: 3 for an epoch of training, 1 for a reference or scores.
+        shape: of the model.
+        dtype: what was computed in.
+    """
+    record["product_rate"] = product_rate(shape, dtype)
+    record["work"] = passes * forward_work(where)
+    record["utilisation"] = record["work"] / record["seconds"] / record["product_rate"]
+
+
+def facts(asked: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, for JSON."""
+    return {name: getattr(asked, name) for name in ("dtype", "lengths", "pairs", "model")}
+
+
+def arguments(asked: argparse.Namespace, where: Path | None = None) -> list[str]:
+    """What a worker must know, as arguments."""
+    named = {**facts(asked), "seed": asked.seed, **({} if where is None else {"where": where})}
+    return [word for name, value in named.items() for word in (f"--{name}", str(value))]
 
 
 def in_processes(script: str, names: Sequence[str], arguments: Sequence[str], rounds: int) -> dict[str, list[Any]]:
@@ -203,13 +303,15 @@ def middle(records: Sequence[Mapping[str, Any]], key: str = "seconds") -> float:
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]], units: int, unit: str) -> str:
-    """Medians and spread of all sides."""
-    lines = [f"{'':34s} {unit + '/s':>10s} {'seconds (lowest to highest)':>32s} {'CPU s':>8s} {'peak MiB':>9s}"]
+    """Medians and spread of all sides; MFU is that of `utilisation`."""
+    columns = f"{unit + '/s':>10s} {'seconds (lowest to highest)':>32s} {'CPU s':>8s} {'peak MiB':>9s} {'MFU':>5s}"
+    lines = [f"{'':34s} {columns}"]
     for name, records in found.items():
         every = sorted(record["seconds"] for record in records)
         spread = f"{middle(records):.2f} ({every[0]:.2f} to {every[-1]:.2f})"
         cpu, peak = middle(records, "cpu_seconds"), middle(records, "peak_mib")
-        lines.append(f"{name:34s} {units / middle(records):10.2f} {spread:>32s} {cpu:8.2f} {peak:9.0f}")
+        numbers = f"{units / middle(records):10.2f} {spread:>32s} {cpu:8.2f} {peak:9.0f}"
+        lines.append(f"{name:34s} {numbers} {middle(records, 'utilisation'):5.0%}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Scoring here and by a plain dense implementation: padded rows, all logits, one log-softmax; both in float32.
+"""Scoring here and by a plain dense implementation: padded rows, all logits, one log-softmax.
 
     python tests/benchmarks/estimate.py
 
@@ -15,8 +15,21 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from common import answer, compared, in_processes, make_model, measured, parser, prepare, table
-from sides import import_here, score_dense, score_here
+from common import (
+    SHAPES,
+    answer,
+    arguments,
+    compared,
+    facts,
+    in_processes,
+    make_model,
+    measured,
+    parser,
+    prepare,
+    table,
+    utilisation,
+)
+from sides import device, import_here, score_dense, score_here
 
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
@@ -25,7 +38,7 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
     if asked.worker == "tisdpo":
         loading = import_here(asked.where)
         with measured(record, loading):
-            path = score_here(asked.where, *folders)
+            path = score_here(asked.where, *folders, asked.dtype)
         rows = [json.loads(line) for line in (path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
         record["scores"] = [
             -r
@@ -37,11 +50,13 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+        load = AutoModelForCausalLM.from_pretrained
+        models = [load(folder, dtype=torch.float32).to(device()) for folder in folders]
         tokenizer = AutoTokenizer.from_pretrained(folders[0])
         with measured(record):
-            found = score_dense(asked.where, models, tokenizer)
+            found = score_dense(asked.where, models, tokenizer, asked.dtype)
         record["scores"] = [r for both in found for side in both for r in side]
+    utilisation(record, asked.where, len(folders), SHAPES[asked.model], asked.dtype)
 
 
 def main() -> None:
@@ -52,15 +67,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(asked, Path(folder))
-        make_model(Path(folder) / "other", asked.seed + 1)
-        found = in_processes(__file__, ["tisdpo", "dense"], ["--where", folder], asked.rounds)
+        make_model(Path(folder) / "other", asked.seed + 1, SHAPES[asked.model])
+        found = in_processes(__file__, ["tisdpo", "dense"], arguments(asked, Path(folder)), asked.rounds)
     scores = {name: [record.pop("scores") for record in records] for name, records in found.items()}
     worst = max(abs(a - b) for a, b in zip(*(of_runs[0] for of_runs in scores.values()), strict=True))
     ratios = compared(found, "tisdpo", ("dense",))
     if asked.json:
-        print(json.dumps({**ratios, "largest_difference": worst, "pairs": asked.pairs, "runs": found}))
+        print(json.dumps({**ratios, **facts(asked), "largest_difference": worst, "runs": found}))
         return
-    print(f"{asked.pairs} pairs of {asked.data or asked.lengths} lengths, two models, float32\n")
+    print(f"{asked.pairs} pairs of {asked.data or asked.lengths} lengths, two models, {asked.dtype}\n")
     print(table(found, asked.pairs, "pairs"))
     print(
         f"\n{ratios['speed_ratio']:.2f} times the pairs per second, {ratios['memory_ratio']:.2f} of the peak memory; "

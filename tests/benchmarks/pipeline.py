@@ -16,8 +16,20 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from common import answer, compared, in_processes, measured, parser, prepare, table
-from sides import clock_of_trl, import_here, out, score_dense, score_here, train_here, trl_trainer
+from common import (
+    SHAPES,
+    answer,
+    arguments,
+    compared,
+    facts,
+    in_processes,
+    measured,
+    parser,
+    prepare,
+    table,
+    utilisation,
+)
+from sides import clock_of_trl, import_here, out, score_dense, score_here, train_here, trl_sides, trl_trainer
 
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
@@ -28,36 +40,32 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
             data = asked.where / "data"
             for command in ("train-dpo", "train-reverse"):
                 train_here(asked.where, command, data, asked.dtype)
-            scored = score_here(asked.where, out() / "train-dpo", out() / "train-reverse")
+            scored = score_here(asked.where, out() / "train-dpo", out() / "train-reverse", asked.dtype)
             train_here(asked.where, "train", scored, asked.dtype)
-        return
-    reference = clock_of_trl()
-    trainers = [
-        trl_trainer(asked.where, asked.dtype, asked.worker != "trl", swapped) for swapped in (False, True, False)
-    ]
-    with measured(record, before=reference):
-        for trainer in trainers:
-            trainer.train()
-        score_dense(asked.where, [trainer.model for trainer in trainers[:2]], trainers[0].processing_class)
+    else:
+        reference = clock_of_trl()
+        trainers = [trl_trainer(asked.where, asked.dtype, asked.worker, swapped) for swapped in (False, True, False)]
+        with measured(record, before=reference):
+            for trainer in trainers:
+                trainer.train()
+            models = [trainer.model for trainer in trainers[:2]]
+            score_dense(asked.where, models, trainers[0].processing_class, asked.dtype)
+    # Three epochs, one pass of the reference, and the scores of two models.
+    utilisation(record, asked.where, 3 * 3 + 1 + 2, SHAPES[asked.model], asked.dtype)
 
 
 def main() -> None:
     """Both sides, interleaved."""
-    options = parser(str(__doc__).splitlines()[0], pairs=48)
-    options.add_argument(
-        "--dtype", choices=("float32", "bf16"), default="float32", help="what the trainings compute in"
-    )
-    asked = options.parse_args()
+    asked = parser(str(__doc__).splitlines()[0], pairs=48).parse_args()
     if asked.worker is not None:
         answer(asked, worker)
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(asked, Path(folder))
-        names = ["tisdpo", "trl", "trl, reference precomputed"]
-        found = in_processes(__file__, names, ["--where", folder, "--dtype", asked.dtype], asked.rounds)
-    ratios = compared(found, "tisdpo", names[1:])
+        found = in_processes(__file__, ["tisdpo", *trl_sides()], arguments(asked, Path(folder)), asked.rounds)
+    ratios = compared(found, "tisdpo", trl_sides())
     if asked.json:
-        print(json.dumps({**ratios, "dtype": asked.dtype, "pairs": asked.pairs, "runs": found}))
+        print(json.dumps({**ratios, **facts(asked), "runs": found}))
         return
     print(f"three trainings and an estimation of {asked.pairs} pairs, {asked.dtype}\n")
     print(table(found, asked.pairs, "pairs"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import MAX_LENGTH, MAX_PROMPT_LENGTH, Clock, made_for
+from common import MAX_LENGTH, MAX_PROMPT_LENGTH, Clock, made_for, on_gpu
 
 BATCH, RATE, BETA = 8, 1e-5, 0.1
 # What the dense scoring takes at once, in pairs: the default of `estimate`.
@@ -26,7 +27,7 @@ def import_here(where: Path) -> Clock:
     """Everything that the stages import on their way: imports and the loading of models are outside the time of all
     sides.
 
-    A model and a tokenizer are loaded once, for loading imports the most.
+    A model and a tokenizer are loaded once, for loading imports the most. On a GPU models are there once loaded.
 
     Returns:
         The clock of the models and tokenizers that the stages load from now on.
@@ -36,13 +37,25 @@ def import_here(where: Path) -> Clock:
     import tisdpo_cli.engine.estimate
     import tisdpo_cli.engine.pairs
 
-    AutoModelForCausalLM.from_pretrained(where / "model")
+    AutoModelForCausalLM.from_pretrained(where / "model").to(device())
     AutoTokenizer.from_pretrained(where / "model")
     clock = Clock()
     for engine in (tisdpo_cli.engine.estimate, tisdpo_cli.engine.pairs):
-        engine.load_model = _timed(engine.load_model, clock)  # type: ignore[attr-defined]
+        engine.load_model = _timed(_there(engine.load_model), clock)  # type: ignore[attr-defined]
         engine.load_tokenizer = _timed(engine.load_tokenizer, clock)  # type: ignore[attr-defined]
     return clock
+
+
+def device() -> str:
+    """Where all sides compute."""
+    return "cuda" if on_gpu() else "cpu"
+
+
+def _there(load: Any) -> Any:
+    def loaded(*args: Any, **named: Any) -> Any:
+        return load(*args, **named).to(device())
+
+    return loaded
 
 
 def _timed(function: Any, clock: Clock) -> Any:
@@ -70,13 +83,21 @@ def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: An
     return [line["loss"] for line in read_metrics(made / "metrics.jsonl")[1:]]
 
 
-def score_here(where: Path, forward: Path, reverse: Path) -> Path:
-    """`estimate` in float32; the scored dataset."""
+def seconds_of_updates(command: str) -> float:
+    """What the updates of a training by `train_here` took: gradients and optimizer, no more."""
+    from tisdpo_cli.outputs import read_metrics
+
+    lines = read_metrics(out() / command / "metrics.jsonl")[1:]
+    return sum(BATCH / line["pairs_per_second"] for line in lines)
+
+
+def score_here(where: Path, forward: Path, reverse: Path, dtype: str) -> Path:
+    """`estimate`; the scored dataset."""
     from tisdpo_cli.engine.estimate import estimate
 
     settings = made_for(
         "estimate", forward=str(forward), reverse=str(reverse), dataset=str(where / "data"),
-        output_dir=str(out() / "scored"), max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH,
+        output_dir=str(out() / "scored"), dtype=dtype, max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH,
     )  # fmt: skip
     return estimate(settings, silent()).path
 
@@ -91,6 +112,14 @@ def silent() -> Any:
 # What it is compared with --------------------------------------------------------------------------------------
 
 
+PRECOMPUTED, LIGER = "trl, reference precomputed", "trl with liger"
+
+
+def trl_sides() -> list[str]:
+    """The ways of TRL that can be measured here; Liger's kernels need a GPU."""
+    return ["trl", PRECOMPUTED, *([LIGER] if on_gpu() and find_spec("liger_kernel") else [])]
+
+
 def clock_of_trl() -> Clock:
     """The clock of the passes in which TRL computes reference log-probs, which it makes while a trainer is made."""
     from trl import DPOTrainer
@@ -100,8 +129,15 @@ def clock_of_trl() -> Clock:
     return clock
 
 
-def trl_trainer(where: Path, dtype: str, precompute: bool, swapped: bool = False) -> Any:
-    """TRL's DPOTrainer on the rows in our order, its models loaded and its rows tokenised."""
+def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False) -> Any:
+    """TRL's DPOTrainer on the rows in our order, its models loaded and its rows tokenised.
+
+    Args:
+        where: model and data.
+        dtype: what it computes in.
+        side: one of `trl_sides`.
+        swapped: whether chosen and rejected change places.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,14 +150,15 @@ def trl_trainer(where: Path, dtype: str, precompute: bool, swapped: bool = False
         rows = [{"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
     plan = make_plan(len(rows), BATCH, 1.0, None, 0)
     order = [i for step in range(plan.updates) for i in plan.batch(step)]
-    cuda = torch.cuda.is_available()
+    precompute = side == PRECOMPUTED
     config = DPOConfig(
         output_dir=str(out() / f"trl{swapped}"), beta=BETA, max_length=MAX_LENGTH,
         per_device_train_batch_size=BATCH, num_train_epochs=1, train_sampling_strategy="sequential",
         optim="adamw_torch", learning_rate=RATE, weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
-        max_grad_norm=10.0, use_cpu=not cuda, bf16=dtype == "bf16", fp16=False, gradient_checkpointing=False,
+        max_grad_norm=10.0, use_cpu=not on_gpu(), bf16=dtype == "bf16", fp16=False, gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
         precompute_ref_log_probs=precompute, precompute_ref_batch_size=BATCH if precompute else None,
+        use_liger_kernel=side == LIGER,
     )  # fmt: skip
 
     def model() -> Any:
@@ -141,7 +178,7 @@ def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def score_dense(where: Path, models: list[Any], tokenizer: Any) -> list[tuple[list[float], list[float]]]:
+def score_dense(where: Path, models: list[Any], tokenizer: Any, dtype: str) -> list[tuple[list[float], list[float]]]:
     """r of every response token: padded rows, all logits, one log-softmax; what one writes first."""
     import torch
 
@@ -161,10 +198,11 @@ def score_dense(where: Path, models: list[Any], tokenizer: Any) -> list[tuple[li
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             length = len(prompt) + len(response)
             ids[i, :length], mask[i, :length] = torch.tensor(prompt + response), 1
+        ids, mask = ids.to(device()), mask.to(device())
         logps = []
         for model in models:
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            with torch.no_grad(), torch.autocast(device(), torch.bfloat16, enabled=dtype == "bf16"):
+                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
                 logps.append(logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0])
         r = logps[0] - logps[1]
         cut = [

@@ -1,0 +1,50 @@
+"""The benchmarks run, compare the same work, and print one object of what they measured. Not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def ran(script: str, *arguments: str) -> dict[str, Any]:
+    """The JSON object of a benchmark with few pairs, once."""
+    command = [sys.executable, str(BENCHMARKS / script), "--json", "--rounds", "1", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_training_is_compared_with_the_same_training() -> None:
+    found = ran("train_vs_trl.py", "--pairs", "9")
+    ours, *theirs = found["losses"].values()
+    assert len(ours) == 2
+    assert len(theirs) >= 2
+    for losses in theirs:
+        # TRL rounds what it logs.
+        assert losses == pytest.approx(ours, abs=1e-4)
+    runs = {name: of_name[0] for name, of_name in found["runs"].items()}
+    against = runs[found["against"]]
+    assert found["speed_ratio"] == pytest.approx(against["seconds"] / runs["tisdpo"]["seconds"])
+    assert found["memory_ratio"] == pytest.approx(runs["tisdpo"]["peak_mib"] / against["peak_mib"])
+    assert all(0 < record["utilisation"] < 1 for record in runs.values())
+    # The same useful work on all sides.
+    assert len({record["work"] for record in runs.values()}) == 1
+
+
+@pytest.mark.slow
+def test_estimation_is_compared_with_the_same_scores() -> None:
+    found = ran("estimate.py", "--pairs", "5")
+    assert found["largest_difference"] < 1e-4
+    assert found["speed_ratio"] > 0
+    assert set(found["runs"]) == {"tisdpo", "dense"}
