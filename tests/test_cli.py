@@ -138,6 +138,10 @@ def test_no_command_shows_the_help_and_no_empty_error() -> None:
         (["inspect-weights", "a", "--dataset", "b"], "twice"),
         (["inspect-weights"], "--scored is needed"),
         (["run", "--beta", "1"], "--beta"),
+        # What other trainers have, and what to use in its place.
+        (["train-dpo", "--bf16"], "No such option: --bf16; --dtype bf16"),
+        (["train", "--warmup_ratio=0.1"], "--warmup-steps"),
+        (["train-dpo", "--use-peft"], "no adapters"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -180,12 +184,14 @@ def test_options_may_be_spelt_as_elsewhere(spelling: str) -> None:
 
 def test_options_of_trl_can_be_pasted() -> None:
     trl = "--per_device_train_batch_size 2 --gradient_accumulation_steps 4 --num_train_epochs 2 --eval_steps 5 "
-    trl += "--save_steps 7 --save_total_limit 1 --lr_scheduler_type cosine --optim adamw --per_device_eval_batch_size 3"
-    done = here("train-dpo", "-m", "m", "-d", "d", "-o", "o", *trl.split(), "--print-config")
+    trl += "--save_steps 7 --save_total_limit 1 --lr_scheduler_type cosine --optim adamw_torch"
+    trl += " --per_device_eval_batch_size 3 --model_name_or_path m --dataset_name d --output_dir o"
+    done = here("train-dpo", *trl.split(), "--print-config")
     assert done.code == 0, done.err
     for line in (
         "micro_batch_size: 2", "gradient_accumulation: 4", "epochs: 2.0", "eval_every: 5", "save_every: 7",
         "keep_checkpoints: 1", "lr_scheduler: cosine", "optimizer: adamw", "eval_batch_size: 3",
+        "model: m", "dataset: d",
     ):  # fmt: skip
         assert f"{line}  # flag" in done.out
 
@@ -488,7 +494,7 @@ RAW = "\x1b\x07\x9b\x7f\u202e\u2066\u2028\x08\x0c"
 @pytest.fixture(scope="module")
 def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored dataset whose every text fights back, with the world's tokenizer beside it."""
-    from tisdpo_cli.data.reader import Row
+    from tisdpo_cli.data.rows import Row
     from tisdpo_cli.data.scored import Scores, scored_columns
     from tisdpo_cli.tokenizer import load_tokenizer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import run_tisdpo
 
-from tisdpo_cli.data.reader import Row, read_rows
+from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.rows import Row
 from tisdpo_cli.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent

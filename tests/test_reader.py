@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +14,11 @@ from conftest import pair_rows
 
 from tisdpo_cli.data.examples import read_examples
 from tisdpo_cli.data.pairs import Columns, Pairs, read_pairs
-from tisdpo_cli.data.reader import BadRow, Row, find_splits, read_rows
+from tisdpo_cli.data.reader import find_splits, read_rows
+from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.tokens import Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, UsageFault
+from tisdpo_cli.files import sha256
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 GOOD_LINE = json.dumps(GOOD)
@@ -160,11 +165,162 @@ def test_utf_16_is_named(write: Write, encoding: str) -> None:
     assert "UTF-8" in message
 
 
-@pytest.mark.parametrize("content", [[[GOOD]], "[\n" + GOOD_LINE + "\n]\n", "\ufeff[\n{}]", "  [1]"])
-def test_a_json_array_is_named(write: Write, content) -> None:
-    message = str(fault(write(content)))
-    assert "x.jsonl:1: a JSON array" in message
-    assert "one object per line" in message
+# ---------------------------------------------------------------- other formats than JSON Lines
+
+ROWS = [
+    {"prompt": "p, \u00e9\n", "chosen": 'said "c"', "rejected": "r\u2028", "note": "x"},
+    {"prompt": "p2", "chosen": "c2", "rejected": "r2\r\nmore", "note": ""},
+]
+
+
+def parquet(tmp_path: Path, rows: list, name: str = "x.parquet") -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    return tmp_path / name
+
+
+def saved(folder: Path, rows: list) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+    return folder
+
+
+def as_csv(rows: list, end: str = "\r\n") -> str:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, rows[0], lineterminator=end)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+@pytest.fixture(
+    params=["array", "array on one line", "array, BOM", "array as .json", "csv", "csv, BOM, LF", "parquet", "saved"],
+)
+def other_format(request: pytest.FixtureRequest, write: Write, tmp_path: Path) -> Path:
+    """`ROWS` in a file of another format."""
+    made = {
+        "array": lambda: write(json.dumps(ROWS, indent=2)),
+        "array on one line": lambda: write(json.dumps(ROWS, ensure_ascii=False) + "\n\n"),
+        "array, BOM": lambda: write("\ufeff [ " + ",\r\n".join(map(json.dumps, ROWS)) + "]"),
+        "array as .json": lambda: write(json.dumps(ROWS), "x.json"),
+        "csv": lambda: write(as_csv(ROWS), "x.csv"),
+        "csv, BOM, LF": lambda: write("\ufeff" + as_csv(ROWS, "\n").removesuffix("\n"), "x.CSV"),
+        "parquet": lambda: parquet(tmp_path, ROWS),
+        "saved": lambda: saved(tmp_path / "saved", ROWS),
+    }
+    return made[request.param]()
+
+
+def test_every_format_gives_the_same_rows(other_format: Path) -> None:
+    assert find_splits(str(other_format)) == {"train": other_format}
+    assert [row.columns for row in read_rows(other_format)] == ROWS
+    assert [pair.prompt for pair in read(other_format).pairs] == [row["prompt"] for row in ROWS]
+
+
+def test_a_directory_holds_splits_of_any_format(write: Write, tmp_path: Path) -> None:
+    write(as_csv(ROWS), "train.csv")
+    parquet(tmp_path, ROWS, "test.parquet")
+    assert {split: file.name for split, file in find_splits(str(tmp_path)).items()} == {
+        "train": "train.csv",
+        "test": "test.parquet",
+    }
+    write([GOOD], "train.jsonl")
+    with pytest.raises(DataError, match=r"has train.jsonl and train.csv; leave one of them"):
+        find_splits(str(tmp_path))
+
+
+def test_a_saved_dataset_of_splits_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    both = {split: datasets.Dataset.from_list(ROWS) for split in ("train", "test")}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "saved")
+    splits = find_splits(str(tmp_path / "saved"))
+    assert splits == {split: tmp_path / "saved" / split for split in ("train", "test")}
+    assert [row.columns for row in read_rows(splits["test"])] == ROWS
+    whole = sha256(*splits.values())
+    (inside,) = (tmp_path / "saved" / "test").glob("*.arrow")
+    inside.write_bytes(inside.read_bytes()[:-200])
+    assert sha256(*splits.values()) != whole
+    assert f"{tmp_path / 'saved' / 'test'}: cannot be read as a saved dataset" in str(fault(splits["test"]))
+
+
+def test_where_a_row_of_another_format_begins(write: Write, tmp_path: Path) -> None:
+    array = write('\n [\n {"prompt": 1},\n\n {"prompt":\n 2}, {}\n]')
+    assert [row.where for row in read_rows(array)] == [f"{array}:{line}" for line in (3, 5, 6)]
+    table = write('prompt,chosen\n"two\nlines",c\n\np,c\n', "x.csv")
+    assert [row.where for row in read_rows(table)] == [f"{table}:{line}" for line in (2, 5)]
+    table = parquet(tmp_path, ROWS)
+    assert [row.where for row in read_rows(table)] == [f"{table}:{number}" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[1]", "x.jsonl:1: a row must be a JSON object, not a number"),
+        ('[{"a": 1,\n "a": 2}]', "x.jsonl:1:2: key 'a' stands twice"),
+        ('[{}, {"a": NaN}]', "x.jsonl:1:6: NaN is not JSON"),
+        ('[{"a": "\\ud800"}]', "x.jsonl:1: a lone surrogate"),
+        ('[{"a": ' + "1" * 5000 + "}]", "x.jsonl:1:2: "),
+    ],
+)
+def test_an_element_that_is_no_row_is_told_and_the_others_are_read(write: Write, content: str, told: str) -> None:
+    rows = list(read_rows(write(content.removesuffix("]") + f", {GOOD_LINE}]")))
+    assert told in str(next(row for row in rows if isinstance(row, BadRow)))
+    assert isinstance(rows[-1], Row)
+    assert rows[-1].columns == GOOD
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[\n{} {}]", "x.jsonl:2:4: malformed JSON: Expecting ',' delimiter"),
+        ("[{},\n]", "x.jsonl:2:1: malformed JSON: Illegal trailing comma"),
+        ("[{}", "x.jsonl:1:4: malformed JSON"),
+        ("[", "x.jsonl:1:2: malformed JSON"),
+        ("[{}]\n{}", "x.jsonl:2:1: malformed JSON: Extra data"),
+        ("[{}, {'a'}]", "x.jsonl:1:7: malformed JSON"),
+        (b"[{},\n\xff]", "x.jsonl:2:1: invalid UTF-8"),
+        (b"[{},\n\0]", "x.jsonl:2: a NUL byte"),
+        ("[" + "[" * 100_000, "x.jsonl: JSON nested too deeply"),
+    ],
+)
+def test_a_malformed_array_is_told_with_its_place(write: Write, content: str | bytes, told: str) -> None:
+    assert told in str(fault(write(content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("prompt,prompt\na,b\n", "x.csv:1: column 'prompt' stands twice"),
+        ('prompt\nfine\n"open\n', "x.csv:3: malformed CSV"),
+        ('prompt\n"a"b\n', "x.csv:2: malformed CSV"),
+        (b"prompt\n\xff\n", "x.csv:2: invalid UTF-8"),
+        ("prompt,chosen,rejected\n", "x.csv: the file has no rows"),
+        ("prompt,chosen,rejected\na,b\nc,d,e\n", "x.csv:2: 2 values for 3 columns"),
+        ("prompt,chosen,rejected\na,\0,c\n", "x.csv:2: a NUL byte"),
+        ("prompt,chosen,rejected\na,,c\n", "x.csv:2: 'chosen' is empty"),
+        ("PROMPT,chosen,rejected\na,b,c\n", "--prompt-column PROMPT"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_told_with_its_place(write: Write, content: str | bytes, told: str) -> None:
+    assert told in str(fault(write(content, "x.csv")))
+
+
+def test_a_damaged_parquet_file_is_told(write: Write, tmp_path: Path) -> None:
+    whole = parquet(tmp_path, ROWS, "whole.parquet").read_bytes()
+    for content in (b"", b"PAR1", whole[:-20]):
+        assert "x.parquet: cannot be read as Parquet" in str(fault(write(content, "x.parquet")))
+
+
+def test_values_of_a_parquet_file_are_those_of_json(tmp_path: Path) -> None:
+    when = datetime.date(2024, 5, 6)
+    (row,) = read_rows(parquet(tmp_path, [{**GOOD, "day": when, "list": [1.5, None], "inner": {"a": True}}]))
+    assert row.columns == {**GOOD, "day": "2024-05-06", "list": [1.5, None], "inner": {"a": True}}
+    for value, told in ((float("nan"), "out of range"), (b"x", "bytes")):
+        assert told in str(fault(parquet(tmp_path, [{**GOOD, "other": value}])))
 
 
 def test_a_line_beyond_the_limit_is_told_and_one_below_is_read(write: Write) -> None:
@@ -415,9 +571,9 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
     assert asked == ["owner/pairs"] * 2
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.txt"])
+@pytest.mark.parametrize("name", ["x.tsv", "x.arrow", "x.txt"])
 def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
-    with pytest.raises(DataError, match="JSON Lines"):
+    with pytest.raises(DataError, match="make it JSONL, JSON, CSV or Parquet"):
         find_splits(str(write([GOOD], name)))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import read_jsonl, write_jsonl
 
-from tisdpo_cli.data.reader import BadRow, Row, read_rows
+from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.scored import (
     Scores,
     hold_eos_scores,

@@ -30,15 +30,19 @@ def is_unfinished(path: Path) -> bool:
 
 
 def sha256(*paths: Path, named: bool = False) -> str:
-    """SHA-256 over the bytes of files, and over their names where `named`."""
+    """SHA-256 over the bytes of files, of directories those in them, and over their names where `named`."""
     digest = hashlib.sha256()
-    for path in paths:
+    for path in (file for given in paths for file in _files_of(given)):
         if named:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as stream:
             while block := stream.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

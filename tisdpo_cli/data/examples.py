@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tisdpo_cli.data.pairs import Columns, read_pairs, text_problem
-from tisdpo_cli.data.reader import BadRow, Row, read_rows, stop_or_skip
+from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.rows import BadRow, Row, stop_or_skip
 from tisdpo_cli.errors import UsageFault
 
 Target = Literal["chosen", "rejected", "both"]

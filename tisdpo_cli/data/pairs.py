@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.data.reader import BadRow, Row, read_rows, stop_or_skip
+from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.rows import BadRow, Row, stop_or_skip
 from tisdpo_cli.errors import DataError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tisdpo_cli.data.reader import BadRow, Row
+from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.errors import DataError, UsageFault
 from tisdpo_cli.files import sha256
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tisdpo_cli.data.reader import BadRow, stop_or_skip
+from tisdpo_cli.data.rows import BadRow, stop_or_skip
 from tisdpo_cli.data.scored import check_meaning, hold_weights, read_manifest, require_scores, unscored_needed
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.objective import WeightedPair

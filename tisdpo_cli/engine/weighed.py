@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tisdpo_cli.artefacts import locate_model
 from tisdpo_cli.data.pairs import Pair, read_pairs
-from tisdpo_cli.data.reader import BadRow, find_splits, stop_or_skip
+from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.data.rows import BadRow, stop_or_skip
 from tisdpo_cli.data.scored import (
     MANIFEST,
     SIDES,

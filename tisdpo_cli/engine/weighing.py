@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tisdpo_cli.data.pairs import Pair
-from tisdpo_cli.data.reader import BadRow
+from tisdpo_cli.data.rows import BadRow
 from tisdpo_cli.data.scored import SIDES, Scores, hold_eos_scores, lacks_eos_column, read_scores
 from tisdpo_cli.settings.groups import Weights
 from tisdpo_cli.steps import Centers, Context, apply_steps, centers_of, spans_of
