@@ -19,7 +19,7 @@ from tisdpo_cli.engine.pairs import train_pairs
 from tisdpo_cli.engine.preflight import check
 from tisdpo_cli.engine.reporter import Silent
 from tisdpo_cli.errors import TisdpoError, UsageFault
-from tisdpo_cli.models import load_model
+from tisdpo_cli.models import load_model, place
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
 from tisdpo_cli.tokenizer import describe_tokenizer, load_tokenizer
@@ -154,6 +154,17 @@ def test_a_damaged_index_of_shards_is_told(refused, model: Path, index) -> None:
     assert code == 1
     assert str(model) in message
     assert "safetensors" in message
+
+
+def test_a_file_that_is_written_to_later_changes_no_model(model: Path) -> None:
+    placed = place(load_model(model), torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in placed.state_dict().items()}
+    file = model / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        stream.write(b"\x42" * (file.stat().st_size // 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in placed.state_dict().items())
+    assert placed.get_input_embeddings().weight is placed.get_output_embeddings().weight
 
 
 def test_shards_are_read(attempt, model: Path) -> None:

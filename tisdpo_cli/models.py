@@ -94,6 +94,19 @@ def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
     return model
 
 
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device.
+
+    On a CPU its weights leave the file that they were mapped from: whoever writes to that file would change them, and
+    the first update of a training would copy it page by page, in ten times the time.
+    """
+    model = model.to(device)
+    if device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
+
+
 def load_reward_model(path: Path) -> tuple[nn.Module, Any]:
     """Load a model that gives a text one number, with the checks of `load_model`, and its transformers tokenizer.
 

@@ -22,7 +22,7 @@ from tisdpo_cli.engine.reporter import Progress
 from tisdpo_cli.engine.runtime import Runtime
 from tisdpo_cli.errors import LocalFault
 from tisdpo_cli.losses import response_sums
-from tisdpo_cli.models import load_model
+from tisdpo_cli.models import load_model, place
 from tisdpo_cli.scoring import TokenScorer, compare, lay_out
 from tisdpo_cli.settings.asking import Evaluate
 from tisdpo_cli.tokenizer import Tokenizer
@@ -108,7 +108,8 @@ def ask_all(task: Task, paths: Sequence[Named], reference: Named) -> tuple[list[
 
 
 def _load(task: Task, named: Named) -> TokenScorer:
-    model = load_model(named.path, task.settings.trust_remote_code).to(task.runtime.device).requires_grad_(False)
+    model = place(load_model(named.path, task.settings.trust_remote_code), task.runtime.device)
+    model.requires_grad_(False)
     return TokenScorer(model, task.sampling.autocast)
 
 

@@ -33,7 +33,7 @@ from tisdpo_cli.engine.splits import Split, limits_of, read_split
 from tisdpo_cli.engine.training import Made, claim_output, describe, finished
 from tisdpo_cli.errors import Interrupted, LocalFault, ModelError
 from tisdpo_cli.files import PARTIAL, sha256, sync, told_when_unwritable, write_json
-from tisdpo_cli.models import check_fit, load_model
+from tisdpo_cli.models import check_fit, load_model, place
 from tisdpo_cli.outputs import Output, settle_permissions, versions
 from tisdpo_cli.scoring import TokenScorer, lay_out, score
 from tisdpo_cli.settings.asking import CONTRAST, Estimate
@@ -220,7 +220,7 @@ class _Scorer:
         return False
 
     def _load(self, path: Path, sides: Sequence[Side]) -> TokenScorer:
-        model = load_model(path, self.settings.trust_remote_code).to(self.runtime.device).requires_grad_(False)
+        model = place(load_model(path, self.settings.trust_remote_code), self.runtime.device).requires_grad_(False)
         template = max(len(side.frame) for side in sides if side.path == path)
         longest = template + max(pair.longest for split in self.splits.values() for pair in split.encoded)
         reporter, precision = self.runtime.reporter, autocast_dtype(self.precision)

@@ -31,7 +31,7 @@ from tisdpo_cli.engine.training import (
 )
 from tisdpo_cli.errors import ModelError, TrainingError
 from tisdpo_cli.losses import Loss
-from tisdpo_cli.models import check_fit, load_model
+from tisdpo_cli.models import check_fit, load_model, place
 from tisdpo_cli.outputs import Output
 from tisdpo_cli.scoring import TokenScorer
 from tisdpo_cli.settings.training import TrainPairs, TrainReverse
@@ -67,7 +67,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> Made:
         train, held = prepare_pairs(settings, runtime.reporter, files, tokenizer)
         plan = plan_training(runtime, settings, [pair.tokens.tokens for pair in train], PairTask.unit)
         longest = max(pair.tokens.longest for pair in (*train, *held))
-        policy = load_model(model_path, settings.trust_remote_code).to(runtime.device)
+        policy = place(load_model(model_path, settings.trust_remote_code), runtime.device)
         scorer = scorer_of(runtime, settings, policy, longest, settings.model)
         if output is None:
             _show_first(runtime.reporter, train[0], tokenizer)
@@ -108,7 +108,7 @@ def _with_reference_model(
     divergence = settings.method.objective().needs.divergence
     if settings.ref_model is None and divergence is None:
         return policy, policy
-    frozen = load_model(path, settings.trust_remote_code).to(runtime.device).requires_grad_(False)
+    frozen = place(load_model(path, settings.trust_remote_code), runtime.device).requires_grad_(False)
     name = settings.ref_model or settings.model
     reference = scorer_of(runtime, settings, frozen, longest, name)
     if reference.packed == policy.packed or divergence is None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tisdpo_cli.errors import DataError, ModelError, TisdpoError, UsageFault
-from tisdpo_cli.models import load_reward_model
+from tisdpo_cli.models import load_reward_model, place
 
 # Prompts and responses, side by side, to one number each; larger is better.
 Rewarder = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -80,7 +80,7 @@ def model_rewarder(path: Path, device: torch.device, batch_size: int) -> Rewarde
         ModelError: it cannot be loaded, or is no such model.
     """
     model, tokenizer = load_reward_model(path)
-    model = model.to(device).requires_grad_(False)
+    model = place(model, device).requires_grad_(False)
     # Texts of equal length go together, so that nothing is padding: an EOS that ends a text is read as one.
     configs: list[Any] = [model.config, model.config.get_text_config()]  # type: ignore[operator, union-attr]
     for config in configs:

@@ -30,7 +30,7 @@ from tisdpo_cli.engine.training import (
     with_token_budget,
 )
 from tisdpo_cli.errors import DataError
-from tisdpo_cli.models import check_fit, load_model, make_model
+from tisdpo_cli.models import check_fit, load_model, make_model, place
 from tisdpo_cli.scoring import lay_out, score
 from tisdpo_cli.settings.training import TrainSft
 from tisdpo_cli.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
@@ -100,7 +100,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> Made:
         if output is None:
             runtime.reporter.note("dry run: nothing was trained")
             return Made(Path(settings.output_dir), {}, fresh=False)
-        model = _model(settings, path, tokenizer).to(runtime.device)
+        model = place(_model(settings, path, tokenizer), runtime.device)
         longest = max(task.longest for task in (train, held) if task is not None)
         scorer = scorer_of(runtime, settings, model, longest, settings.model or "the new model")
         runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
