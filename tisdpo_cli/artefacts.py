@@ -76,7 +76,7 @@ def _from_hub(name: str, option: str) -> Path:
 def _refuse_unfinished(path: Path) -> None:
     if is_unfinished(path):
         raise ModelError(
-            "an output that is not finished", where=str(path), fix="run the command that makes it again; it goes on"
+            "this output is not finished", where=str(path), fix="run the command that makes it again; it goes on"
         )
 
 

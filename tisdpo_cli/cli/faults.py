@@ -7,6 +7,7 @@ import signal
 import typer
 
 from tisdpo_cli.errors import Interrupted, TisdpoError, UsageFault
+from tisdpo_cli.settings.names import said_here
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -18,6 +19,10 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
     if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
         return Interrupted(signal.SIGINT, "stopped", fix="run the same command again")
     if isinstance(fault, typer.TyperException):
+        option = getattr(fault, "option_name", None)
+        known = said_here(option) if option else None
+        if known is not None:
+            return UsageFault(f"No such option: {option}", fix=known)
         return UsageFault(fault.format_message().rstrip("."), fix="see --help")
     if isinstance(fault, MemoryError) or any(words in str(fault).lower() for words in _OUT_OF_MEMORY):
         return TisdpoError(

@@ -52,7 +52,9 @@ class Estimate(Command):
     positive_template: str | None = setting(None, _template_help("forward", "harmless"), MODEL, metavar="NAME|TEXT")
     negative_template: str | None = setting(None, _template_help("reverse", "harmful"), MODEL, metavar="NAME|TEXT")
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = path_input("preference pairs to score: JSONL file, directory or hub id", "Data", "-d")
+    dataset: PathText = path_input(
+        "preference pairs to score: file (JSONL, JSON, CSV, Parquet), directory or hub id", "Data", "-d"
+    )
     output_dir: PathText = output_setting()
     data: Data = Data()
     batch_size: PositiveInt = setting(
@@ -177,7 +179,9 @@ class Evaluate(Command):
     baseline: PathText | None = path_input("model to compare with", MODEL, default=None)
     ref_model: PathText = path_input("reference: the model that training started from", MODEL)
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
+    dataset: PathText = path_input(
+        "preference pairs: file (JSONL, JSON, CSV, Parquet), directory or hub id", "Data", "-d"
+    )
     split: str | None = setting(None, "split to evaluate on (test, where there is one)", "Data")
     data: Data = Data()
     beta: PositiveFloat = setting(0.1, "of the implicit rewards β log π/π_ref", "Evaluation")

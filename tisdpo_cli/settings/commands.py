@@ -18,7 +18,9 @@ class Stages(Command):
     """The settings of `run` that are no stage's own."""
 
     model: PathText | None = path_input("starting model (without a train_sft section)", MODEL, "-m", default=None)
-    dataset: PathText = path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
+    dataset: PathText = path_input(
+        "preference pairs: file (JSONL, JSON, CSV, Parquet), directory or hub id", "Data", "-d"
+    )
     output_dir: PathText = output_setting()
     method: Literal["dpo", "sft", "prompt"] = setting(
         "dpo",

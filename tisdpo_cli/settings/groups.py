@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import create_model, model_validator
+from pydantic import BeforeValidator, create_model, model_validator
 
 from tisdpo_cli.losses import OBJECTIVES, Loss, loss
 from tisdpo_cli.params import Param
@@ -154,10 +154,18 @@ else:
 DEFAULT_BATCH_SIZE = 32
 
 
+# What transformers calls its kinds of AdamW, which are one here.
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+Optimizer = Annotated[
+    Literal["rmsprop", "adamw", "adam", "sgd"],
+    BeforeValidator(lambda given: "adamw" if given in _ADAMW else given),
+]
+
+
 class Optim(Group):
     """The optimiser and how long it runs."""
 
-    optimizer: Literal["rmsprop", "adamw", "adam", "sgd"] = setting("rmsprop", "optimizer", "Optimisation", "--optim")
+    optimizer: Optimizer = setting("rmsprop", "optimizer", "Optimisation", "--optim")
     learning_rate: PositiveFloat = setting(5e-7, "learning rate after the warm-up", "Optimisation", "--lr")
     lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
         "constant", "learning rate after the warm-up: kept, or decayed to zero", "Optimisation", "--lr-scheduler-type"
@@ -177,7 +185,7 @@ class Optim(Group):
 class SftOptim(Optim):
     """The optimiser of train-sft. The learning rate depends on whether the model is new."""
 
-    optimizer: Literal["rmsprop", "adamw", "adam", "sgd"] = setting("adamw", "optimizer", "Optimisation", "--optim")
+    optimizer: Optimizer = setting("adamw", "optimizer", "Optimisation", "--optim")
     learning_rate: PositiveFloat | None = setting(  # type: ignore[assignment]
         None, "learning rate after the warm-up (2e-5; 3e-3 with --init)", "Optimisation", "--lr"
     )

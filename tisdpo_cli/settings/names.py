@@ -9,6 +9,38 @@ from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import STAGES, Run, leaf_paths
 from tisdpo_cli.settings.fields import meta
 
+# Options of other trainers that have no like here, and what says it here, or why nothing does.
+_ELSEWHERE = {
+    "bf16": "--dtype bf16 says that",
+    "fp16": "--dtype bf16 is the low precision there is",
+    "tf32": "--dtype says what is computed in",
+    "torch-dtype": "--dtype says what is computed in",
+    "loss-type": "--loss says that; what others call sigmoid is dpo",
+    "warmup-ratio": "--warmup-steps says that, in updates",
+    "logging-steps": "metrics.jsonl in the output has every update",
+    "report-to": "nothing is sent anywhere; metrics.jsonl in the output has every update",
+    "run-name": "nothing is sent anywhere; metrics.jsonl in the output has every update",
+    "push-to-hub": "nothing is uploaded; hf upload does that",
+    "hub-model-id": "nothing is uploaded; hf upload does that",
+    "save-strategy": "--save-every says that, in updates",
+    "eval-strategy": "--eval-every says that, in updates",
+    "evaluation-strategy": "--eval-every says that, in updates",
+    "resume-from-checkpoint": "--resume says that",
+    "precompute-ref-log-probs": "the reference is always read once; see --no-ref-cache",
+    "padding-free": "rows are packed anyway; see --layout",
+    "use-liger-kernel": "the head never holds all logits",
+    "attn-implementation": "--layout says how rows are read",
+    "torch-compile": "there is no compilation",
+    "disable-dropout": "dropout is always off",
+    "use-peft": "there are no adapters yet",
+    "lora-r": "there are no adapters yet",
+    "lora-alpha": "there are no adapters yet",
+    "lora-target-modules": "there are no adapters yet",
+    "load-in-4bit": "there are no adapters yet",
+    "fsdp": "there is no sharded training yet",
+    "deepspeed": "there is no sharded training yet",
+}
+
 # Settings of stages that `run` decides, so that they cannot stand at its top.
 _NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run")
 
@@ -65,3 +97,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean …?` with the nearest known name, or nothing."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def said_here(option: str) -> str | None:
+    """What to use in the place of an option of another trainer, given as it was typed; None where it is none."""
+    return _ELSEWHERE.get(option.lstrip("-").partition("=")[0].replace("_", "-"))

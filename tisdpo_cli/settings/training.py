@@ -53,7 +53,9 @@ class TrainPairs(Command):
     model: PathText = path_input("model to train: directory or hub id", MODEL, "-m", "--model-name-or-path")
     ref_model: PathText | None = path_input("reference (the model itself as it starts)", MODEL, default=None)
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = path_input("preference pairs: JSONL file, directory or hub id", "Data", "-d")
+    dataset: PathText = path_input(
+        "preference pairs: file (JSONL, JSON, CSV, Parquet), directory or hub id", "Data", "-d", "--dataset-name"
+    )
     output_dir: PathText = output_setting()
     seed: Seed = seed_setting()
     data: Data = Data()
@@ -86,7 +88,7 @@ class TrainReverse(TrainPairs):
 class Train(TrainPairs):
     """Train with the token-weighted DPO loss on a scored dataset: TIS-DPO itself."""
 
-    dataset: PathText = path_input("scored dataset, from `tisdpo estimate`", "Data", "-d")
+    dataset: PathText = path_input("scored dataset, from `tisdpo estimate`", "Data", "-d", "--dataset-name")
     weights: Weights = Weights()
 
     @model_validator(mode="after")
@@ -106,7 +108,9 @@ class TrainSft(Command):
     layers: PositiveInt = setting(4, "depth of the new model, with --init", MODEL)
     heads: PositiveInt = setting(6, "attention heads of the new model, with --init", MODEL)
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = path_input("pairs, or instruction rows: JSONL file or directory", "Data", "-d")
+    dataset: PathText = path_input(
+        "pairs, or instruction rows: file (JSONL, JSON, CSV, Parquet) or directory", "Data", "-d", "--dataset-name"
+    )
     target: Literal["chosen", "rejected", "both"] = setting("chosen", "which responses of pairs to learn", "Data")
     train_on_prompt: bool = setting(False, "learn the prompt tokens too", "Data")
     output_dir: PathText = output_setting()
