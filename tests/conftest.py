@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tisdpo_cli.engine.reporter import Silent
+from tisdpo_cli.reporter import Silent
 
 # On models this small a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"

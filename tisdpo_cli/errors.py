@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Told:
+class UserError:
     """What is told in one line: what is wrong, where, and what to do.
 
     Args:
@@ -27,7 +27,7 @@ class Told:
         return f"{line}; {self.fix}" if self.fix else line
 
 
-class TisdpoError(Told, Exception):
+class TisdpoError(UserError, Exception):
     """A fault the user can do something about."""
 
 
@@ -43,17 +43,17 @@ class TrainingError(TisdpoError):
     """A fault at run time, a non-finite loss for example: exit 1."""
 
 
-class LocalFault(TrainingError):
+class RankError(TrainingError):
     """A fault that only one of several processes meets, so that this one must tell it."""
 
 
-class UsageFault(TisdpoError):
+class UsageError(TisdpoError):
     """The command cannot work as typed: exit 2."""
 
     exit_code = 2
 
 
-class Interrupted(Told, BaseException):
+class Interrupted(UserError, BaseException):
     """Stopped by a signal, after a checkpoint where there was something to keep: exit 130 or 143.
 
     Like KeyboardInterrupt it is no `Exception`: whoever catches the faults of a library must not catch a signal.

@@ -53,14 +53,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text under another name, then rename: the file is whole or absent."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    with told_when_unwritable(path):
+    with reporting_write_errors(path):
         partial.write_text(text, encoding="utf-8")
         sync([partial])
         partial.replace(path)
 
 
 @contextmanager
-def told_when_unwritable(
+def reporting_write_errors(
     path: Path, what: str = "cannot be written", kind: type[TrainingError] = TrainingError
 ) -> Iterator[None]:
     """Turn a full disk or a missing permission into a fault that names the file.

@@ -17,7 +17,8 @@ from stages import World, read_jsonl, sample_from, values_of
 from torch import nn
 
 from tisdpo_cli.files import write_text
-from tisdpo_cli.scoring import TokenScorer, collate, compare
+from tisdpo_cli.model.batch import collate
+from tisdpo_cli.model.logprobs import TokenScorer, compare
 
 
 def agreement(scored: Path) -> dict[str, float]:
@@ -61,7 +62,7 @@ def auc(above: np.ndarray, below: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PolicyResult:
     """What a policy says to the held-out prompts.
 
     Attributes:
@@ -80,7 +81,7 @@ class Asked:
         return float(self.rewards.mean())
 
 
-def ask(world: World, policy: nn.Module, sft: nn.Module) -> Asked:
+def ask(world: World, policy: nn.Module, sft: nn.Module) -> PolicyResult:
     """Sample from a policy; every policy meets the same chances."""
     prompts = [language.prompt_text("plain", topics) for topics in world.held for _ in range(world.sizes.samples)]
     said = sample_from(policy, prompts, f"held/{world.seed}")
@@ -94,7 +95,7 @@ def ask(world: World, policy: nn.Module, sft: nn.Module) -> Asked:
         assert kl is not None
         total += float(kl.double().sum())
     rewards = values_of(said).reshape(len(world.held), world.sizes.samples)
-    return Asked(rewards, total / len(rows), float(np.mean([len(s.ids) for s in said])))
+    return PolicyResult(rewards, total / len(rows), float(np.mean([len(s.ids) for s in said])))
 
 
 # How strongly the best policies lean towards reward, and how many responses of each prompt they are made of: beyond
@@ -119,18 +120,18 @@ def best_possible(world: World, sft: nn.Module) -> list[tuple[float, float]]:
     return points
 
 
-def win_rate(a: Asked, b: Asked) -> float:
+def win_rate(a: PolicyResult, b: PolicyResult) -> float:
     """How often a response of A is worth more than one of B to the same prompt; ties count half."""
     return float(np.mean([auc(x, y) for x, y in zip(a.rewards, b.rewards, strict=True)]))
 
 
-def write_asked(path: Path, asked: Mapping[int, Asked]) -> None:
+def write_asked(path: Path, asked: Mapping[int, PolicyResult]) -> None:
     """Keep what was found, by updates."""
     kept = {step: {**asdict(of), "rewards": of.rewards.tolist()} for step, of in asked.items()}
     write_text(path, json.dumps(kept))
 
 
-def read_asked(path: Path) -> dict[int, Asked]:
+def read_asked(path: Path) -> dict[int, PolicyResult]:
     """What `write_asked` kept."""
     kept = json.loads(path.read_text(encoding="utf-8"))
-    return {int(step): Asked(**{**of, "rewards": np.array(of["rewards"])}) for step, of in kept.items()}
+    return {int(step): PolicyResult(**{**of, "rewards": np.array(of["rewards"])}) for step, of in kept.items()}

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Asked, ask, best_possible, gate, read_asked, write_asked
+from figures import PolicyResult, ask, best_possible, gate, read_asked, write_asked
 from stages import Sizes, World
 
-from tisdpo_cli.engine.measures import between
-from tisdpo_cli.models import load_model
+from tisdpo_cli.engine.evaluation.statistics import between
+from tisdpo_cli.model.loading import load_model
 
 # What a seed is made again with where its starting model has not learned what good is, and how often.
 _NEXT_SEED, _TRIES = 1000, 3
@@ -87,7 +87,7 @@ class Policies:
 
     def train(
         self, name: str, command: str, data: Path, steps: Sequence[int] = (), **settings: Any
-    ) -> dict[int, Asked]:
+    ) -> dict[int, PolicyResult]:
         """Train a policy and ask it after some updates, by default those after which policies are compared."""
         name, steps = name.replace(" ", "-"), steps or [self.world.sizes.compared]
         kept = self.world.root / f"{name}.json"
@@ -99,7 +99,7 @@ class Policies:
         return read_asked(kept)
 
 
-def points_of(asked: Mapping[int, Asked]) -> list[Point]:
+def points_of(asked: Mapping[int, PolicyResult]) -> list[Point]:
     """A training's policies, by updates."""
     return [(of.kl, of.reward) for of in asked.values()]
 

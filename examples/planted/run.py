@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from figures import Asked, agreement, win_rate
+from figures import PolicyResult, agreement, win_rate
 from plot import curves
 from policies import FLIP, Point, Policies, each_seed, lead, points_of, spread, start
 from stages import Sizes, World
@@ -73,12 +73,12 @@ def _room(dpo: Sequence[Point], best: Sequence[Point]) -> float | None:
     return None if behind is None else -behind
 
 
-def _points(start_: Asked, steps: Mapping[int, Asked]) -> list[Point]:
+def _points(start_: PolicyResult, steps: Mapping[int, PolicyResult]) -> list[Point]:
     return [(0.0, start_.reward), *points_of(steps)]
 
 
 def _figures(
-    world: World, asked: Mapping[str, Mapping[int, Asked]], agreed: Mapping[str, Mapping[str, float]]
+    world: World, asked: Mapping[str, Mapping[int, PolicyResult]], agreed: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     at = world.sizes.compared
     dpo = asked["DPO"][at]

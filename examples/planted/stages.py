@@ -16,18 +16,18 @@ from typing import Any
 import language
 import numpy as np
 import torch
-from inventions import Weigh
+from custom_weights import Weigh
 from torch import nn
 
-from tisdpo_cli.checkpoints import open_checkpoint
 from tisdpo_cli.data.scored import SIDES
-from tisdpo_cli.engine.estimate import estimate
-from tisdpo_cli.engine.generation import Sampled, Sampling, sample_all
-from tisdpo_cli.engine.pairs import train_pairs
-from tisdpo_cli.engine.reporter import Silent
-from tisdpo_cli.engine.sft import train_sft
+from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, sample_all
+from tisdpo_cli.engine.scoring.estimate import estimate
+from tisdpo_cli.engine.training.preference import train_pairs
+from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.files import write_text
-from tisdpo_cli.models import load_model
+from tisdpo_cli.model.loading import load_model
+from tisdpo_cli.reporter import Silent
+from tisdpo_cli.runs.checkpoints import open_checkpoint
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
 
@@ -265,19 +265,19 @@ def new_model(folder: Path, seed: int) -> None:
     language.tokenizer().save_pretrained(folder)
 
 
-def sample_from(model: nn.Module, prompts: list[str], seed: str) -> list[Sampled]:
+def sample_from(model: nn.Module, prompts: list[str], seed: str) -> list[Sample]:
     """Responses, one to each prompt; the same prompt asked again gets another one."""
     how = Sampling(language.ID[language.EOS], language.ID[language.PAD], language.LONGEST)
     ids = [[language.ID[word] for word in prompt.split()] for prompt in prompts]
-    drawn = torch.rand(len(ids), how.new_tokens, generator=_generator(seed), dtype=torch.float64)
-    return sample_all(model, ids, drawn, how, batch_size=1024)
+    draws = torch.rand(len(ids), how.new_tokens, generator=_generator(seed), dtype=torch.float64)
+    return sample_all(model, ids, draws, how, batch_size=1024)
 
 
 def _generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
 
 
-def values_of(responses: list[Sampled]) -> np.ndarray:
+def values_of(responses: list[Sample]) -> np.ndarray:
     """True rewards [R] of responses."""
     return language.rewards([r.ids for r in responses], [r.ended for r in responses]).totals
 

@@ -1,4 +1,4 @@
-"""Better weights? Steps, transforms and inventions on the same scores, against DPO at equal KL over seeds.
+"""Better weights? Steps, transforms and custom weights on the same scores, against DPO at equal KL over seeds.
 
 `python examples/planted/weights.py --seeds 0,1,2,3,4` prints a table; what `run.py` has made is used again.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from custom_weights import INVENTIONS
 from figures import win_rate
-from inventions import INVENTIONS
 from policies import FLIP, Policies, each_seed, lead, points_of, spread, start
 from stages import Sizes
 

@@ -24,7 +24,8 @@ def worker(vocabulary: int, positions: int, dense: bool) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from tisdpo_cli.scoring import TokenScorer, collate
+    from tisdpo_cli.model.batch import collate
+    from tisdpo_cli.model.logprobs import TokenScorer
 
     config = Qwen2Config(
         vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,

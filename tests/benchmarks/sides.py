@@ -34,13 +34,13 @@ def import_here(where: Path) -> Clock:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import tisdpo_cli.engine.estimate
-    import tisdpo_cli.engine.pairs
+    import tisdpo_cli.engine.scoring.estimate
+    import tisdpo_cli.engine.training.preference
 
     AutoModelForCausalLM.from_pretrained(where / "model").to(device())
     AutoTokenizer.from_pretrained(where / "model")
     clock = Clock()
-    for engine in (tisdpo_cli.engine.estimate, tisdpo_cli.engine.pairs):
+    for engine in (tisdpo_cli.engine.scoring.estimate, tisdpo_cli.engine.training.preference):
         engine.load_model = _timed(_there(engine.load_model), clock)  # type: ignore[attr-defined]
         engine.load_tokenizer = _timed(engine.load_tokenizer, clock)  # type: ignore[attr-defined]
     return clock
@@ -68,8 +68,8 @@ def _timed(function: Any, clock: Clock) -> Any:
 
 def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: Any) -> list[float]:
     """A training by its command's engine, with a cache that this run alone knows; the loss of every update."""
-    from tisdpo_cli.engine.pairs import train_pairs
-    from tisdpo_cli.outputs import read_metrics
+    from tisdpo_cli.engine.training.preference import train_pairs
+    from tisdpo_cli.runs.outputs import read_metrics
 
     made = out() / command
     train_pairs(
@@ -85,7 +85,7 @@ def train_here(where: Path, command: str, dataset: Path, dtype: str, **flags: An
 
 def seconds_of_updates(command: str) -> float:
     """What the updates of a training by `train_here` took: gradients and optimizer, no more."""
-    from tisdpo_cli.outputs import read_metrics
+    from tisdpo_cli.runs.outputs import read_metrics
 
     lines = read_metrics(out() / command / "metrics.jsonl")[1:]
     return sum(BATCH / line["pairs_per_second"] for line in lines)
@@ -93,7 +93,7 @@ def seconds_of_updates(command: str) -> float:
 
 def score_here(where: Path, forward: Path, reverse: Path, dtype: str) -> Path:
     """`estimate`; the scored dataset."""
-    from tisdpo_cli.engine.estimate import estimate
+    from tisdpo_cli.engine.scoring.estimate import estimate
 
     settings = made_for(
         "estimate", forward=str(forward), reverse=str(reverse), dataset=str(where / "data"),
@@ -104,7 +104,7 @@ def score_here(where: Path, forward: Path, reverse: Path, dtype: str) -> Path:
 
 def silent() -> Any:
     """A reporter that says nothing."""
-    from tisdpo_cli.engine.reporter import Silent
+    from tisdpo_cli.reporter import Silent
 
     return Silent()
 
@@ -143,7 +143,7 @@ def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False) -> An
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from tisdpo_cli.engine.plan import make_plan
+    from tisdpo_cli.engine.training.batching import make_plan
 
     rows = [json.loads(line) for line in (where / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     if swapped:

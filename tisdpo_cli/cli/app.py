@@ -16,17 +16,18 @@ import typer
 from tisdpo_cli import __version__
 from tisdpo_cli.cli.console import TerminalReporter, print_error
 from tisdpo_cli.cli.faults import explain
-from tisdpo_cli.cli.options import Common, command_function, spelled_out
-from tisdpo_cli.errors import DataError, Interrupted, LocalFault, TisdpoError
+from tisdpo_cli.cli.options import Common, command_function, normalize_options
+from tisdpo_cli.errors import DataError, Interrupted, RankError, TisdpoError
 from tisdpo_cli.files import write_text
-from tisdpo_cli.settings.asking import Evaluate, InspectWeights
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.evaluate import Evaluate
+from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.sources import load, to_yaml
 from tisdpo_cli.text import visible
 
 if TYPE_CHECKING:
-    from tisdpo_cli.engine.reporter import Reporter
+    from tisdpo_cli.reporter import Reporter
 
 _METHOD, _AROUND = "The method", "Around it"
 
@@ -58,7 +59,7 @@ def _prepare(command: type[Command], flags: dict[str, Any], common: Common) -> C
     if common.print_config:
         _stdout(to_yaml(loaded.settings, loaded.origins).rstrip("\n"))
         return None
-    from tisdpo_cli.engine.preflight import check
+    from tisdpo_cli.cli.preflight import check
 
     check(loaded.settings)
     for notice in loaded.notices:
@@ -125,19 +126,19 @@ def _repeated(flags: Mapping[str, Any], common: Common, prefix: str) -> str:
 
 
 def _pairs_engine() -> Callable[[Any, Any], Any]:
-    from tisdpo_cli.engine.pairs import train_pairs
+    from tisdpo_cli.engine.training.preference import train_pairs
 
     return train_pairs
 
 
 def _sft_engine() -> Callable[[Any, Any], Any]:
-    from tisdpo_cli.engine.sft import train_sft
+    from tisdpo_cli.engine.training.sft import train_sft
 
     return train_sft
 
 
 def _estimate_engine() -> Callable[[Any, Any], Any]:
-    from tisdpo_cli.engine.estimate import estimate
+    from tisdpo_cli.engine.scoring.estimate import estimate
 
     return estimate
 
@@ -147,10 +148,10 @@ def _inspect(flags: dict[str, Any], common: Common) -> None:
     if settings is None:
         return
     assert isinstance(settings, InspectWeights)
-    from tisdpo_cli.cli.view import picture, render
-    from tisdpo_cli.engine.inspect import inspect_weights
-    from tisdpo_cli.report.page import page
-    from tisdpo_cli.report.table import origin, table
+    from tisdpo_cli.cli.inspection_view import picture, render
+    from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
+    from tisdpo_cli.engine.inspection.report.page import page
+    from tisdpo_cli.engine.inspection.report.table import origin, table
 
     inspection = inspect_weights(settings, shlex.join(["tisdpo", *sys.argv[1:]]))
     for notice in inspection.notices:
@@ -179,8 +180,8 @@ def _evaluate(flags: dict[str, Any], common: Common) -> None:
     if settings is None:
         return
     assert isinstance(settings, Evaluate)
-    from tisdpo_cli.cli.evaluation import render
-    from tisdpo_cli.engine.evaluate import evaluate
+    from tisdpo_cli.cli.evaluation_view import render
+    from tisdpo_cli.engine.evaluation.evaluate import evaluate
 
     found = evaluate(settings, _reporter())
     _stdout(json.dumps(found.as_dict()) if common.as_json else render(found))
@@ -190,9 +191,9 @@ def _run(flags: dict[str, Any], common: Common) -> None:
     settings = _prepare(COMMANDS["run"], flags, common)
     if settings is None:
         return
-    from tisdpo_cli.cli.view import pair_view, picture, stage_rows, stage_table
+    from tisdpo_cli.cli.inspection_view import pair_view, picture, stage_rows, stage_table
+    from tisdpo_cli.engine.inspection.report.page import page
     from tisdpo_cli.engine.pipeline import run
-    from tisdpo_cli.report.page import page
 
     reporter = _reporter()
     made = run(settings, reporter, shlex.join(["tisdpo", *sys.argv[1:]]))  # type: ignore[arg-type]
@@ -215,7 +216,7 @@ def _run(flags: dict[str, Any], common: Common) -> None:
 
 def _env() -> None:
     """Show versions, machine and settings from the environment, for bug reports."""
-    from tisdpo_cli.engine.env import environment
+    from tisdpo_cli.runs.env import environment
 
     for name, value in environment().items():
         _stdout(visible(f"{name}: {value}"))
@@ -225,7 +226,7 @@ def _env() -> None:
 
 def _reporter() -> Reporter:
     """Only the first process of a run speaks."""
-    from tisdpo_cli.engine.reporter import Silent
+    from tisdpo_cli.reporter import Silent
 
     return TerminalReporter() if _first_rank() else Silent()
 
@@ -295,8 +296,8 @@ _register()
 
 def main() -> NoReturn:
     """Run the program and exit with the code of DESIGN: 0, 1, 2, 130 or 143."""
-    _spare_shared_cores()
-    arguments = spelled_out(sys.argv[1:], COMMANDS)
+    configure_openmp()
+    arguments = normalize_options(sys.argv[1:], COMMANDS)
     if not arguments:
         app(args=["--help"], prog_name="tisdpo", standalone_mode=False)
         sys.exit(2)
@@ -314,7 +315,7 @@ def main() -> NoReturn:
     _leave(code if isinstance(code, int) else 0)
 
 
-def _spare_shared_cores() -> None:
+def configure_openmp() -> None:
     """Let idle threads of a matrix product spin for microseconds, not milliseconds, before they sleep.
 
     Must happen before torch is loaded. On free cores it changes nothing; on cores that other programs use, small
@@ -331,7 +332,7 @@ def _terminated(number: int, _frame: Any) -> None:
 def _fail(fault: BaseException) -> NoReturn:
     told = explain(fault)
     # The other ranks meet the same fault in the same data; a fault of their own they must tell themselves.
-    if _first_rank() or type(told) is TisdpoError or isinstance(told, LocalFault):
+    if _first_rank() or type(told) is TisdpoError or isinstance(told, RankError):
         for line in told.details:
             print(visible(line), file=sys.stderr)
         if isinstance(told, Interrupted):

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from tisdpo_cli.errors import Told
+from tisdpo_cli.errors import UserError
 from tisdpo_cli.text import visible
 
 # Without a terminal: one line at the start, one at the end, and one every so often between.
@@ -141,7 +141,7 @@ class PlainProgress:
         return None
 
 
-def print_error(fault: Told) -> None:
+def print_error(fault: UserError) -> None:
     """The last line on stderr, in at most 300 characters: what gives way is the what, not where it is or the fix."""
     where, what, fix = (" ".join(visible(part).split()) for part in (fault.where, fault.what, fault.fix))
     where, fix = (f"{where}: " if where else ""), (f"; {fix}" if fix else "")

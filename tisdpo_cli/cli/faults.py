@@ -6,8 +6,8 @@ import signal
 
 import typer
 
-from tisdpo_cli.errors import Interrupted, TisdpoError, UsageFault
-from tisdpo_cli.settings.names import said_here
+from tisdpo_cli.errors import Interrupted, TisdpoError, UsageError
+from tisdpo_cli.settings.names import foreign_option_hint
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -20,10 +20,10 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
         return Interrupted(signal.SIGINT, "stopped", fix="run the same command again")
     if isinstance(fault, typer.TyperException):
         option = getattr(fault, "option_name", None)
-        known = said_here(option) if option else None
+        known = foreign_option_hint(option) if option else None
         if known is not None:
-            return UsageFault(f"No such option: {option}", fix=known)
-        return UsageFault(fault.format_message().rstrip("."), fix="see --help")
+            return UsageError(f"No such option: {option}", fix=known)
+        return UsageError(fault.format_message().rstrip("."), fix="see --help")
     if isinstance(fault, MemoryError) or any(words in str(fault).lower() for words in _OUT_OF_MEMORY):
         return TisdpoError(
             "out of memory",

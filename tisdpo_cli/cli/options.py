@@ -82,7 +82,7 @@ def command_function(
     return function
 
 
-def spelled_out(arguments: Sequence[str], commands: Mapping[str, type[Command]]) -> list[str]:
+def normalize_options(arguments: Sequence[str], commands: Mapping[str, type[Command]]) -> list[str]:
     """Arguments with underscores and second names of options replaced, so that commands of other tools can be pasted.
 
     They are no options of their own: the help would show three names for each. Values are left alone.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from tisdpo_cli.data.pairs import Columns, read_pairs, text_problem
 from tisdpo_cli.data.reader import read_rows
-from tisdpo_cli.data.rows import BadRow, Row, stop_or_skip
-from tisdpo_cli.errors import UsageFault
+from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
+from tisdpo_cli.errors import UsageError
 
 Target = Literal["chosen", "rejected", "both"]
 
@@ -46,12 +46,12 @@ def read_examples(
         examples = [Example(p.row.where, p.prompt, getattr(p, side)) for p in read.pairs for side in sides]
         return examples, read.notices
     if target == "rejected":
-        raise UsageFault("instruction rows have no rejected response", where=f"{path}: --target rejected")
+        raise UsageError("instruction rows have no rejected response", where=f"{path}: --target rejected")
     examples, bad = [], []
     for row in read_rows(path):
         made = row if isinstance(row, BadRow) else _instruction(row, instruction_template)
         bad.append(made) if isinstance(made, BadRow) else examples.append(made)
-    return examples, stop_or_skip(bad, len(examples) + len(bad), on_bad_row)
+    return examples, handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
 
 
 def _holds_instructions(path: Path, columns: Columns) -> bool:

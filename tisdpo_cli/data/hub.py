@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from tisdpo_cli.errors import DataError, UsageFault
+from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.files import PARTIAL, cache_directory
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -18,7 +18,7 @@ def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Pat
     """The splits of a dataset of the hub, as JSONL files in the cache.
 
     Args:
-        name: `owner/name`.
+        name: `response_ids/name`.
         splits: the splits that are of use.
         near: what to say where the name is no hub id, because it looks like a mistyped path.
 
@@ -28,7 +28,7 @@ def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Pat
     """
     where = f"--dataset {name}"
     if near or not _HUB_ID.match(name) or Path(name.split("/")[0]).is_dir():
-        raise UsageFault(f"no such file or directory{near}", where=where)
+        raise UsageError(f"no such file or directory{near}", where=where)
     home = cache_directory() / "datasets" / name.replace("/", "__")
     import huggingface_hub
 
@@ -39,7 +39,7 @@ def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Pat
         if kept:
             return _kept(kept[-1].parent, splits)
         reason = f"the hub says: {type(fault).__name__}"
-        raise UsageFault(
+        raise UsageError(
             f"no such file or directory, and no dataset that can be fetched ({reason})", where=where
         ) from fault
     folder = home / str(revision)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.reader import read_rows
-from tisdpo_cli.data.rows import BadRow, Row, stop_or_skip
+from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError
 
 
@@ -68,7 +68,7 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
     if not total:
         raise DataError("the file has no rows", where=str(path))
     _require_columns(path, [row for row, _ in rows], columns)
-    notices = stop_or_skip(bad, total, on_bad_row)
+    notices = handle_bad_rows(bad, total, on_bad_row)
     kept = [row for row, usable in rows if usable]
     pairs = [
         Pair(i, row.columns[columns.prompt], row.columns[columns.chosen], row.columns[columns.rejected], row)

@@ -25,7 +25,7 @@ _FORMATS = "JSONL, JSON, CSV or Parquet"
 
 def find_splits(dataset: str) -> dict[str, Path]:
     """The file of each split of a dataset: a file is `train`; a directory holds `train.*` and maybe `test.*`, or what
-    `save_to_disk` wrote, which are directories themselves; `owner/name` is fetched from the hub.
+    `save_to_disk` wrote, which are directories themselves; `response_ids/name` is fetched from the hub.
 
     Raises:
         UsageFault: there is nothing at the path, and the hub has no such dataset.

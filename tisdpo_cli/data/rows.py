@@ -27,7 +27,7 @@ class BadRow:
         return f"{self.where}: {self.why}"
 
 
-def stop_or_skip(bad: list[BadRow], total: int, on_bad_row: str, shown: int = 20) -> list[str]:
+def handle_bad_rows(bad: list[BadRow], total: int, on_bad_row: str, shown: int = 20) -> list[str]:
     """What to do with rows that cannot be used: stop with all of them told, or give the lines to report.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tisdpo_cli.data.rows import BadRow, Row
-from tisdpo_cli.errors import DataError, UsageFault
+from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.files import sha256
 
 MANIFEST = "estimate.json"
@@ -80,7 +80,7 @@ _NOTHING_THERE = {
 }
 
 
-def hold_weights(rows: Iterable[Row]) -> bool:
+def has_weights(rows: Iterable[Row]) -> bool:
     """Whether any row has scores (or final weights)."""
     return any(f"{side}_weight" in row.columns for row in rows for side in SIDES)
 
@@ -91,17 +91,17 @@ def require_scores(rows: Iterable[Row], dataset: str, final: bool = False) -> No
     Raises:
         DataError: the dataset is not scored.
     """
-    if not hold_weights(rows):
+    if not has_weights(rows):
         what, _, fix = _NOTHING_THERE[final].partition("; ")
         raise DataError(what, where=dataset, fix=fix)
 
 
-def hold_eos_scores(rows: Iterable[Row]) -> bool:
+def has_eos_scores(rows: Iterable[Row]) -> bool:
     """Whether any row of a file has EOS scores beside the others."""
     return any(f"{side}_weight" in row.columns and _eos_column(side) in row.columns for row in rows for side in SIDES)
 
 
-def lacks_eos_column(row: Row, side: str) -> BadRow | None:
+def missing_eos_column(row: Row, side: str) -> BadRow | None:
     """What is wrong with a row that has no EOS column, in a file that has some; null is a cut response, and fine."""
     if _eos_column(side) in row.columns:
         return None
@@ -198,23 +198,23 @@ def read_manifest(dataset: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def recorded(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
+def split_record(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
     """What `estimate.json` says of a split, or None where it says nothing."""
     counts = manifest.get("counts")
     known = counts.get(split.stem) if isinstance(counts, dict) else None
     return known if isinstance(known, dict) else None
 
 
-def check_meaning(manifest: dict[str, Any], split: Path, final: bool) -> str | None:
+def check_unchanged(manifest: dict[str, Any], split: Path, final: bool) -> str | None:
     """What to tell where a split is not as it was scored, which is the user's right.
 
     Raises:
         UsageFault: it is as it was scored, and is to be taken for final weights.
     """
-    known = recorded(manifest, split)
+    known = split_record(manifest, split)
     unchanged = known is not None and known.get("sha256") == sha256(split)
     if final and unchanged:
-        raise UsageFault(
+        raise UsageError(
             f"{split.name} holds scores, as {MANIFEST} says, not weights",
             where="--weights-are final",
             fix="leave it out to make weights of them",
@@ -226,7 +226,7 @@ def check_meaning(manifest: dict[str, Any], split: Path, final: bool) -> str | N
     return f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
 
 
-def unscored_needed(scores: Scores, kept: int, needs_eos: bool, final: bool = False) -> str | None:
+def missing_score(scores: Scores, kept: int, needs_eos: bool, final: bool = False) -> str | None:
     """Which score (or final weight) a training under its settings would need and does not have, or None."""
     what = "weight" if final else "score"
     missing: Sequence[int] = [t for t, r in enumerate(scores.tokens[:kept]) if r is None]

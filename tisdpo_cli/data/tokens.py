@@ -77,7 +77,7 @@ class EncodedPair:
 
 
 @dataclass(frozen=True)
-class Frame:
+class TemplateTokens:
     """Token ids that a template puts around a prompt.
 
     Attributes:
@@ -91,7 +91,7 @@ class Frame:
     def around(self, prompt: list[int], bos: int | None) -> list[int]:
         """The prompt, already cut, in its frame; a BOS stands in front of all, once.
 
-        >>> Frame([5, 6], [7]).around([0, 1, 2], bos=0)
+        >>> TemplateTokens([5, 6], [7]).around([0, 1, 2], bos=0)
         [0, 5, 6, 1, 2, 7]
         """
         begins = bos is not None and prompt[:1] == [bos]
@@ -104,7 +104,7 @@ class Frame:
 
 
 @dataclass
-class Cuts:
+class TruncationStats:
     """What truncation and tokenisation did to a split, counted."""
 
     rows: int = 0
@@ -177,11 +177,11 @@ def encode_pairs(
     wheres: Sequence[str],
     vocabulary: Vocabulary,
     limits: Limits,
-) -> tuple[list[EncodedPair], Cuts]:
+) -> tuple[list[EncodedPair], TruncationStats]:
     """Tokenise and cut pairs of texts, in order; every row is kept, also one with nothing left to train."""
     encode = vocabulary.encode
     ids = [encode(texts) for texts in (prompts, chosen, rejected)]
-    cuts, pairs = Cuts(rows=len(prompts)), []
+    cuts, pairs = TruncationStats(rows=len(prompts)), []
     for i, (p, c, r) in enumerate(zip(*ids, strict=True)):
         prompt, (cut_chosen, cut_rejected) = cut(p, [c, r], vocabulary.bos, vocabulary.eos, limits)
         pairs.append(EncodedPair(i, wheres[i], prompt, cut_chosen, cut_rejected))

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.engine.estimate import estimate
-from tisdpo_cli.engine.inspect import inspect_weights
-from tisdpo_cli.engine.pairs import train_pairs
-from tisdpo_cli.engine.reporter import Reporter
-from tisdpo_cli.engine.sft import train_sft
-from tisdpo_cli.engine.training import Made
-from tisdpo_cli.facts import Inspection
-from tisdpo_cli.settings.asking import Estimate
+from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
+from tisdpo_cli.engine.inspection.results import Inspection
+from tisdpo_cli.engine.scoring.estimate import estimate
+from tisdpo_cli.engine.training.preference import train_pairs
+from tisdpo_cli.engine.training.sft import train_sft
+from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.runs.stage import StageResult
 from tisdpo_cli.settings.base import Command
-from tisdpo_cli.settings.commands import Run
-from tisdpo_cli.settings.training import TrainPairs, TrainSft
+from tisdpo_cli.settings.estimate import Estimate
+from tisdpo_cli.settings.run import Run
+from tisdpo_cli.settings.train_pairs import TrainPairs
+from tisdpo_cli.settings.train_sft import TrainSft
 
 _TITLES = {
     "train_sft": "starting model (SFT)",
@@ -30,11 +31,11 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class PipelineMade:
+class PipelineResult:
     """What `run` made: each stage, and the inspection of the scores."""
 
     path: Path
-    stages: dict[str, Made]
+    stages: dict[str, StageResult]
     inspection: Inspection
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class PipelineMade:
         return {"path": str(self.path), "stages": stages}
 
 
-def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineMade:
+def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineResult:
     """Run the pipeline; finished stages are skipped, an interrupted one goes on.
 
     Args:
@@ -56,15 +57,15 @@ def run(settings: Run, reporter: Reporter, command: str | None = None) -> Pipeli
     Raises:
         TisdpoError: what stopped a stage.
     """
-    stages: dict[str, Made] = {}
+    stages: dict[str, StageResult] = {}
     todo = settings.stages()
     for number, (name, stage) in enumerate(todo.items(), start=1):
         reporter.stage(f"{number}/{len(todo)} {name.replace('_', '-')}: {_TITLES[name]}")
         stages[name] = _stage(stage, reporter)
-    return PipelineMade(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights, command))
+    return PipelineResult(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights, command))
 
 
-def _stage(settings: Command, reporter: Reporter) -> Made:
+def _stage(settings: Command, reporter: Reporter) -> StageResult:
     if isinstance(settings, TrainSft):
         return train_sft(settings, reporter)
     if isinstance(settings, Estimate):

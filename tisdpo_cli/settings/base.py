@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -14,7 +14,13 @@ MODEL, RUNTIME = "Model", "Runtime"
 
 
 class Command(BaseSettings):
-    """Settings of a command. Values come from layers (see `sources`), the first layer that has one wins."""
+    """Settings of a command. Values come from layers (see `sources`); the first layer that has a value wins.
+
+    Attributes:
+        command: the name of the command, in the terminal and in its outputs.
+    """
+
+    command: ClassVar[str]
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, hide_input_in_errors=True
@@ -96,3 +102,21 @@ def overwrite_setting() -> Any:
 def remote_code_setting() -> Any:
     """`--trust-remote-code`."""
     return setting(False, "run code that comes with the model", MODEL)
+
+
+def dry_run_setting() -> Any:
+    """`--dry-run`, the same for every training."""
+    return setting(
+        False, "check everything, show the plan and the first row, train nothing", RUNTIME, shapes_result=False
+    )
+
+
+def profile_setting() -> Any:
+    """`--profile`, the same for every training."""
+    return setting(
+        None,
+        "write a trace of some updates, and a table of where their time goes",
+        RUNTIME,
+        shapes_result=False,
+        metavar="DIR",
+    )

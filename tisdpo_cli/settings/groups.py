@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, create_model, model_validator
 
-from tisdpo_cli.losses import OBJECTIVES, Loss, loss
-from tisdpo_cli.params import Param
+from tisdpo_cli.method.objectives import OBJECTIVES, Loss, loss
+from tisdpo_cli.method.params import Param
+from tisdpo_cli.method.recipe import PRESETS, EosWeight, Recipe, final_recipe, recipe
+from tisdpo_cli.method.steps import STEPS
+from tisdpo_cli.method.transforms import TRANSFORMS
 from tisdpo_cli.settings.fields import (
     FiniteFloat,
     Group,
@@ -18,8 +21,6 @@ from tisdpo_cli.settings.fields import (
     PositiveInt,
     setting,
 )
-from tisdpo_cli.steps import STEPS
-from tisdpo_cli.weights import PRESETS, TRANSFORMS, EosWeight, Recipe, final_recipe, recipe
 
 Dtype = Literal["auto", "float32", "bf16"]
 Layout = Literal["auto", "shared-prefix", "separate"]
@@ -32,7 +33,7 @@ def layout_setting() -> Any:
     )
 
 
-class Reading(Group):
+class ColumnOptions(Group):
     """How rows are read."""
 
     prompt_column: str = setting("prompt", "column of the prompt", "Data")
@@ -41,7 +42,7 @@ class Reading(Group):
     on_bad_row: Literal["error", "skip"] = setting("error", "what to do with rows that cannot be used", "Data")
 
 
-class Data(Reading):
+class Data(ColumnOptions):
     """How rows are read and cut."""
 
     max_length: PositiveInt = setting(512, "tokens of prompt and response together, at most", "Data")

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 from tisdpo_cli.settings.base import Command
-from tisdpo_cli.settings.commands import STAGES, Run, leaf_paths
+from tisdpo_cli.settings.commands import leaf_paths
 from tisdpo_cli.settings.fields import meta
+from tisdpo_cli.settings.run import STAGES, Run
 
 # Options of other trainers that have no like here, and what says it here, or why nothing does.
 _ELSEWHERE = {
@@ -99,6 +100,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def said_here(option: str) -> str | None:
+def foreign_option_hint(option: str) -> str | None:
     """What to use in the place of an option of another trainer, given as it was typed; None where it is none."""
     return _ELSEWHERE.get(option.lstrip("-").partition("=")[0].replace("_", "-"))

@@ -14,12 +14,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tisdpo_cli.errors import UsageFault
+from tisdpo_cli.errors import UsageError
 from tisdpo_cli.settings.base import Command
-from tisdpo_cli.settings.commands import COMMANDS, STAGES, Run, Stages, leaf_paths
+from tisdpo_cli.settings.commands import COMMANDS, leaf_paths
 from tisdpo_cli.settings.fields import group_of
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
-from tisdpo_cli.settings.pipeline import Layer, planned, stage_layer, wiring
+from tisdpo_cli.settings.run import STAGES, Run, Stages
+from tisdpo_cli.settings.wiring import Layer, planned, stage_layer, wiring
 
 ENV_PREFIX = "TISDPO_"
 
@@ -56,7 +57,7 @@ def load(
         layers.append(Layer(str(config), _flatten(command, read_yaml(config), f"{config}: ", faults)))
     try:
         loaded = _load_run(layers) if issubclass(command, Run) else _build(command, layers)
-    except UsageFault as fault:
+    except UsageError as fault:
         faults += fault.details or (fault.what,)
     _stop_at(faults)
     return loaded
@@ -96,7 +97,7 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
         stage_layers = [Layer("run", wired[stage]), *(stage_layer(stage, la, wired[stage], faults) for la in layers)]
         try:
             loaded = _build(STAGES[stage], stage_layers)
-        except UsageFault as fault:
+        except UsageError as fault:
             faults += [f"{stage}: {line}" for line in (fault.details or (fault.what,))]
             continue
         stages[stage] = loaded.settings
@@ -217,19 +218,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         reason = getattr(fault, "strerror", None) or "not UTF-8 text"
-        raise UsageFault(f"cannot read the config: {reason}", where=str(path)) from fault
+        raise UsageError(f"cannot read the config: {reason}", where=str(path)) from fault
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as fault:
         mark = getattr(fault, "problem_mark", None)
         line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageFault(getattr(fault, "problem", None) or "not YAML", where=f"{path}{line}") from fault
+        raise UsageError(getattr(fault, "problem", None) or "not YAML", where=f"{path}{line}") from fault
     except (ValueError, RecursionError) as fault:
-        raise UsageFault("a value that cannot be read, or nested too deeply", where=str(path)) from fault
+        raise UsageError("a value that cannot be read, or nested too deeply", where=str(path)) from fault
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UsageFault("a config is a mapping of settings to values", where=str(path))
+        raise UsageError("a config is a mapping of settings to values", where=str(path))
     return values
 
 
@@ -257,8 +258,8 @@ def _stop_at(faults: Sequence[str]) -> None:
     if not faults:
         return
     if len(faults) == 1:
-        raise UsageFault(faults[0])
-    raise UsageFault(f"{len(faults)} settings cannot be used: " + "; ".join(faults), details=tuple(faults))
+        raise UsageError(faults[0])
+    raise UsageError(f"{len(faults)} settings cannot be used: " + "; ".join(faults), details=tuple(faults))
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

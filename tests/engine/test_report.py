@@ -1,0 +1,407 @@
+"""The HTML report in a real browser: light, dark and narrow, with and without scripts, and under hostile data.
+
+Needs Chromium, and playwright to drive it; skipped without, unless $CHROMIUM names one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pair_rows, read_jsonl, run_here, write_jsonl
+
+from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
+from tisdpo_cli.engine.inspection.report.page import page
+from tisdpo_cli.engine.inspection.results import Inspection
+from tisdpo_cli.model.tokenizer import load_tokenizer
+from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.sources import load
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+HOSTILE = (
+    "</script><script>alert(1)</script>", "\"'><img src=x onerror=alert(2)>", "<!--", "]]>", "javascript:alert(3)",
+    "\u2028\u2029", "\x1b[31mred\x1b]52;c;aGk=\x07", "{{ 7 * 7 }}{% raw %}", "&lt;b&gt;", "</style><b>", "👩‍👩‍👧 👍🏽",
+    "مرحبا كيف حالك", "नमस्ते दुनिया", "你好，世界", "e\u0301\u0302\u0303", "\u202eabc\u2066", "x" * 20_000,
+)  # fmt: skip
+
+
+def inspection_of(scored: Path, html: Path, **more: Any) -> Inspection:
+    loaded = load(COMMANDS["inspect-weights"], {"scored": str(scored), "html": str(html), **more}, environ={})
+    return inspect_weights(loaded.settings, "tisdpo inspect-weights")
+
+
+@pytest.fixture(scope="module")
+def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of a dataset whose texts fight back, in names and tokens too."""
+    root = tmp_path_factory.mktemp("hostile")
+    tokenizer = load_tokenizer(world / "sft")
+    rows = []
+    for i, attack in enumerate(HOSTILE):
+        row: dict[str, Any] = {"prompt": f"{attack} p", "chosen": f"{attack} {i}", "rejected": f"no {attack[::-1]}\n"}
+        for side in ("chosen", "rejected"):
+            count = len(tokenizer.encode([row[side]])[0])
+            row[f"{side}_weight"] = [(-1) ** t * 0.1 * (t % 17) for t in range(count)]
+        rows.append(row)
+    scored = root / "<img src=x onerror=alert(9)>"
+    write_jsonl(scored / "train.jsonl", rows)
+    tokenizer.backend.save_pretrained(scored)
+    (scored / "estimate.json").write_text(json.dumps({"models": {HOSTILE[0]: {"path": HOSTILE[1], "sha256": "1"}}}))
+    found = inspection_of(scored, root / "r.html", min_count=1, sort="index")
+    # Tokens that are attacks as a whole, which no tokenizer here has.
+    views = [
+        replace(view, chosen=[replace(token, text=HOSTILE[i % len(HOSTILE)]) for i, token in enumerate(view.chosen)])
+        for view in found.views
+    ]
+    (root / "r.html").write_text(page(replace(found, views=views)), encoding="utf-8")
+    return root / "r.html"
+
+
+@pytest.fixture(scope="module")
+def report(contrast: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of real scores, with a comparison."""
+    path = tmp_path_factory.mktemp("report") / "r.html"
+    done = run_here(
+        "inspect-weights", contrast / "scored", "--html", path, "--spans", "word", "--compare", "rank_based", "--sort",
+        "index", "--min-count", "2",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert str(path) in done.err
+    return path
+
+
+class Outline(HTMLParser):
+    """Elements and attributes of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def outline(path: Path) -> Outline:
+    made = Outline()
+    made.feed(path.read_text(encoding="utf-8"))
+    return made
+
+
+@pytest.mark.parametrize("name", ["report", "hostile"])
+def test_the_file_holds_nothing_that_loads_or_runs(name: str, request: pytest.FixtureRequest) -> None:
+    made = outline(request.getfixturevalue(name))
+    assert made.tags.count("script") == 2
+    assert not {"img", "iframe", "object", "embed", "link", "form", "base", "b onerror"} & set(made.tags)
+    assert not [key for key, _ in made.attributes if key.startswith("on") or key == "style"]
+    targets = [value or "" for key, value in made.attributes if key in ("href", "src", "action", "xlink:href")]
+    assert targets
+    assert all(re.fullmatch(r"#[a-z0-9-]+", target) for target in targets)
+
+
+def test_the_same_facts_make_the_same_page(contrast: Path, tmp_path: Path) -> None:
+    one, two = (page(inspection_of(contrast / "scored", tmp_path / "r.html")) for _ in range(2))
+    assert one == two
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page that must not say anything, ask for anything, or open a dialog."""
+    contexts, heard = [], []
+
+    def open_page(path: Path, fragment: str = "", width: int = 1280, **options: Any) -> Any:
+        context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: heard.append(message.text))
+        tab.on("pageerror", lambda error: heard.append(str(error)))
+        tab.on("dialog", lambda dialog: (heard.append("dialog"), dialog.dismiss()))
+        tab.on("request", lambda request: heard.append(request.url) if not request.url.startswith("file:") else None)
+        requests: list[str] = []
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(path.as_uri() + fragment)
+        assert len(requests) == 1
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert heard == []
+
+
+def until(tab: Any, text: str) -> None:
+    """Wait until the counter of pairs ends so. (The page's policy forbids what playwright's own waiting does.)"""
+    deadline = time.monotonic() + 5
+    while not tab.locator("#place").inner_text().endswith(text):
+        assert time.monotonic() < deadline, tab.locator("#place").inner_text()
+        tab.wait_for_timeout(20)
+
+
+def token_texts(tab: Any, pair: int, side: int) -> str:
+    return tab.locator(f"#pair-{pair} .tokens").nth(side).inner_text()
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
+def test_pairs_can_be_read_with_scripts_and_without(contrast: Path, report: Path, opened, scripts: bool) -> None:
+    tab = opened(report, java_script_enabled=scripts)
+    rows = read_jsonl(contrast / "scored" / "train.jsonl")
+    assert tab.locator("article").count() == 10
+    for i in range(10):
+        for k, side in enumerate(("chosen", "rejected")):
+            shown = plain(token_texts(tab, i, k)).replace("·", "").replace("⏎", "")
+            assert shown.startswith(plain(rows[i][side]))
+        assert plain(rows[i]["prompt"]) in plain(tab.locator(f"#pair-{i} .prompt").inner_text())
+    assert tab.locator("#controls").is_visible() == scripts
+    assert tab.locator("svg.picture").count() == 6
+    coloured = [tab.locator(f".tokens .{sign}{n}").count() for sign in "pn" for n in (1, 2, 3, 4)]
+    assert sum(coloured) > 20
+
+
+def test_both_ways_colour_the_same(report: Path, opened) -> None:
+    """What the script shows first is what stands there without it."""
+    looks = "els => els.map(e => e.className.split(' ').filter(c => /^(p|n)[1-4]$|clipped|eos|none/.test(c)).join(' '))"
+    # The script runs in neither evaluation's way: locators work without page scripts too.
+    still, alive = opened(report, java_script_enabled=False), opened(report)
+    count = still.locator("span.t").count()
+    assert count == alive.locator("span.t").count() > 200
+    shown = alive.locator("span.t").evaluate_all(looks)
+    for at in range(0, count, 23):
+        kept = [c for c in still.locator("span.t").nth(at).get_attribute("class").split() if c != "t"]
+        assert " ".join(kept) == shown[at]
+
+
+def test_the_value_that_colours_can_be_switched(contrast: Path, report: Path, opened) -> None:
+    tab = opened(report)
+    names = tab.locator("#mode option").all_inner_texts()
+    assert names[:3] == ["weight", "score r", "r after the steps"]
+    assert any(name.startswith("weight by rank_based") for name in names)
+    assert not any(name.startswith("weight by exp") for name in names[3:]) or "exp" in names[3]
+    index = next(i for i, name in enumerate(names) if name.startswith("weight by rank_based"))
+    shown = json.loads(
+        run_here("inspect-weights", contrast / "scored", "--index", "0", "--json", "--spans", "word", "--transform",
+                 "rank_based").out
+    )  # fmt: skip
+    tab.select_option("#mode", str(index))
+    assert "rank_based" in tab.locator("#legend").inner_text()
+    box = tab.locator("#pair-0 .tokens").first
+    for i, token in enumerate(shown["views"][0]["chosen"]):
+        box.locator("span.t").nth(i).hover()
+        rows = dict(zip(tab.locator("#card dt").all_inner_texts(), tab.locator("#card dd").all_inner_texts(),
+                        strict=True))  # fmt: skip
+        assert float(rows[names[index]].replace("−", "-")) == pytest.approx(token["weight"], abs=1e-4)
+        assert float(rows["score r"].replace("−", "-")) == pytest.approx(token["score"], abs=1e-4)
+        assert rows["position, id"] == f"{i}, {token['id']}"
+        assert rows["bytes"] == token["bytes"]
+
+
+def test_search_filter_order_and_pages(contrast: Path, report: Path, opened) -> None:
+    tab = opened(report)
+    rows = read_jsonl(contrast / "scored" / "train.jsonl")
+
+    def shown() -> list[int]:
+        return [int(name.split("-")[1]) for name in tab.locator("article").evaluate_all("els => els.map(e => e.id)")]
+
+    assert shown() == list(range(10))
+    assert tab.locator("#place").inner_text() == "1 to 10 of 24"
+    tab.click("#after")
+    assert shown() == list(range(10, 20))
+    tab.select_option("#size", "25")
+    assert shown() == list(range(24))
+    word = "bicycle" if "bicycle" in rows[0]["prompt"] else "bike"
+    tab.fill("#search", word)
+    until(tab, "of 6")
+    wanted = [i for i, row in enumerate(rows) if word in row["prompt"] + row["chosen"] + row["rejected"]]
+    assert shown() == wanted
+    tab.fill("#search", "nothing has this")
+    until(tab, "0 of 24")
+    tab.fill("#search", "")
+    until(tab, "of 24")
+    tab.select_option("#sort", "margin")
+
+    def total(row: dict, side: str) -> float:
+        return -sum(row[f"{side}_weight"]) - row[f"{side}_eos_weight"]
+
+    margins = {i: total(row, "chosen") - total(row, "rejected") for i, row in enumerate(rows)}
+    order = shown()
+    assert sorted(order) == list(range(24))
+    assert all(margins[a] <= margins[b] + 2e-4 for a, b in pairwise(order))
+    tab.select_option("#filter", "wrong")
+    assert shown() == [i for i in order if margins[i] < 0]
+
+
+def test_keys_move_between_tokens_pairs_and_pages(report: Path, opened) -> None:
+    tab = opened(report)
+    tab.keyboard.press("j")
+    tab.keyboard.press("j")
+    assert tab.evaluate("document.activeElement.id") == "pair-1"
+    tab.keyboard.press("k")
+    assert tab.evaluate("document.activeElement.id") == "pair-0"
+    tab.locator("#pair-0 .tokens").first.focus()
+    assert tab.locator("#card").is_visible()
+    first = tab.locator("#card").inner_text()
+    assert tab.locator("#told").inner_text().startswith("token ")
+    tab.keyboard.press("ArrowRight")
+    second = tab.locator("#card").inner_text()
+    assert second != first
+    tab.keyboard.press("ArrowLeft")
+    assert tab.locator("#card").inner_text() == first
+    tab.keyboard.press("Escape")
+    assert not tab.locator("#card").is_visible()
+    tab.keyboard.press("n")
+    assert tab.locator("article").first.get_attribute("id") == "pair-10"
+    tab.keyboard.press("p")
+    assert tab.locator("article").first.get_attribute("id") == "pair-0"
+    tab.keyboard.press("/")
+    assert tab.evaluate("document.activeElement.id") == "search"
+    tab.keyboard.type("jkn")
+    assert tab.input_value("#search") == "jkn"
+
+
+def test_a_link_to_a_pair_opens_its_page(report: Path, opened) -> None:
+    tab = opened(report, "#pair-17")
+    assert tab.locator("#pair-17").is_visible()
+    assert tab.locator("article").first.get_attribute("id") == "pair-10"
+    tab.evaluate("location.hash = '#pair-3'")
+    tab.wait_for_selector("#pair-3")
+    assert tab.locator("#pair-3").bounding_box()["y"] < 900
+
+
+def brightness(tab: Any) -> float:
+    colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+
+def test_dark_by_the_system_and_by_the_button(report: Path, opened) -> None:
+    light, dark = opened(report, color_scheme="light"), opened(report, color_scheme="dark")
+    assert brightness(light) > 200
+    assert brightness(dark) < 60
+    for tab in (light, dark):
+        before = brightness(tab)
+        tab.click("#theme")
+        assert abs(brightness(tab) - before) > 100
+        tab.click("#theme")
+        assert brightness(tab) == before
+
+
+@pytest.mark.parametrize(("width", "side_by_side"), [(1280, True), (420, False)])
+def test_narrow_pages_stack_and_never_scroll_sideways(report: Path, hostile: Path, opened, width, side_by_side) -> None:
+    for path in (report, hostile):
+        tab = opened(path, width=width)
+        boxes = [tab.locator("article").first.locator(".tokens").nth(k).bounding_box() for k in (0, 1)]
+        assert (boxes[1]["x"] > boxes[0]["x"] + 100) == side_by_side
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_printed_pages_hold_pairs_and_no_controls(report: Path, opened) -> None:
+    tab = opened(report)
+    tab.emulate_media(media="print")
+    assert not tab.locator("#controls").is_visible()
+    assert tab.locator("#pair-0").is_visible()
+    assert tab.evaluate("getComputedStyle(document.querySelector('.tokens span.t')).printColorAdjust") == "exact"
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
+def test_hostile_data_is_shown_as_text(hostile: Path, opened, scripts: bool) -> None:
+    """It opens no element, attribute, request or dialog, and nothing is said on the console: see `opened`."""
+    tab = opened(hostile, java_script_enabled=scripts)
+    page_text = tab.locator("#list").inner_text()
+    assert "</script><script>alert(1)</script>" in page_text
+    assert "<img src=x onerror=alert(2)>" in page_text
+    assert "\\u202e" in page_text
+    assert "\\x1b[31m" in page_text
+    assert "مرحبا" in page_text
+    assert "नमस्ते" in page_text
+    assert "你好，世界" in page_text
+    assert "<img src=x onerror=alert(9)>" in tab.locator("header").inner_text()
+    assert tab.locator("img, iframe, object, embed, #list script, #list style").count() == 0
+    if scripts:
+        for i in range(tab.locator("#mode option").count()):
+            tab.select_option("#mode", str(i))
+        tab.fill("#search", "<script>")
+        tab.wait_for_timeout(300)
+        tab.locator(".tokens").first.focus()
+        assert tab.locator("#card b, #card img, #card script").count() == 0
+
+
+def test_right_to_left_text_runs_from_right_to_left(hostile: Path, opened) -> None:
+    at = HOSTILE.index("مرحبا كيف حالك")
+    tab = opened(hostile, f"#pair-{at}")
+    for part, direction in ((".prompt", "rtl"), (".tokens", "rtl")):
+        box = tab.locator(f"#pair-{at} {part}").first
+        assert tab.evaluate("e => getComputedStyle(e).direction", box.element_handle()) == direction
+
+
+def test_no_serious_accessibility_violation(report: Path, hostile: Path, opened) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for path, options in ((report, {}), (report, {"color_scheme": "dark"}), (report, {"width": 420}), (hostile, {})):
+        # The checker brings a script of its own, which the page's policy would keep out.
+        tab = opened(path, bypass_csp=True, **options)
+        for step in (None, "4"):
+            if step is not None and tab.locator("#mode option").count() > int(step):
+                tab.select_option("#mode", step)
+            found = axe.run(tab).response["violations"]
+            assert [
+                (v["id"], v["nodes"][0]["html"][:120]) for v in found if v["impact"] in ("serious", "critical")
+            ] == []
+
+
+@pytest.mark.slow
+def test_five_thousand_pairs_open_at_once_and_scroll(world: Path, tmp_path: Path, opened) -> None:
+    """Not a speed test of the machine: three seconds are many times what it takes."""
+    tokenizer = load_tokenizer(world / "sft")
+    rows = pair_rows(5000)
+    for i, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            row[side] = row[side] * 2
+            count = len(tokenizer.encode([row[side]])[0])
+            row[f"{side}_weight"] = [((t * 7 + i) % 19 - 9) / 9 for t in range(count)]
+    write_jsonl(tmp_path / "d" / "train.jsonl", rows)
+    tokenizer.backend.save_pretrained(tmp_path / "d")
+    path = tmp_path / "r.html"
+    done = run_here("inspect-weights", tmp_path / "d", "--html", path, "--limit", "5000")
+    assert done.code == 0, done.err
+    began = time.perf_counter()
+    tab = opened(path)
+    until(tab, "of 5000")
+    assert time.perf_counter() - began < 3
+    assert tab.locator("article").count() == 10
+    began = time.perf_counter()
+    for _ in range(20):
+        tab.keyboard.press("n")
+    tab.mouse.wheel(0, 20_000)
+    tab.select_option("#sort", "max")
+    assert time.perf_counter() - began < 10
+    assert tab.locator("#place").inner_text() == "1 to 10 of 5000"

@@ -1,0 +1,235 @@
+"""Two CPU processes: the same losses and bytes as one, every pair once, one voice, and no silent running alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Done, read_jsonl, write_jsonl
+
+import tisdpo_cli
+from tisdpo_cli.engine.scoring.estimate import estimate
+from tisdpo_cli.engine.training.preference import train_pairs
+from tisdpo_cli.errors import DataError, Interrupted
+from tisdpo_cli.reporter import Silent
+from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.sources import load
+
+pytestmark = pytest.mark.slow
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PROGRAM = ["-m", "tisdpo_cli"]
+CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+SHORT: dict[str, object] = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
+
+
+def arguments(command: str, settings: dict[str, object]) -> list[str]:
+    options = ((f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items())
+    return [command, *(part for option in options for part in option)]
+
+
+def start(command: str, *, program: list[str] | None = None, env: dict[str, str] = CPU, **settings: object):
+    """The command on two processes, running."""
+    line = [*TWO, *(program or PROGRAM), *arguments(command, settings)]
+    full = {**{k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}, **env}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=full)
+
+
+def on_two(command: str, *, program: list[str] | None = None, env: dict[str, str] = CPU, **settings: object) -> Done:
+    """Run a command on two processes."""
+    process = start(command, program=program, env=env, **settings)
+    out, err = process.communicate(timeout=240)
+    return Done(process.returncode, out, err)
+
+
+def on_one(command: str, **settings: object) -> None:
+    """Run a command in this process."""
+    flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    engine = estimate if command == "estimate" else train_pairs
+    engine(load(COMMANDS[command], flags).settings, Silent())
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [{name: value for name, value in row.items() if not name.endswith("_per_second")} for row in rows]
+
+
+def model_bytes(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def said_by_the_program(err: str) -> list[str]:
+    """Its lines, without those of torchrun."""
+    return [line for line in err.splitlines() if line.strip() and "torch" not in line and "gloo" not in line.lower()]
+
+
+def test_two_processes_are_one_with_twice_the_accumulation_to_the_byte(world: Path, tmp_path: Path) -> None:
+    """Four pairs on each of two processes, or four and four after each other; only the first process speaks."""
+    given = {**SHORT, "model": world / "sft", "dataset": world / "data"}
+    given["micro_batch_size"] = 4
+    done = on_two("train-dpo", **given, output_dir=tmp_path / "two", eval_every=3)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'two'}\n"), done.err
+    lines = said_by_the_program(done.err)
+    assert any("on each of 2 processes" in line for line in lines)
+    assert len(lines) == len(set(lines)), "a line was said twice"
+    on_one("train-dpo", **given, output_dir=tmp_path / "one", eval_every=3)
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", [{"alpha": 0.5}, {"loss": "tdpo2"}], ids=str)
+def test_distributions_are_compared_the_same_on_two_processes(world: Path, tmp_path: Path, method: dict) -> None:
+    given = {
+        **SHORT,
+        **method,
+        "max_steps": 3,
+        "model": world / "sft",
+        "dataset": world / "data",
+        "micro_batch_size": 4,
+    }
+    done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    on_one("train-dpo", **given, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+def test_pairs_that_do_not_divide_are_each_used_once(contrast: Path, tmp_path: Path) -> None:
+    """23 train and 7 test pairs, 3 per update, 1 per pass: some passes are empty on one of the processes.
+
+    Bound: sums are taken in another order, so metrics agree to 1e-5 of their size.
+    """
+    for split, count in (("train", 23), ("test", 7)):
+        rows = read_jsonl(contrast / "scored" / f"{split}.jsonl")[:count]
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    given = {"model": contrast / "sft", "dataset": tmp_path / "data", "warmup_steps": 0, "learning_rate": 1e-4}
+    given.update({"batch_size": 3, "micro_batch_size": 1, "epochs": 1, "transform": "rank_based"})
+    done = on_two("train", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    on_one("train", **given, output_dir=tmp_path / "one")
+    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert len(two) == len(one) == 9
+    for row, other in zip(two, one, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert (record["updates"], record["pairs"]) == (8, 23)
+
+
+def test_steps_and_the_kl_term_are_the_same_on_two_processes(contrast: Path, tmp_path: Path) -> None:
+    """Weights are made of the whole dataset, its mean included, on each process; the KL term is weighted too."""
+    given = {**SHORT, "max_steps": 3, "model": contrast / "sft", "dataset": contrast / "scored", "alpha": 0.5}
+    given.update({"center": "dataset", "spans": "word", "dead_zone": 0.1, "decay": 0.95, "micro_batch_size": 4})
+    done = on_two("train", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    on_one("train", **given, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("by", ["two models", "two prompts"])
+def test_estimate_on_two_processes_writes_the_same_bytes(contrast: Path, tmp_path: Path, by: str) -> None:
+    two_models = {"forward": contrast / "dpo", "reverse": contrast / "reverse"}
+    sides = two_models if by == "two models" else {"model": contrast / "sft"}
+    given = {**sides, "dataset": contrast / "data"}
+    done = on_two("estimate", **given, output_dir=tmp_path / "two", batch_size=1)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'two'}\n"), done.err
+    lines = said_by_the_program(done.err)
+    assert len(lines) == len(set(lines)), "a line was said twice"
+    on_one("estimate", **given, output_dir=tmp_path / "one", batch_size=1)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on; each process answers after the same update, the first one keeps a checkpoint."""
+    given = {**SHORT, "max_steps": 60, "model": world / "sft", "dataset": world / "data", "micro_batch_size": 4}
+    process = start("train-dpo", **given, output_dir=tmp_path / "two")
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 8:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert out == ""
+    assert len([line for line in err.splitlines() if line.startswith("error: stopped after update ")]) == 1
+    assert list((tmp_path / "two" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "two" / "run.json").exists()
+
+    done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    assert "going on from" in done.err
+    on_one("train-dpo", **given, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+def test_launched_for_two_but_running_alone_is_refused(world: Path, tmp_path: Path) -> None:
+    given = {**SHORT, "model": world / "sft", "dataset": world / "data", "output_dir": tmp_path / "out"}
+    done = on_two("train-dpo", **given, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.code == 1
+    assert done.out == ""
+    assert "error: launched for 2 processes but running as 1" in done.err
+    assert "ACCELERATE_USE_CPU=1" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pipeline_on_two_processes_speaks_once(world: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"{{dataset: {world / 'data'}, model: {world / 'sft'}, output_dir: {tmp_path / 'out'}, max_steps: 2, "
+        "batch_size: 8, warmup_steps: 0}\n"
+    )
+    done = on_two("run", config=config)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
+    titles = [line for line in done.err.splitlines() if "/4 " in line]
+    assert [title.split()[0] for title in titles] == ["1/4", "2/4", "3/4", "4/4"]
+
+
+FAILS_ON_THE_SECOND = """
+import os
+import tisdpo_cli.engine.scoring.estimate as engine
+from tisdpo_cli.cli.app import main
+
+def no_room(*_):
+    raise OSError(28, "No space left on device")
+
+if os.environ["RANK"] == "1":
+    engine.save_file = no_room
+main()
+"""
+
+
+def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(FAILS_ON_THE_SECOND)
+    given = {"forward": contrast / "dpo", "reverse": contrast / "reverse", "dataset": contrast / "data"}
+    done = on_two(
+        "estimate", **given, output_dir=tmp_path / "out", batch_size=1, program=[str(program)],
+        env={**CPU, "PYTHONPATH": str(Path(tisdpo_cli.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.code != 0
+    assert "No space left on device" in done.err
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        DataError("no prompt", where="rows.jsonl:3", fix="give it one", details=("a", "b")),
+        Interrupted(signal.SIGINT, "stopped after update 3", fix="the same command goes on from there"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_fault_is_the_same_out_of_another_process(fault):
+    again = pickle.loads(pickle.dumps(fault))
+    assert (type(again), str(again), again.exit_code) == (type(fault), str(fault), fault.exit_code)
+    assert (again.where, again.fix, again.details) == (fault.where, fault.fix, fault.details)

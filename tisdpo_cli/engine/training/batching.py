@@ -1,0 +1,157 @@
+"""Which examples make which update, and how they are cut into forward passes. The same on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heappop, heappush
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from tisdpo_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The updates of a training.
+
+    Attributes:
+        examples: how many there are.
+        batch_size: examples per update, over all processes; the last of an epoch may have fewer.
+        updates: number of updates.
+        seed: of the order.
+    """
+
+    examples: int
+    batch_size: int
+    updates: int
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Updates that one pass over the data takes."""
+        return math.ceil(self.examples / self.batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """The examples of an update (0 is the first), in the seeded order."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        order = _order(self.examples, self.seed, epoch)
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=2)
+def _order(examples: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(examples, generator=generator).tolist()
+
+
+def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
+    """Number the updates; `max_steps` wins over `epochs`, the data repeating as needed."""
+    per_epoch = math.ceil(examples / batch_size)
+    updates = max_steps if max_steps is not None else max(1, math.ceil(per_epoch * epochs - 1e-9))
+    return Plan(examples, batch_size, updates, seed)
+
+
+@dataclass(frozen=True)
+class Microbatching:
+    """How a batch is cut into forward passes: by tokens, by examples, or into a number of passes.
+
+    Attributes:
+        tokens: of a pass and process, at most; a single example may have more.
+        micro: examples of a pass and process, at most.
+        passes: their number.
+    """
+
+    tokens: int | None = None
+    micro: int | None = None
+    passes: int | None = None
+
+    def split(self, batch: Sequence[int], costs: Sequence[int], world: int) -> list[list[list[int]]]:
+        """Cut a batch into forward passes: [rank][pass] → examples.
+
+        Every rank gets the same number of passes, of like size; where there are too few examples some are empty.
+        """
+        ordered = sorted(batch, key=lambda i: -costs[i])
+        if self.tokens is not None:
+            groups = _within(ordered, costs, self.tokens, world)
+        else:
+            passes = self.passes or math.ceil(len(batch) / ((self.micro or len(batch)) * world))
+            groups = _even_parts(ordered, passes * world)
+        return [groups[rank::world] for rank in range(world)]
+
+
+def _within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: int) -> list[list[int]]:
+    """As few groups, a multiple of `world`, as hold at most so many tokens each, or one example."""
+    passes = math.ceil(sum(costs[i] for i in ordered) / (tokens * world))
+    while True:
+        groups = _balanced(ordered, costs, passes * world)
+        if all(len(group) <= 1 or sum(costs[i] for i in group) <= tokens for group in groups):
+            return groups
+        passes += 1
+
+
+def _balanced(ordered: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Longest first, each to the group that has the fewest tokens."""
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    lightest = [(0, part) for part in range(parts)]
+    for i in ordered:
+        load, part = heappop(lightest)
+        groups[part].append(i)
+        heappush(lightest, (load + costs[i], part))
+    return groups
+
+
+def _even_parts(items: Sequence[int], parts: int) -> list[list[int]]:
+    size, longer = divmod(len(items), parts)
+    cuts = [k * size + min(k, longer) for k in range(parts + 1)]
+    return [list(items[a:b]) for a, b in pairwise(cuts)]
+
+
+def microbatching(
+    batch_size: int | None, micro: int | None, accumulation: int | None, tokens: int, world: int, default_batch: int
+) -> tuple[int, Microbatching]:
+    """The batch size and how it is cut, from what was given.
+
+    Args:
+        batch_size: examples per update where the user said so, else None.
+        micro: examples per forward pass and process where given.
+        accumulation: forward passes per update where given.
+        tokens: of a forward pass and process, where neither of these is given.
+        world: number of processes.
+        default_batch: batch size where nothing decides it.
+
+    Raises:
+        UsageFault: all are given and do not multiply to the batch size.
+    """
+    if micro is not None and accumulation is not None:
+        product = micro * accumulation * world
+        if batch_size is not None and batch_size != product:
+            raise UsageError(
+                f"--batch-size {batch_size} is not --micro-batch-size {micro} × --gradient-accumulation {accumulation} "
+                f"× {world} processes = {product}",
+                fix="leave one of them out",
+            )
+        return product, Microbatching(micro=micro)
+    size = batch_size if batch_size is not None else default_batch
+    if accumulation is not None:
+        return size, Microbatching(passes=accumulation)
+    return size, Microbatching(micro=micro) if micro is not None else Microbatching(tokens=tokens)
+
+
+def learning_rate(
+    step: int, base: float, warmup: int, updates: int, schedule: Literal["constant", "linear", "cosine"]
+) -> float:
+    """The learning rate of an update (0 is the first).
+
+    The warm-up is linear and its first update is not lost: `(step + 1) / (warmup + 1)`, as in the reference code.
+    """
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return base
+    done = (step - warmup) / max(1, updates - warmup)
+    return base * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,102 @@
+"""A preference objective over pairs: what one forward pass of train-dpo, train-reverse and train computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tisdpo_cli.data.tokens import EncodedPair
+from tisdpo_cli.engine.training.reference import Logps
+from tisdpo_cli.method.objectives import Loss, pair_losses, response_sums
+from tisdpo_cli.model.batch import Batch
+from tisdpo_cli.model.logprobs import ComparedLogps, TokenScorer, batch_for, compare, score
+
+_REWARDS = ("chosen", "rejected", "margins", "accuracies")
+_PLAIN = ("loss", *(f"rewards/{name}" for name in _REWARDS), "logps/chosen", "logps/rejected")
+_WEIGHTED = tuple(f"weighted_rewards/{name}" for name in _REWARDS)
+_KL = ("kl/chosen", "kl/rejected", "kl/margins")
+
+
+@dataclass(frozen=True)
+class WeightedPair:
+    """A pair ready to be trained.
+
+    Attributes:
+        tokens: its prompt and responses.
+        weights: of the tokens of both responses; None for all 1.
+        reference: log-probs of both responses under the reference, where they were computed before.
+    """
+
+    tokens: EncodedPair
+    weights: tuple[Tensor, Tensor] | None = None
+    reference: Logps | None = None
+
+
+class PairTask:
+    """A preference objective over pairs: what one forward pass computes.
+
+    Attributes:
+        metrics: names of the sums that `forward` gives, in order.
+    """
+
+    unit = "pairs"
+
+    def __init__(self, pairs: Sequence[WeightedPair], reference: TokenScorer | None, loss: Loss, pad: int) -> None:
+        """Make a task; `reference` is None where the pairs bring its log-probs."""
+        self.pairs, self.reference, self.loss, self.pad = pairs, reference, loss, pad
+        self.weighted = any(pair.weights is not None for pair in pairs)
+        computes_kl = loss.needs.divergence is not None
+        self.metrics: tuple[str, ...] = _PLAIN + (_WEIGHTED if self.weighted else ()) + (_KL if computes_kl else ())
+        self.costs: list[int] = [pair.tokens.tokens for pair in pairs]
+
+    def where(self, example: int) -> str:
+        """FILE:LINE of a pair."""
+        return self.pairs[example].tokens.where
+
+    def normaliser(self, examples: Sequence[int]) -> float:
+        """The number of pairs: every pair counts once."""
+        return float(len(examples))
+
+    def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Summed loss and summed metrics of some pairs; both responses of all pairs go through in one batch."""
+        pairs = [self.pairs[i] for i in examples]
+        groups = [(p.tokens.prompt, (p.tokens.chosen.ids, p.tokens.rejected.ids)) for p in pairs]
+        batch = batch_for(scorer, groups, self.pad)
+        compared = self._compared(scorer, batch, pairs)
+        weights = self._weights(pairs, compared.logps)
+        result = pair_losses(*compared, weights, batch.response_ids, len(pairs), self.loss)
+        logps = response_sums(compared.logps.detach(), batch.response_ids, 2 * len(pairs))
+        r = result.rewards
+        columns = [result.losses.detach(), *_rewards(r.chosen, r.rejected), *_halves(logps)]
+        if self.weighted:
+            columns += _rewards(r.weighted_chosen, r.weighted_rejected)
+        if result.kl is not None:
+            chosen, rejected = _halves(result.kl)
+            columns += [chosen, rejected, chosen - rejected]
+        return result.losses.sum(), torch.stack([column.double().sum() for column in columns])
+
+    def _compared(self, scorer: nn.Module, batch: Batch, pairs: Sequence[WeightedPair]) -> ComparedLogps:
+        if self.reference is not None:
+            return compare(scorer, self.reference, batch, self.loss.needs.divergence)
+        logps = score(scorer, batch)
+        return ComparedLogps(logps, _in_order([pair.reference for pair in pairs]).to(logps.device), None)
+
+    def _weights(self, pairs: Sequence[WeightedPair], like: Tensor) -> Tensor:
+        return _in_order([pair.weights for pair in pairs]).to(like.device) if self.weighted else torch.ones_like(like)
+
+
+def _in_order(both: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
+    """Values of all chosen responses, then of all rejected ones, as the tokens of a batch come."""
+    return torch.cat([pair[side] for side in (0, 1) for pair in both if pair is not None])
+
+
+def _halves(of_both: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected of values [2B]."""
+    return of_both[: len(of_both) // 2], of_both[len(of_both) // 2 :]
+
+
+def _rewards(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
+    return [chosen, rejected, chosen - rejected, (chosen > rejected).to(chosen.dtype)]

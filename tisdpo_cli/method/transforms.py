@@ -1,0 +1,166 @@
+"""From token scores r_t to token weights w_t: steps, every transform, the presets, normalisation and the EOS.
+
+Pure maths on one response at a time; it knows no file, no sign convention of a file and no model. It never
+imports torch itself (it works on the tensors it is given), so that the settings can read names, parameters and
+defaults from here: a new transform is one function and one entry in `TRANSFORMS`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from tisdpo_cli.method.params import Param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["chosen", "rejected"]
+
+
+@dataclass(frozen=True)
+class RandomStream:
+    """Where a random transform draws from: the same numbers on every machine and rank."""
+
+    seed: int = 0
+    row: int = 0
+    side: Side = "chosen"
+
+    def derived_seed(self) -> int:
+        """A 63-bit seed that depends on all three parts."""
+        digest = hashlib.sha256(f"{self.seed}/{self.row}/{self.side}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+
+Function = Callable[["Tensor", Side, Mapping[str, Any], RandomStream], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One way from scores to weights.
+
+    Attributes:
+        function: takes the scores r [n] of a response, clamped where the transform clamps, its side, the parameters
+            and a random stream.
+        params: its parameters by name.
+        clamp: the names of the parameters that clamp, where some do, and what they clamp.
+        positive: whether all its weights are above zero under given parameters, so that a mean of 1 can be
+            asked for.
+        reads_scores: whether its weights depend on the scores under given parameters, so that steps have a meaning.
+    """
+
+    function: Function
+    help: str
+    params: Mapping[str, Param] = field(default_factory=dict)
+    clamp: tuple[str, str, Literal["r", "signed"]] | None = None
+    positive: Callable[[Mapping[str, Any]], bool] = lambda _params: False
+    reads_scores: Callable[[Mapping[str, Any]], bool] = lambda _params: True
+
+
+def signed(scores: Tensor, side: Side) -> Tensor:
+    """s = r for a chosen response and −r for a rejected one: large means that the token carries the preference."""
+    return scores if side == "chosen" else -scores
+
+
+def _exp(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor:
+    return p["k"] * (p["mu"] * signed(r, side)).exp()
+
+
+def _rank_based(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor:
+    if r.numel() == 1:
+        return r.new_ones(1)
+    _values, group, sizes = signed(r, side).unique(sorted=True, return_inverse=True, return_counts=True)
+    mean_rank = sizes.cumsum(0) - (sizes + 1) / 2
+    fraction = mean_rank[group].to(r.dtype) / (r.numel() - 1)
+    return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
+
+
+def _threshold_and_scale(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor:
+    fraction = (signed(r, side) - p["min_val"]) / (p["max_val"] - p["min_val"])
+    return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
+
+
+def _binary(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor:
+    s = signed(r, side)
+    # Rounded before the floor: 18.4 % of 375 tokens is 69, and 68.99… in floating point.
+    kept = max(1, int(round(s.numel() * p["top_percent"] / 100, 9)))
+    return (s >= s.topk(kept).values[-1]).to(r.dtype)
+
+
+def _random(r: Tensor, _side: Side, p: Mapping[str, Any], stream: RandomStream) -> Tensor:
+    import random
+
+    draw = random.Random(stream.derived_seed()).random
+    fractions = r.new_tensor([draw() for _ in range(r.numel())])
+    return p["min_val"] + (p["max_val"] - p["min_val"]) * fractions
+
+
+def _signed_score(r: Tensor, side: Side, _p: Mapping[str, Any], _s: RandomStream) -> Tensor:
+    return signed(r, side)
+
+
+def _scales(low: float, high: float) -> dict[str, Param]:
+    return {
+        "min_scale": Param(low, "weight of the lowest token", below="max_scale"),
+        "max_scale": Param(high, "weight of the highest token"),
+    }
+
+
+def _values(low: float, high: float) -> dict[str, Param]:
+    return {
+        "min_val": Param(low, "lower end of the range", below="max_val"),
+        "max_val": Param(high, "upper end of the range"),
+    }
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "exp": Transform(
+        _exp,
+        "k·exp(±μ·clamp(r, L, U)), the paper's",
+        {
+            "k": Param(1.0, "factor of exp", above=0.0),
+            "mu": Param(1.0, "slope μ of exp"),
+            "L": Param(-0.5, "lower clamp of r in exp", below="U"),
+            "U": Param(1.5, "upper clamp of r in exp"),
+        },
+        clamp=("L", "U", "r"),
+        positive=lambda p: True,
+        reads_scores=lambda p: p["mu"] != 0,
+    ),
+    "rank_based": Transform(
+        _rank_based, "ranks scaled to a range", _scales(0.7, 1.3), positive=lambda p: p["min_scale"] > 0
+    ),
+    "threshold_and_scale": Transform(
+        _threshold_and_scale,
+        "clamped, then scaled to a range",
+        _values(-1.5, 1.5) | _scales(0.7, 1.3),
+        clamp=("min_val", "max_val", "signed"),
+        positive=lambda p: p["min_scale"] > 0,
+    ),
+    "threshold": Transform(
+        _signed_score,
+        "clamped scores",
+        {
+            "lower_threshold": Param(-1.0, "lower clamp of the signed score", below="upper_threshold"),
+            "upper_threshold": Param(1.0, "upper clamp of the signed score"),
+        },
+        clamp=("lower_threshold", "upper_threshold", "signed"),
+        positive=lambda p: p["lower_threshold"] > 0,
+    ),
+    "binary": Transform(
+        _binary,
+        "1 for the top tokens, 0 for the rest",
+        {"top_percent": Param(100.0, "share of tokens that get weight 1", above=0.0, at_most=100.0)},
+        reads_scores=lambda p: p["top_percent"] < 100,
+    ),
+    "random": Transform(
+        _random,
+        "uniform noise, a control",
+        _values(0.7, 1.3),
+        positive=lambda p: p["min_val"] > 0,
+        reads_scores=lambda p: False,
+    ),
+    "origin": Transform(_signed_score, "the signed score itself"),
+}

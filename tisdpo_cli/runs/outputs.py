@@ -1,0 +1,300 @@
+"""The output directory: claimed by one run, finished by a marker that is written last. Knows no engine.
+
+`run.json` marks it as finished. `.started.json` says what an unfinished one is being made from, so that going on
+with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from tisdpo_cli import __version__
+from tisdpo_cli.errors import TrainingError, UsageError
+from tisdpo_cli.files import CONFIG_FILE, PARTIAL, RUN_FILE, reporting_write_errors, write_json, write_text
+
+STARTED_FILE = ".started.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+PARTS = ".parts"
+LOCK_FILE = ".lock"
+_WORKING = (RUN_FILE, STARTED_FILE, METRICS_FILE, CHECKPOINTS, PARTS, CONFIG_FILE)
+
+State = Literal["fresh", "started", "finished"]
+
+
+@dataclass
+class Output:
+    """A claimed output directory.
+
+    Attributes:
+        state: `fresh` (nothing there), `started` (an earlier run with the same settings did not finish),
+            `finished` (made with the same settings).
+        made_from: settings and input hashes that shape the result.
+    """
+
+    path: Path
+    command: str
+    made_from: dict[str, Any]
+    state: State = "fresh"
+    _stale: tuple[str, ...] = ()
+    _lock: IO[str] | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints live."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def parts(self) -> Path:
+        """Where `estimate` keeps what it has scored so far."""
+        return self.path / PARTS
+
+    def start(self, config_yaml: str) -> None:
+        """Remove what is replaced and say what is being made; called once everything has been checked."""
+        if self._stale:
+            # The marker goes first: a kill in between leaves an output that is not finished, never a torn one.
+            _remove(self.path / RUN_FILE)
+        for name in self._stale:
+            _remove(self.path / name)
+        write_json(self.path / STARTED_FILE, {"command": self.command, "made_from": self.made_from})
+        write_text(self.path / CONFIG_FILE, config_yaml)
+
+    def publish(self, staged: Path) -> list[str]:
+        """Move the files of a staging directory inside the output into place; returns their names."""
+        names = sorted(entry.name for entry in staged.iterdir())
+        for name in names:
+            if (self.path / name).is_dir():
+                _remove(self.path / name)
+            (staged / name).replace(self.path / name)
+        staged.rmdir()
+        return names
+
+    def staging(self) -> Path:
+        """An empty directory inside the output in which the result is written before it is published."""
+        staged = self.path / f"{PARTIAL}output"
+        _remove(staged)
+        staged.mkdir()
+        return staged
+
+    def finish(self, record: Mapping[str, Any], files: list[str]) -> None:
+        """Write the completion marker; the last thing that happens to an output."""
+        write_json(
+            self.path / RUN_FILE,
+            {"command": self.command, "versions": versions(), **record, "made_from": self.made_from, "files": files},
+        )
+        (self.path / STARTED_FILE).unlink(missing_ok=True)
+        _remove(self.path / PARTS)
+
+    def record(self) -> dict[str, Any]:
+        """`run.json` of a finished output."""
+        return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+
+    def without_lock(self) -> Output:
+        """The same for a process that does not hold the lock."""
+        return Output(self.path, self.command, self.made_from, self.state)
+
+    def release(self) -> None:
+        """Give the directory free for other runs; one in which nothing was made goes away."""
+        if self._lock is not None:
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+            with suppress(OSError):
+                self.path.rmdir()
+
+
+def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: bool, restart: bool = False) -> Output:
+    """Take an output directory for this run.
+
+    Args:
+        path: the directory; made where it does not exist.
+        command: the command that makes it.
+        made_from: settings and input hashes that shape the result (JSON-able).
+        overwrite: replace what was made with other settings, once the run starts.
+        restart: drop the progress of an unfinished run instead of going on, once the run starts.
+
+    Raises:
+        UsageFault: in use by another run, not made by this program, or made with other settings.
+        TrainingError: it cannot be made or written.
+    """
+    output = Output(path, command, json.loads(json.dumps(made_from)))
+    output._lock = _lock(path)
+    try:
+        output.state = _state(output, overwrite)
+    except BaseException:
+        output.release()
+        raise
+    if output.state == "started" and restart:
+        output.state, output._stale = "fresh", (CHECKPOINTS, PARTS, METRICS_FILE)
+    return output
+
+
+def _lock(path: Path) -> IO[str]:
+    if path.exists() and not path.is_dir():
+        raise UsageError("is a file; an output is a directory", where=f"--output-dir {path}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK_FILE).open("a")
+    except OSError as fault:
+        raise TrainingError(f"cannot be written: {fault.strerror}", where=f"--output-dir {path}") from fault
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The run that held it may have removed the file between our opening and our locking it.
+        if not os.path.samestat(os.fstat(lock.fileno()), (path / LOCK_FILE).stat()):
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as fault:
+        raise UsageError(
+            "another run is writing here", where=f"--output-dir {path}", fix="wait for it, or choose another"
+        ) from fault
+    except OSError as fault:
+        raise TrainingError(f"cannot be locked: {fault.strerror}", where=f"--output-dir {path}") from fault
+    return lock
+
+
+def _state(output: Output, overwrite: bool) -> State:
+    here = {entry.name for entry in output.path.iterdir()} - {LOCK_FILE}
+    marker = RUN_FILE if RUN_FILE in here else STARTED_FILE if STARTED_FILE in here else None
+    if marker is None:
+        leftovers = {name for name in here if not name.startswith(PARTIAL)}
+        if leftovers:
+            raise UsageError(
+                f"not empty, and not made by tisdpo (it holds {sorted(leftovers)[0]})",
+                where=f"--output-dir {output.path}",
+                fix="choose another directory",
+            )
+        return "fresh"
+    found = _read_marker(output.path / marker)
+    changes = differences(found, {"command": output.command, "made_from": output.made_from})
+    missing = [name for name in found.get("files", []) if not (output.path / name).exists()]
+    if marker == RUN_FILE and missing:
+        changes = [*changes, f"{missing[0]} is gone"]
+    if not changes:
+        return "finished" if marker == RUN_FILE else "started"
+    if marker == STARTED_FILE and not _has_progress(output):
+        return "fresh"
+    if not overwrite:
+        done = "made" if marker == RUN_FILE else "begun"
+        raise UsageError(
+            f"was {done} with other settings or inputs: {'; '.join(changes)}",
+            where=f"--output-dir {output.path}",
+            fix="choose another directory, or --overwrite",
+        )
+    named = [name for name in found.get("files", []) if isinstance(name, str)]
+    made = [name for name in named if Path(name).name == name and name not in (".", "..")]
+    output._stale = (*made, *_WORKING)
+    return "fresh"
+
+
+def _has_progress(output: Output) -> bool:
+    return any(folder.is_dir() and any(folder.iterdir()) for folder in (output.checkpoints, output.parts))
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        marker = None
+    whole = isinstance(marker, dict) and isinstance(marker.get("made_from"), dict)
+    return marker if whole and isinstance(marker.get("files", []), list) else {"command": "damaged"}
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Sentences that name what differs between two records of `command` and `made_from`."""
+    if was.get("command") != now["command"]:
+        return [f"command {was.get('command')} → {now['command']}"]
+    old, new = was.get("made_from", {}), now["made_from"]
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    # Another transform or objective has other parameters; that it is another says enough.
+    groups = {_group(key) for key in changed if key in old and key in new}
+    told = [key for key in changed if (key in old and key in new) or not _group(key) or _group(key) not in groups]
+    return [
+        f"the {key} has changed"
+        if key.startswith("content of ")
+        else f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
+        for key in told
+    ]
+
+
+def _group(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _short(value: Any) -> str:
+    # 0.0 and 0 are one value.
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e6
+    text = "none" if value is None else str(int(value)) if whole else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the program and of what its numbers depend on."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "flash-attn")
+    found = {name: _version(name) for name in packages}
+    return {"tisdpo": __version__, "python": platform.python_version(), **found}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one flat object per line, flushed as it is written."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Open for appending; on resume lines after `resume_step` are cut away, otherwise all."""
+        kept = [] if resume_step is None else [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with reporting_write_errors(self._path), self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics file."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # The last line of a killed run may be torn.
+    return [line for line in lines if line.endswith("}")]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def apply_umask(paths: list[Path]) -> None:
+    """Give files the permissions that the umask asks for; safetensors writes them for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        if path.is_file():
+            path.chmod(0o666 & ~mask)

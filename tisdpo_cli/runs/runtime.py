@@ -1,0 +1,172 @@
+"""The processes of a run, on accelerate: ranks, device, precision, agreement between ranks, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor
+
+from tisdpo_cli.errors import TisdpoError, TrainingError, UsageError
+from tisdpo_cli.reporter import Reporter, Silent
+
+T = TypeVar("T")
+
+# On a CPU larger passes are no faster. On a GPU activations get a quarter of the memory; a layer keeps about 34 values
+# of 2 bytes per token and unit of width (Korthikanti et al. 2022, without the attention matrix).
+_CPU_TOKENS, _SHARE_OF_MEMORY, _BYTES_PER_VALUE = 4096, 4, 70
+
+
+class Runtime:
+    """This process among those of the run."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        """Join the other processes, if there are any.
+
+        Raises:
+            TisdpoError: launched for several processes but running alone, or with a sharding that is not supported.
+        """
+        _deterministic()
+        # Precision is the scorer's business; accelerate's own would wrap the model a second time.
+        # Metrics are summed in float64, which Apple's GPUs do not have.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
+        self.accelerator.gradient_accumulation_steps = 1
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.main: bool = self.accelerator.is_main_process
+        self.reporter: Reporter = reporter if self.main else Silent()
+        self._gpu_bytes = self._smallest_gpu()
+        self._check_launch()
+
+    def _check_launch(self) -> None:
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if wanted != self.world:
+            raise TisdpoError(
+                f"launched for {wanted} processes but running as {self.world}",
+                fix="on CPUs set ACCELERATE_USE_CPU=1 for torchrun, or use accelerate launch --multi_gpu",
+            )
+        kind = self.accelerator.distributed_type
+        sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            raise TisdpoError(
+                "sharded training (FSDP, DeepSpeed) is not supported", fix="launch with plain data parallelism"
+            )
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on the first process and give its result, or its fault, to all."""
+        if self.world == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                box[0] = work()
+            except Exception as fault:
+                known = isinstance(fault, TisdpoError)
+                box[1] = fault if known else TrainingError("the first process has stopped; see its message")
+                broadcast_object_list(box)
+                raise
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        return self.accelerator.reduce(values, "sum") if self.world > 1 else values
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Lists of all processes, one after the other."""
+        return gather_object(items) if self.world > 1 else items
+
+    def _smallest_gpu(self) -> int | None:
+        """Memory in bytes of the smallest GPU among all processes; None on CPUs."""
+        if self.device.type != "cuda":
+            return None
+        total = torch.tensor([torch.cuda.get_device_properties(self.device).total_memory], device=self.device)
+        return int(self.accelerator.gather(total).min())
+
+    def token_budget(self, layers: int, width: int) -> int:
+        """Tokens that one pass forward and backward should hold, by a model's shape and the memory there is in all.
+
+        The same on every process, and whatever else lies in memory just then.
+        """
+        if self._gpu_bytes is None:
+            return _CPU_TOKENS
+        tokens = self._gpu_bytes // (_SHARE_OF_MEMORY * layers * width * _BYTES_PER_VALUE)
+        return max(1024, min(65_536, tokens // 256 * 256))
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def precision(self, dtype: str, scoring: bool = False) -> Literal["bf16", "float32"]:
+        """What to compute in.
+
+        Args:
+            dtype: `auto`, `float32` or `bf16`.
+            scoring: whether scores are made, which `auto` keeps in float32 on a CPU.
+
+        Raises:
+            UsageFault: bf16 was asked for on a GPU that does not compute in it.
+        """
+        gpu = self.device.type == "cuda"
+        capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True
+        if dtype == "bf16" and not capable:
+            raise UsageError("this GPU does not compute in bf16", where="--dtype bf16", fix="use float32")
+        if dtype == "bf16" and scoring and not gpu:
+            self.reporter.note("scores in bf16 on a CPU are about 2e-2 nats off; float32 is the default here")
+        return "bf16" if dtype == "bf16" or (dtype == "auto" and gpu and capable) else "float32"
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype for autocast; None where weights and computation are float32."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def _deterministic() -> None:
+    """The same bytes every time: deterministic kernels, or a warning from torch where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # What `use_deterministic_algorithms(True, warn_only=True)` does, without its import of the compiler: 1.5 s.
+    torch.set_deterministic_debug_mode("warn")
+    # Filling fresh memory with NaN is for debugging and costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a request that the loop answers between two updates.
+
+    A second signal ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def agreed(self, runtime: Runtime) -> int:
+        """The signal that any process has received, 0 for none; the same answer on all of them."""
+        if runtime.world == 1:
+            return self.signal
+        return int(runtime.accelerator.gather(torch.tensor([self.signal], device=runtime.device)).max())
