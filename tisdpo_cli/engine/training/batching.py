@@ -1,4 +1,4 @@
-"""Which examples make which update, and how they are cut into forward passes. The same on every rank."""
+"""Which examples form which update, and how they are split into forward passes. The same on every rank."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Plan:
     """The updates of a training.
 
     Attributes:
-        examples: how many there are.
-        batch_size: examples per update, over all processes; the last of an epoch may have fewer.
+        examples: number of examples.
+        batch_size: examples per update, over all processes; the last update of an epoch may have fewer.
         updates: number of updates.
         seed: of the order.
     """
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Updates that one pass over the data takes."""
+        """Updates in one pass over the data."""
         return math.ceil(self.examples / self.batch_size)
 
     def batch(self, step: int) -> list[int]:
@@ -50,7 +50,7 @@ def _order(examples: int, seed: int, epoch: int) -> list[int]:
 
 
 def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
-    """Number the updates; `max_steps` wins over `epochs`, the data repeating as needed."""
+    """Number the updates; `max_steps` overrides `epochs` and repeats the data if needed."""
     per_epoch = math.ceil(examples / batch_size)
     updates = max_steps if max_steps is not None else max(1, math.ceil(per_epoch * epochs - 1e-9))
     return Plan(examples, batch_size, updates, seed)
@@ -58,12 +58,12 @@ def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | No
 
 @dataclass(frozen=True)
 class Microbatching:
-    """How a batch is cut into forward passes: by tokens, by examples, or into a number of passes.
+    """How a batch is split into forward passes: by tokens, by examples, or into a number of passes.
 
     Attributes:
-        tokens: of a pass and process, at most; a single example may have more.
-        micro: examples of a pass and process, at most.
-        passes: their number.
+        tokens: maximum tokens of a pass on each process; a single example may have more.
+        micro: maximum examples of a pass on each process.
+        passes: number of passes.
     """
 
     tokens: int | None = None
@@ -71,9 +71,9 @@ class Microbatching:
     passes: int | None = None
 
     def split(self, batch: Sequence[int], costs: Sequence[int], world: int) -> list[list[list[int]]]:
-        """Cut a batch into forward passes: [rank][pass] → examples.
+        """Split a batch into forward passes: [rank][pass] → examples.
 
-        Every rank gets the same number of passes, of like size; where there are too few examples some are empty.
+        Every rank gets the same number of passes of similar size; with too few examples some are empty.
         """
         ordered = sorted(batch, key=lambda i: -costs[i])
         if self.tokens is not None:
@@ -85,7 +85,7 @@ class Microbatching:
 
 
 def _within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: int) -> list[list[int]]:
-    """As few groups, a multiple of `world`, as hold at most so many tokens each, or one example."""
+    """The fewest groups, a multiple of `world`, of at most this many tokens each, or one example."""
     passes = math.ceil(sum(costs[i] for i in ordered) / (tokens * world))
     while True:
         groups = _balanced(ordered, costs, passes * world)
@@ -95,7 +95,7 @@ def _within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: in
 
 
 def _balanced(ordered: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Longest first, each to the group that has the fewest tokens."""
+    """Assign examples, longest first, each to the group with the fewest tokens."""
     groups: list[list[int]] = [[] for _ in range(parts)]
     lightest = [(0, part) for part in range(parts)]
     for i in ordered:
@@ -114,15 +114,15 @@ def _even_parts(items: Sequence[int], parts: int) -> list[list[int]]:
 def microbatching(
     batch_size: int | None, micro: int | None, accumulation: int | None, tokens: int, world: int, default_batch: int
 ) -> tuple[int, Microbatching]:
-    """The batch size and how it is cut, from what was given.
+    """The batch size and how it is split, from the given options.
 
     Args:
-        batch_size: examples per update where the user said so, else None.
-        micro: examples per forward pass and process where given.
-        accumulation: forward passes per update where given.
-        tokens: of a forward pass and process, where neither of these is given.
+        batch_size: examples per update, if given.
+        micro: examples per forward pass on each process, if given.
+        accumulation: forward passes per update, if given.
+        tokens: token budget of a forward pass on each process, if neither of these is given.
         world: number of processes.
-        default_batch: batch size where nothing decides it.
+        default_batch: the batch size if no option determines it.
 
     Raises:
         UsageFault: all are given and do not multiply to the batch size.
@@ -133,7 +133,7 @@ def microbatching(
             raise UsageError(
                 f"--batch-size {batch_size} is not --micro-batch-size {micro} × --gradient-accumulation {accumulation} "
                 f"× {world} processes = {product}",
-                fix="leave one of them out",
+                fix="leave out one of them",
             )
         return product, Microbatching(micro=micro)
     size = batch_size if batch_size is not None else default_batch
@@ -147,7 +147,7 @@ def learning_rate(
 ) -> float:
     """The learning rate of an update (0 is the first).
 
-    The warm-up is linear and its first update is not lost: `(step + 1) / (warmup + 1)`, as in the reference code.
+    The warm-up is linear and starts above zero: `(step + 1) / (warmup + 1)`, as in the authors' code.
     """
     if step < warmup:
         return base * (step + 1) / (warmup + 1)

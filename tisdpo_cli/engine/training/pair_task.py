@@ -1,4 +1,4 @@
-"""A preference objective over pairs: what one forward pass of train-dpo, train-reverse and train computes."""
+"""A preference objective over pairs: the forward pass of train-dpo, train-reverse and train."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _KL = ("kl/chosen", "kl/rejected", "kl/margins")
 
 @dataclass(frozen=True)
 class WeightedPair:
-    """A pair ready to be trained.
+    """A pair ready for training.
 
     Attributes:
         tokens: its prompt and responses.
-        weights: of the tokens of both responses; None for all 1.
-        reference: log-probs of both responses under the reference, where they were computed before.
+        weights: token weights of both responses, or None for unit weights.
+        reference: log-probs of both responses under the reference, if computed before training.
     """
 
     tokens: EncodedPair
@@ -36,16 +36,16 @@ class WeightedPair:
 
 
 class PairTask:
-    """A preference objective over pairs: what one forward pass computes.
+    """A preference objective over pairs.
 
     Attributes:
-        metrics: names of the sums that `forward` gives, in order.
+        metrics: names of the sums that `forward` returns, in order.
     """
 
     unit = "pairs"
 
     def __init__(self, pairs: Sequence[WeightedPair], reference: TokenScorer | None, loss: Loss, pad: int) -> None:
-        """Make a task; `reference` is None where the pairs bring its log-probs."""
+        """Create a task; `reference` is None if the pairs hold its log-probs."""
         self.pairs, self.reference, self.loss, self.pad = pairs, reference, loss, pad
         self.weighted = any(pair.weights is not None for pair in pairs)
         computes_kl = loss.needs.divergence is not None
@@ -61,7 +61,7 @@ class PairTask:
         return float(len(examples))
 
     def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Summed loss and summed metrics of some pairs; both responses of all pairs go through in one batch."""
+        """The summed loss and metrics of some pairs; both responses of all pairs form one batch."""
         pairs = [self.pairs[i] for i in examples]
         groups = [(p.tokens.prompt, (p.tokens.chosen.ids, p.tokens.rejected.ids)) for p in pairs]
         batch = batch_for(scorer, groups, self.pad)
@@ -89,12 +89,12 @@ class PairTask:
 
 
 def _in_order(both: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
-    """Values of all chosen responses, then of all rejected ones, as the tokens of a batch come."""
+    """Values of all chosen responses, then of all rejected ones: the token order of a batch."""
     return torch.cat([pair[side] for side in (0, 1) for pair in both if pair is not None])
 
 
 def _halves(of_both: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected of values [2B]."""
+    """Split values [2B] into chosen and rejected."""
     return of_both[: len(of_both) // 2], of_both[len(of_both) // 2 :]
 
 

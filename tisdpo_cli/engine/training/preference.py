@@ -1,27 +1,26 @@
-"""train-dpo, train-reverse and train: one training that differs in two values. Is the pair swapped? Which weights?"""
+"""train-dpo, train-reverse and train: one training with two switches, whether pairs are swapped and which weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from tisdpo_cli.data.reader import find_splits
-from tisdpo_cli.engine.arguments import output_request
-from tisdpo_cli.engine.training.pair_data import prepare_pairs
+from tisdpo_cli.engine.arguments import read_options
+from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
+from tisdpo_cli.engine.training.batching import Plan
+from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
 from tisdpo_cli.engine.training.reference import ReferencePass
 from tisdpo_cli.engine.training.session import (
+    SessionConfig,
     TrainingSetup,
     parameter_count,
     plan_training,
-    resolved,
     run_training,
-    scorer_of,
-    with_token_budget,
+    session_scorer,
 )
 from tisdpo_cli.errors import ModelError, TrainingError
 from tisdpo_cli.method.objectives import Loss
@@ -33,166 +32,270 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.cache import TensorCache
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
-from tisdpo_cli.runs.stage import StageResult, claim_output, finished_result
-from tisdpo_cli.settings.train_pairs import TrainPairs, TrainReverse
+from tisdpo_cli.runs.stage import StageResult, finished_result
+from tisdpo_cli.settings.train_pairs import Train, TrainPairs, TrainReverse
 
 # In float32 the policy and its reference are the same function before the first update.
 _STEP0_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The policy and its reference.
+
+    Attributes:
+        policy: what the user calls the policy.
+        policy_path: its directory.
+        reference: what the user calls the reference.
+        reference_path: its directory, or None where it is the policy as it starts.
+    """
+
+    policy: str
+    policy_path: Path
+    reference: str
+    reference_path: Path | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A preference training as plain values.
+
+    Attributes:
+        swapped: whether chosen and rejected are swapped, as in `train-reverse`.
+        cache: where reference log-probs are kept, or None.
+    """
+
+    models: _Models
+    source: PairSource
+    loss: Loss
+    swapped: bool
+    max_length: int
+    cache: TensorCache | None
+    session: SessionConfig
 
 
 def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     """Run train-dpo, train-reverse or train, by the type of the settings.
 
     Raises:
-        TisdpoError: anything the user can do something about; see the subclasses in `errors`.
+        TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
-    model_path = locate_model(settings.model, "--model", settings.trust_remote_code)
-    ref_path = (
-        locate_model(settings.ref_model, "--ref-model", settings.trust_remote_code) if settings.ref_model else None
-    )
+    models = _locate_models(settings)
     files = find_splits(settings.dataset)
     runtime = Runtime(reporter)
-    settings = with_token_budget(runtime, settings, model_path)
-    models = {"model": model_path, "ref_model": ref_path}
-    claimed = (
-        nullcontext()
-        if settings.dry_run
-        else claim_output(runtime, output_request(settings, resolved(runtime, settings), models, files))
-    )
+    settings = with_token_budget(runtime, settings, models.policy_path)
+    training = _training(runtime, settings, models, files)
+    paths = {"model": models.policy_path, "ref_model": models.reference_path}
+    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, files)
     with claimed as output:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
-        tokenizer = load_tokenizer(model_path, settings.trust_remote_code)
-        check_fit(model_path, tokenizer, settings.data.max_length, settings.trust_remote_code)
-        if ref_path is not None:
-            _check_reference(settings, ref_path, tokenizer)
-        train, held = prepare_pairs(settings, runtime.reporter, files, tokenizer)
-        plan = plan_training(runtime, settings, [pair.tokens.tokens for pair in train], PairTask.unit)
-        longest = max(pair.tokens.longest for pair in (*train, *held))
-        policy = move_to_device(load_model(model_path, settings.trust_remote_code), runtime.device)
-        scorer = scorer_of(runtime, settings, policy, longest, settings.model)
+        tokenizer = _load_tokenizer(training)
+        pairs = prepare_pairs(training.source, tokenizer, runtime.reporter)
+        plan = plan_training(runtime, training.session, [pair.tokens.tokens for pair in pairs[0]], PairTask.unit)
+        policy = _load_scorer(runtime, training, pairs)
         if output is None:
-            _show_first(runtime.reporter, train[0], tokenizer)
+            _show_first(runtime.reporter, pairs[0][0], tokenizer)
             return StageResult(Path(settings.output_dir), {}, fresh=False)
-        _banner(runtime.reporter, settings, policy)
-        scorer, reference = _with_reference_model(runtime, settings, scorer, ref_path or model_path, longest)
-        tasks = _tasks(runtime, settings, output, reference, tokenizer, train, held)
-        # Unless a task has it, it is not in memory from here on.
-        del reference
-        return run_training(
-            runtime,
-            settings,
-            output,
-            TrainingSetup(*tasks, *plan),
-            scorer,
-            tokenizer,
-            settings.optim.learning_rate,
-            lambda loss: _check_step0(loss, settings.method.objective(), _same_start(output), runtime.reporter),
-        )
+        setup = _set_up(runtime, training, output, tokenizer, pairs, plan, policy)
+        return run_training(runtime, training.session, output, setup)
 
 
-def _check_reference(settings: TrainPairs, path: Path, tokenizer: Tokenizer) -> None:
-    """The reference must read the same ids.
+def _locate_models(settings: TrainPairs) -> _Models:
+    trust = settings.trust_remote_code
+    return _Models(
+        policy=settings.model,
+        policy_path=locate_model(settings.model, "--model", trust),
+        reference=settings.ref_model or settings.model,
+        reference_path=locate_model(settings.ref_model, "--ref-model", trust) if settings.ref_model else None,
+        trust_remote_code=trust,
+    )
+
+
+def _training(runtime: Runtime, settings: TrainPairs, models: _Models, files: Mapping[str, Path]) -> _Training:
+    directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
+    swapped = isinstance(settings, TrainReverse)
+    return _Training(
+        models=models,
+        source=PairSource(
+            dataset=settings.dataset,
+            files=files,
+            options=read_options(settings.data),
+            eval_pairs=settings.evaluation.eval_pairs,
+            swapped=swapped,
+            weighting=_weighting(settings) if isinstance(settings, Train) else None,
+        ),
+        loss=settings.method.objective(),
+        swapped=swapped,
+        max_length=settings.data.max_length,
+        cache=None if settings.no_ref_cache else TensorCache(directory, runtime.reporter.warn),
+        session=session_config(runtime, settings),
+    )
+
+
+def _weighting(settings: Train) -> Weighting:
+    weights = settings.weights
+    return Weighting(
+        make_recipe=weights.recipe,
+        centered="center" in weights.steps(),
+        final=weights.weights_are == "final",
+        eos_is_auto=weights.eos_weight == "auto",
+        seed=settings.seed,
+    )
+
+
+# Below this line there are no settings ----------------------------------------------------------------------------
+
+# The pairs to train, and those to evaluate.
+_Pairs = tuple[list[WeightedPair], list[WeightedPair]]
+
+
+def _load_tokenizer(training: _Training) -> Tokenizer:
+    """The tokenizer of the policy, checked against both models before their weights are read.
 
     Raises:
-        ModelError: it has another tokenizer, or too small an embedding.
+        ModelError: the reference has another tokenizer, or an embedding is too small.
     """
-    if load_tokenizer(path, settings.trust_remote_code).digest != tokenizer.digest:
-        where, fix = f"--ref-model {settings.ref_model}", "name a reference with the same one"
-        raise ModelError("has another tokenizer than the model", where=where, fix=fix)
-    check_fit(path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+    models = training.models
+    tokenizer = load_tokenizer(models.policy_path, models.trust_remote_code)
+    check_fit(models.policy_path, tokenizer, training.max_length, models.trust_remote_code)
+    if models.reference_path is not None:
+        if load_tokenizer(models.reference_path, models.trust_remote_code).digest != tokenizer.digest:
+            raise ModelError(
+                "the tokenizer differs from the model's",
+                where=f"--ref-model {models.reference}",
+                fix="use a reference model with the same tokenizer",
+            )
+        check_fit(models.reference_path, tokenizer, training.max_length, models.trust_remote_code)
+    return tokenizer
+
+
+def _longest(pairs: _Pairs) -> int:
+    return max(pair.tokens.longest for split in pairs for pair in split)
+
+
+def _load_scorer(runtime: Runtime, training: _Training, pairs: _Pairs) -> TokenScorer:
+    models = training.models
+    policy = move_to_device(load_model(models.policy_path, models.trust_remote_code), runtime.device)
+    return session_scorer(runtime, training.session, policy, _longest(pairs), models.policy)
+
+
+def _set_up(
+    runtime: Runtime,
+    training: _Training,
+    output: Output,
+    tokenizer: Tokenizer,
+    pairs: _Pairs,
+    plan: Plan,
+    policy: TokenScorer,
+) -> TrainingSetup:
+    _show_banner(runtime.reporter, training, policy)
+    policy, reference = _with_reference_model(runtime, training, policy, _longest(pairs))
+    # The reference leaves memory with this function, unless a task holds it.
+    task, eval_task = _tasks(runtime, training, output, reference, tokenizer.pad, pairs)
+    same_start = _same_start(output)
+    return TrainingSetup(
+        task,
+        eval_task,
+        plan,
+        policy,
+        tokenizer,
+        lambda loss: _check_step0(loss, training.loss, same_start, runtime.reporter),
+    )
 
 
 def _with_reference_model(
-    runtime: Runtime, settings: TrainPairs, policy: TokenScorer, path: Path, longest: int
+    runtime: Runtime, training: _Training, policy: TokenScorer, longest: int
 ) -> tuple[TokenScorer, TokenScorer]:
-    """The policy and its reference: itself, before any update, where that is the model and only log-probs are read."""
-    divergence = settings.method.objective().needs.divergence
-    if settings.ref_model is None and divergence is None:
+    """The policy and its reference: the same scorer where the reference is the policy's start and only its log-probs
+    are needed.
+    """
+    models, divergence = training.models, training.loss.needs.divergence
+    if models.reference_path is None and divergence is None:
         return policy, policy
-    frozen = move_to_device(load_model(path, settings.trust_remote_code), runtime.device).requires_grad_(False)
-    name = settings.ref_model or settings.model
-    reference = scorer_of(runtime, settings, frozen, longest, name)
+    path = models.reference_path or models.policy_path
+    frozen = move_to_device(load_model(path, models.trust_remote_code), runtime.device).requires_grad_(False)
+    reference = session_scorer(runtime, training.session, frozen, longest, models.reference)
     if reference.packed == policy.packed or divergence is None:
         return policy, reference
-    runtime.reporter.note("policy and reference both read every response in a row of its own, for one cannot pack them")
-    policy = scorer_of(runtime, settings, policy.model, longest, settings.model, "separate")
-    return policy, scorer_of(runtime, settings, frozen, longest, name, "separate")
+    runtime.reporter.note("encoding each response separately in both models, since one of them cannot share prompts")
+    policy = session_scorer(runtime, training.session, policy.model, longest, models.policy, "separate")
+    return policy, session_scorer(runtime, training.session, frozen, longest, models.reference, "separate")
 
 
 def _tasks(
-    runtime: Runtime,
-    settings: TrainPairs,
-    output: Output,
-    reference: TokenScorer,
-    tokenizer: Tokenizer,
-    train: list[WeightedPair],
-    held: list[WeightedPair],
+    runtime: Runtime, training: _Training, output: Output, reference: TokenScorer, pad: int, pairs: _Pairs
 ) -> tuple[PairTask, PairTask | None]:
     """What is trained and what is evaluated, against one frozen reference.
 
-    It is read once, before training, unless the objective needs its whole distributions.
+    The reference is read once, before training, unless the objective needs its whole distribution.
     """
-    loss, pad = settings.method.objective(), tokenizer.pad
+    train, test = pairs
+    loss = training.loss
     if loss.needs.divergence is not None:
-        return PairTask(train, reference, loss, pad), PairTask(held, reference, loss, pad) if held else None
-    of = {
+        return PairTask(train, reference, loss, pad), PairTask(test, reference, loss, pad) if test else None
+    source = {
         "model": output.made_from.get("content of ref_model") or output.made_from["content of model"],
-        "dtype": runtime.precision(settings.memory.dtype),
+        "dtype": training.session.precision,
     }
-    directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
-    cache = None if settings.no_ref_cache else TensorCache(directory, runtime.reporter.warn)
     config = reference.model.config.get_text_config()  # type: ignore[operator, union-attr]
     tokens = runtime.token_budget(config.num_hidden_layers, config.hidden_size)
-    once = ReferencePass(runtime, reference, pad, tokens, of, cache)
-    swapped = isinstance(settings, TrainReverse)
-    made = [PairTask(_with_reference(pairs, once, swapped), None, loss, pad) for pairs in (train, held) if pairs]
-    return made[0], made[1] if held else None
-
-
-def _with_reference(pairs: Sequence[WeightedPair], once: ReferencePass, swapped: bool) -> list[WeightedPair]:
-    """The pairs with its log-probs. It reads them as they stand in the data, so that all trainings share them."""
-    found = once.run([pair.tokens.swapped() if swapped else pair.tokens for pair in pairs])
-    both = [(rejected, chosen) if swapped else (chosen, rejected) for chosen, rejected in found]
-    return [replace(pair, reference=logps) for pair, logps in zip(pairs, both, strict=True)]
-
-
-def _banner(reporter: Reporter, settings: TrainPairs, policy: nn.Module) -> None:
-    reporter.note(
-        f"policy = {settings.model} ({parameter_count(policy)}, trainable), reference = "
-        f"{settings.ref_model or settings.model} (frozen), dropout off"
+    reference_pass = ReferencePass(runtime, reference, pad, tokens, source, training.cache)
+    task, *others = (
+        PairTask(_with_reference_logps(split, reference_pass, training.swapped), None, loss, pad)
+        for split in pairs
+        if split
     )
-    loss = settings.method.objective()
-    left_out = "; the reference is read for the metrics alone" if not loss.needs.reference else ""
-    reporter.note(f"loss = {loss.describe()}: {loss.objective.help}{left_out}")
-    if isinstance(settings, TrainReverse):
-        reporter.note("reverse: in all metrics 'chosen' is the side preferred here, the dataset's rejected column")
+    return task, others[0] if others else None
+
+
+def _with_reference_logps(pairs: Sequence[WeightedPair], reference: ReferencePass, swapped: bool) -> list[WeightedPair]:
+    """The pairs with reference log-probs, which are computed unswapped so that all trainings share them."""
+    logps = reference.run([pair.tokens.swapped() if swapped else pair.tokens for pair in pairs])
+    both = [(rejected, chosen) if swapped else (chosen, rejected) for chosen, rejected in logps]
+    return [replace(pair, reference=sides) for pair, sides in zip(pairs, both, strict=True)]
+
+
+# Reports ------------------------------------------------------------------------------------------------------------
+
+
+def _show_banner(reporter: Reporter, training: _Training, policy: TokenScorer) -> None:
+    models, loss = training.models, training.loss
+    reporter.note(
+        f"policy = {models.policy} ({parameter_count(policy.model)}, trainable), reference = {models.reference} "
+        "(frozen), dropout off"
+    )
+    metrics_only = "; the reference is used for metrics only" if not loss.needs.reference else ""
+    reporter.note(f"loss = {loss.describe()}: {loss.objective.help}{metrics_only}")
+    if training.swapped:
+        reporter.note("reverse training: in all metrics, 'chosen' is the dataset's rejected response")
 
 
 def _same_start(output: Output) -> bool:
-    """Whether the policy starts as the reference, by content: one model may be named twice."""
+    """Whether policy and reference start with the same content; one model may be given under two names."""
     start = output.made_from["content of model"]
     return output.made_from.get("content of ref_model", start) == start
 
 
 def _check_step0(value: float, loss: Loss, same_start: bool, reporter: Reporter) -> None:
-    """Before any update the margins are 0 and the loss has its value there, or something is wrong with the models."""
+    """Before the first update the margins are 0 and the loss is known, or something is wrong with the models."""
     expected = loss.at_the_start()
     if expected is None or not same_start:
-        why = "it leaves the reference out" if expected is None else "policy and reference differ"
-        reporter.note(f"step-0 loss {value:.4f} ({why})")
+        reason = "the loss does not use the reference" if expected is None else "policy and reference differ"
+        reporter.note(f"step-0 loss {value:.4f} ({reason})")
         return
     if not abs(value - expected) <= _STEP0_TOLERANCE * max(1.0, expected):
         raise TrainingError(
             f"the loss before the first update is {value:.6f}, not {loss.objective.start} = {expected:.4f}: policy and "
-            "reference do not agree though they are the same model",
+            "reference disagree although they are the same model",
             fix="the model is not deterministic in evaluation mode; look for active dropout or noise in its code",
         )
     reporter.note(f"step-0 loss {value:.4f} = {loss.objective.start} as expected")
 
 
 def _show_first(reporter: Reporter, pair: WeightedPair, tokenizer: Tokenizer) -> None:
-    """The first row as it will be trained: one BOS where there is one, and where the EOS is."""
+    """The first row as it is trained: shows the BOS, where there is one, and the EOS."""
     tokens = pair.tokens
     for name, ids in (("prompt", tokens.prompt), ("chosen", tokens.chosen.ids), ("rejected", tokens.rejected.ids)):
         shown = " ".join(f"{piece!r}" for piece in tokenizer.pieces(ids[:12]))

@@ -1,4 +1,4 @@
-"""Where the time of some updates goes: a trace to open in a browser, and a table."""
+"""A profile of some updates: a trace to open in a browser, and a table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _UPDATES, _ROWS = 3, 40
 
 @contextmanager
 def profiled(directory: Path | None, updates: int) -> Iterator[Callable[[], None]]:
-    """Profile three updates, not the first one where there are more; gives what is to be called after each.
+    """Profile three updates, skipping the first if there are more; yields a function to call after each update.
 
     Args:
-        directory: where the trace and the table go; None for no profile.
-        updates: how many there are.
+        directory: receives the trace and the table; None for no profile.
+        updates: number of updates in the run.
     """
     if directory is None or updates < 1:
         yield lambda: None
@@ -38,7 +38,7 @@ def profiled(directory: Path | None, updates: int) -> Iterator[Callable[[], None
 
     before = min(1, updates - 1)
     with warnings.catch_warnings():
-        # Torch warns of a profile without a warm-up, which a single update leaves no room for.
+        # Torch warns about a profile without warm-up, which a single update has no room for.
         warnings.simplefilter("ignore")
         times = schedule(wait=0, warmup=before, active=min(_UPDATES, updates - before), repeat=1)
     with profile(schedule=times, on_trace_ready=write, profile_memory=True) as running:

@@ -1,6 +1,6 @@
-"""The training loop of every training: updates, metrics, evaluation, checkpoints, interruption.
+"""The training loop: updates, metrics, evaluation, checkpoints, interruption.
 
-It knows no pairs and no loss: a `Task` says what a forward pass computes.
+It knows no pairs and no loss: a `Task` defines what a forward pass computes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Task(Protocol):
-    """What is trained: examples, and what a forward pass over some of them gives."""
+    """What is trained: examples, and the loss and metrics of some of them."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -40,14 +40,14 @@ class Task(Protocol):
 
     @property
     def unit(self) -> str:
-        """What is counted: `pairs` or `examples`."""
+        """What an example is called, in the plural: `pairs` or `examples`."""
 
     @property
     def costs(self) -> Sequence[int]:
         """Tokens of each example."""
 
     def normaliser(self, examples: Sequence[int]) -> float:
-        """What sums over these examples are divided by to give the loss and the metrics."""
+        """The divisor that turns sums over these examples into the loss and the metrics."""
 
     def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The summed loss, with gradient, and the sums of all metrics [M] in float64, without."""
@@ -58,7 +58,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the weights move."""
+    """Optimizer and learning-rate schedule."""
 
     optimizer: str
     learning_rate: float
@@ -70,18 +70,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept while training, and what is gone on from."""
+    """Where checkpoints go, how often, and which one to resume from."""
 
     directory: Path
     every: int | None
     keep: int
     resume: str
-    made_by: Mapping[str, Any] = field(default_factory=dict)
+    created_by: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The examples that are evaluated."""
+    """What is evaluated, and how often."""
 
     task: Task
     every: int | None
@@ -89,51 +89,63 @@ class EvalConfig:
 
 
 class Trainer:
-    """One training from its first update, or from a checkpoint, to its last."""
+    """One training, from its first update or a checkpoint to its last."""
 
     def __init__(
-        self, runtime: Runtime, scorer: nn.Module, task: Task, plan: Plan, cutting: Microbatching, schedule: Schedule
+        self,
+        runtime: Runtime,
+        scorer: nn.Module,
+        task: Task,
+        plan: Plan,
+        microbatching: Microbatching,
+        schedule: Schedule,
     ) -> None:
-        self.runtime, self.task, self.plan, self.cutting, self.schedule = runtime, task, plan, cutting, schedule
+        self.runtime, self.task, self.plan, self.microbatching, self.schedule = (
+            runtime,
+            task,
+            plan,
+            microbatching,
+            schedule,
+        )
         self.scorer = runtime.accelerator.prepare_model(scorer)
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
-        # The fewest kernels on a GPU. On a CPU it saves 2 % of an update, and moves the last bits.
+        # Fused: fewest kernels on a GPU. On a CPU it saves 2 % of an update and changes the last bits.
         fused = {"fused": True} if runtime.device.type == "cuda" and schedule.optimizer != "rmsprop" else {}
         self.optimizer = OPTIMIZERS[schedule.optimizer](
             self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, **fused
         )
         self.step = 0
-        # The gradients of the first update, taken while its loss is told as that of step 0; and the seconds it took.
+        # Metrics of the first update, whose backward pass gives the loss of step 0 too; and the seconds it took.
         self._ahead: tuple[Tensor, float] | None = None
 
     def train(
         self,
         metrics_file: Path,
-        keeping: CheckpointConfig,
-        held: EvalConfig | None,
-        check: Callable[[float], None],
+        checkpoints: CheckpointConfig,
+        evaluation: EvalConfig | None,
+        check_start: Callable[[float], None],
         stop: StopRequest,
         profile: Path | None = None,
     ) -> dict[str, Any]:
         """Train to the end.
 
         Args:
-            metrics_file: gets one line per update.
-            keeping: checkpoints.
-            held: what is evaluated before, during and after, or None.
-            check: is given the loss before the first update and may stop the run.
-            stop: a request to stop is answered after an update.
-            profile: gets a profile of some updates, where given.
+            metrics_file: receives one line per update.
+            checkpoints: where and how often.
+            evaluation: evaluated before, during and after training, or None.
+            check_start: called with the loss before the first update; may stop the run.
+            stop: a request to stop, answered after an update.
+            profile: directory for a profile of some updates, or None.
 
         Returns:
-            The last line of the metrics.
+            The last line of metrics.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; nothing of that update reaches the weights.
+            TrainingError: a loss or gradient is not finite; the model is not updated.
             Interrupted: by a signal, after a checkpoint.
         """
         runtime = self.runtime
-        resumed = self._resume(keeping)
+        resumed = self._resume(checkpoints)
         file = MetricsFile(metrics_file, self.step if resumed else None) if runtime.main else None
         record: dict[str, Any] = {}
         title = f"{self.plan.updates} updates"
@@ -142,27 +154,27 @@ class Trainer:
             profiled(profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
         ):
             if not resumed:
-                record = {**self._before(), **self._evaluate(held)}
-                check(record["loss"])
+                record = {**self._before(), **self._evaluate(evaluation)}
+                check_start(record["loss"])
                 _write(file, record)
                 progress.advance(0, record)
             while self.step < self.plan.updates:
                 record = self._update()
                 profiled_update()
                 last = self.step == self.plan.updates
-                if held is not None and (last or (held.every and self.step % held.every == 0)):
-                    record.update(self._evaluate(held))
+                if evaluation is not None and (last or (evaluation.every and self.step % evaluation.every == 0)):
+                    record.update(self._evaluate(evaluation))
                 _write(file, record)
                 progress.advance(1, record)
-                self._keep_or_stop(keeping, stop)
+                self._save_or_stop(checkpoints, stop)
         self._check_weights()
         if not record:
-            # Gone on from after the last update: an earlier run wrote the line, or this is another output.
-            record = runtime.on_main(lambda: (read_metrics(metrics_file) or [{}])[-1]) or self._evaluate(held)
+            # Resumed after the last update: an earlier run wrote the line, or this is another output.
+            record = runtime.on_main(lambda: (read_metrics(metrics_file) or [{}])[-1]) or self._evaluate(evaluation)
         return record
 
     def _before(self) -> dict[str, Any]:
-        """Step 0: the objective on the first batch, before any update. The first update goes on from there."""
+        """Step 0: the objective on the first batch, before any update. The first update reuses its gradients."""
         began = time.perf_counter()
         batch = self.plan.batch(0)
         sums = self._backward(batch)
@@ -198,29 +210,29 @@ class Trainer:
         return learning_rate(self.step, s.learning_rate, s.warmup_steps, self.plan.updates, s.lr_scheduler)
 
     def _backward(self, batch: Sequence[int]) -> Tensor:
-        """Gradients of a batch in which every example counts once; the summed metrics of all ranks."""
+        """Compute the gradients of a batch, every example counting once; returns the metrics summed over all ranks."""
         runtime, passes = self.runtime, self._passes(batch)
         # DDP averages over ranks, the loss is a mean over the whole batch.
         scale = runtime.world / self.task.normaliser(batch)
         total = torch.zeros(len(self.task.metrics), dtype=torch.float64, device=runtime.device)
-        bad: list[int] = []
+        non_finite: list[int] = []
         for k, examples in enumerate(passes):
             last = k == len(passes) - 1
             with nullcontext() if last else runtime.accelerator.no_sync(self.scorer):
-                # An empty pass runs on some example and counts nothing: every rank must take part in every pass.
+                # An empty pass runs on any example with weight 0: every rank must take part in every pass.
                 loss, sums = self.task.forward(self.scorer, examples or batch[:1])
                 weight = 1.0 if examples else 0.0
                 runtime.accelerator.backward(loss * (scale * weight))
             if examples and not torch.isfinite(loss.detach()):
-                bad += examples
+                non_finite += examples
             total += sums * weight
         total = runtime.total(total)
         if not torch.isfinite(total[0]):
-            raise self._not_finite("loss", runtime.gather(bad))
+            raise self._not_finite("loss", runtime.gather(non_finite))
         return total
 
     def _passes(self, batch: Sequence[int]) -> list[list[int]]:
-        return self.cutting.split(batch, self.task.costs, self.runtime.world)[self.runtime.rank]
+        return self.microbatching.split(batch, self.task.costs, self.runtime.world)[self.runtime.rank]
 
     def _clip(self, batch: Sequence[int]) -> float:
         norm = float(self.runtime.accelerator.clip_grad_norm_(self.scorer.parameters(), self.schedule.max_grad_norm))
@@ -231,23 +243,23 @@ class Trainer:
     def _not_finite(self, what: str, examples: Sequence[int]) -> TrainingError:
         rows = ", ".join(self.task.where(i) for i in examples[:4]) + (" …" if len(examples) > 4 else "")
         return TrainingError(
-            f"the {what} of step {self.step + 1} is not finite; no weight was changed by it (rows: {rows})",
-            fix="lower --learning-rate, or use --dtype float32; earlier checkpoints stay",
+            f"the {what} of step {self.step + 1} is not finite; the model was not updated (rows: {rows})",
+            fix="lower --learning-rate or use --dtype float32; earlier checkpoints are kept",
         )
 
-    def _sums(self, task: Task, examples: Sequence[int], cutting: Microbatching) -> Tensor:
-        """Summed metrics over examples, shared among the ranks, without gradients."""
+    def _sums(self, task: Task, examples: Sequence[int], split: Microbatching) -> Tensor:
+        """Metrics summed over examples, split among the ranks, without gradients."""
         runtime = self.runtime
         total = torch.zeros(len(task.metrics), dtype=torch.float64, device=runtime.device)
         with torch.no_grad():
-            for some in cutting.split(examples, task.costs, runtime.world)[runtime.rank]:
-                if some:
-                    total += task.forward(self.model_scorer, some)[1]
+            for batch in split.split(examples, task.costs, runtime.world)[runtime.rank]:
+                if batch:
+                    total += task.forward(self.model_scorer, batch)[1]
         return runtime.total(total)
 
     @property
     def model_scorer(self) -> nn.Module:
-        """The scorer without DDP around it: a forward pass alone needs no agreement between ranks."""
+        """The scorer without DDP: a forward pass alone needs no synchronization."""
         return self.runtime.accelerator.unwrap_model(self.scorer)
 
     @staticmethod
@@ -255,73 +267,75 @@ class Trainer:
         means = (sums / task.normaliser(examples)).tolist()
         return dict(zip(task.metrics, means, strict=True))
 
-    def _evaluate(self, held: EvalConfig | None) -> dict[str, float]:
-        if held is None:
+    def _evaluate(self, evaluation: EvalConfig | None) -> dict[str, float]:
+        if evaluation is None:
             return {}
-        examples = range(len(held.task.costs))
-        sums = self._sums(held.task, examples, Microbatching(micro=held.batch_size))
+        examples = range(len(evaluation.task.costs))
+        sums = self._sums(evaluation.task, examples, Microbatching(micro=evaluation.batch_size))
         if not torch.isfinite(sums[0]):
             raise TrainingError(
                 f"the evaluation after update {self.step} is not finite",
-                fix="lower --learning-rate, or use --dtype float32; earlier checkpoints stay",
+                fix="lower --learning-rate or use --dtype float32; earlier checkpoints are kept",
             )
-        return {f"eval/{name}": value for name, value in self._averages(held.task, sums, examples).items()}
+        return {f"eval/{name}": value for name, value in self._averages(evaluation.task, sums, examples).items()}
 
     # Checkpoints ------------------------------------------------------------------------------------------
 
-    def _keep_or_stop(self, keeping: CheckpointConfig, stop: StopRequest) -> None:
+    def _save_or_stop(self, checkpoints: CheckpointConfig, stop: StopRequest) -> None:
         signalled = stop.agreed(self.runtime)
-        due = keeping.every is not None and self.step % keeping.every == 0
+        due = checkpoints.every is not None and self.step % checkpoints.every == 0
         if due or signalled:
-            self.runtime.on_main(lambda: self._save(keeping))
+            self.runtime.on_main(lambda: self._save(checkpoints))
         if signalled:
             raise Interrupted(
                 signalled,
-                f"stopped after update {self.step} of {self.plan.updates}; a checkpoint is saved",
-                fix="the same command goes on from there",
+                f"interrupted after update {self.step} of {self.plan.updates}; checkpoint saved",
+                fix="rerun the same command to resume",
             )
 
     def _check_weights(self) -> None:
-        """An optimizer step can overflow though its gradients are finite; such weights are kept nowhere."""
+        """Refuse weights that overflowed in an optimizer step with finite gradients; they are never saved."""
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             raise TrainingError(
-                f"update {self.step} made weights that are not finite",
-                fix="lower --learning-rate; earlier checkpoints stay",
+                f"the weights are not finite after update {self.step}",
+                fix="lower --learning-rate; earlier checkpoints are kept",
             )
 
-    def _save(self, keeping: CheckpointConfig) -> None:
+    def _save(self, checkpoints: CheckpointConfig) -> None:
         self._check_weights()
         tensors = {"model": _weights(self.model), "optimizer": _optimizer_tensors(self.optimizer)}
-        save_checkpoint(keeping.directory, self.step, tensors, keeping.made_by, keeping.keep)
+        save_checkpoint(checkpoints.directory, self.step, tensors, checkpoints.created_by, checkpoints.keep)
 
-    def _resume(self, keeping: CheckpointConfig) -> bool:
-        """Go on from a checkpoint where there is one and it was asked for; whether there was."""
-        checkpoint = self.runtime.on_main(lambda: self._find(keeping))
+    def _resume(self, checkpoints: CheckpointConfig) -> bool:
+        """Resume from a checkpoint, if there is one and resuming is allowed; returns whether it did."""
+        checkpoint = self.runtime.on_main(lambda: self._find(checkpoints))
         if checkpoint is None:
             return False
         if checkpoint.step > self.plan.updates:
-            raise UsageError(f"this checkpoint is beyond the {self.plan.updates} updates", where=str(checkpoint.path))
+            raise UsageError(
+                f"this checkpoint is beyond the {self.plan.updates} updates of this run", where=str(checkpoint.path)
+            )
         weights = checkpoint.tensors("model")
         for name, tensor in _weights(self.model).items():
             tensor.data.copy_(weights[name])
         _restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
         self.step = checkpoint.step
-        self.runtime.reporter.note(
-            f"going on from {checkpoint.path}: {self.step} of {self.plan.updates} updates are done"
-        )
+        self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} updates done")
         return True
 
-    def _find(self, keeping: CheckpointConfig) -> Checkpoint | None:
-        if keeping.resume == "never":
+    def _find(self, checkpoints: CheckpointConfig) -> Checkpoint | None:
+        if checkpoints.resume == "never":
             return None
-        if keeping.resume == "auto":
-            return newest_checkpoint(keeping.directory, self.runtime.reporter.warn)
-        checkpoint = open_checkpoint(Path(keeping.resume).expanduser())
-        changed = differences(checkpoint.state, keeping.made_by)
+        if checkpoints.resume == "auto":
+            return newest_checkpoint(checkpoints.directory, self.runtime.reporter.warn)
+        checkpoint = open_checkpoint(Path(checkpoints.resume).expanduser())
+        changed = differences(checkpoint.state, checkpoints.created_by)
         if changed:
-            raise UsageError(f"made with other settings: {'; '.join(changed)}", where=f"--resume {keeping.resume}")
-        if checkpoint.path.parent.resolve() == keeping.directory.resolve():
-            discard_after(keeping.directory, checkpoint.step)
+            raise UsageError(
+                f"created with different settings: {'; '.join(changed)}", where=f"--resume {checkpoints.resume}"
+            )
+        if checkpoint.path.parent.resolve() == checkpoints.directory.resolve():
+            discard_after(checkpoints.directory, checkpoint.step)
         return checkpoint
 
 
@@ -331,7 +345,7 @@ def _write(file: MetricsFile | None, record: Mapping[str, Any]) -> None:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, tied ones once."""
+    """Parameters and saved buffers by name, each tied one once."""
     saved = model.state_dict()
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
     return {**dict(model.named_parameters()), **buffers}

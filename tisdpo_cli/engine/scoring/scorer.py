@@ -1,0 +1,193 @@
+"""Log-probs of all rows under both sides of a contrast, in parts that survive an interruption.
+
+Rows are split into batches once, by length, and every batch is always computed alone, on any process: the scored
+dataset has the same bytes on one process or several, in one go or after an interruption. Finished work is kept in
+parts, each with some batches under one side, until the dataset is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tisdpo_cli.data.splits import Split
+from tisdpo_cli.data.tokens import EncodedPair, TemplateTokens
+from tisdpo_cli.errors import Interrupted, ModelError, RankError
+from tisdpo_cli.files import PARTIAL, reporting_write_errors, sync
+from tisdpo_cli.model.directory import check_safetensors
+from tisdpo_cli.model.layout import make_scorer
+from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.logprobs import TokenScorer, batch_for, score
+from tisdpo_cli.model.tokenizer import Tokenizer
+from tisdpo_cli.reporter import Progress
+from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype
+
+# Batches in a part: the most that an interruption costs, for each model.
+_BATCHES_PER_PART = 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the contrast: a model, and the tokens that a template puts around its prompts."""
+
+    name: str
+    path: Path
+    template: TemplateTokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some batches of one split: the unit of work, of saving, and of sharing between processes."""
+
+    split: str
+    number: int
+    batches: list[list[int]]
+
+    def name(self, side: str) -> str:
+        """Its file for one of the sides."""
+        return f"{self.split}-{self.number:06d}-{side}.safetensors"
+
+
+def split_into_parts(split: str, encoded: Sequence[EncodedPair], batch_size: int) -> list[Part]:
+    """Batches of similar length, longest first, so that running out of memory shows at once."""
+    order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [Part(split, i, batches[i : i + _BATCHES_PER_PART]) for i in range(0, len(batches), _BATCHES_PER_PART)]
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How models score.
+
+    Attributes:
+        batch_size: pairs per forward pass and process.
+        layout: `auto`, `shared-prefix` or `separate`.
+        sequential: whether one model is in memory at a time.
+    """
+
+    batch_size: int
+    layout: str
+    precision: Literal["bf16", "float32"]
+    sequential: bool
+    trust_remote_code: bool
+
+
+class PartScorer:
+    """Computes the parts that are missing, on this process's share of them."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: ScoringConfig,
+        tokenizer: Tokenizer,
+        folder: Path,
+        splits: Mapping[str, Split],
+    ) -> None:
+        self.runtime, self.config, self.tokenizer, self.folder, self.splits = (
+            runtime, config, tokenizer, folder, splits,
+        )  # fmt: skip
+
+    def run(self, sides: Sequence[Side], parts: Sequence[Part]) -> int:
+        """Score all parts on both sides.
+
+        Returns:
+            The number of tokens that went through a model now.
+
+        Raises:
+            Interrupted: by a signal, between two batches; finished parts are kept.
+            RankError: a log-prob is not finite, or a part cannot be written.
+        """
+        runtime = self.runtime
+        mine = self._missing(sides, parts)
+        paths = list(dict.fromkeys(side.path for side in sides))
+        groups = [[path] for path in paths] if self.config.sequential else [paths]
+        total = sum(len(batch) for _, part in mine for batch in part.batches)
+        tokens = 0
+        with StopRequest() as stop, runtime.reporter.progress("scoring both sides", total, 0, "scoring") as progress:
+            models: dict[Path, TokenScorer] = {}
+            for group in groups:
+                work = [item for item in mine if item[0].path in group]
+                if not work:
+                    continue
+                if models:
+                    models.clear()
+                    gc.collect()
+                models = {path: self._load(path, sides) for path in group}
+                for side, part in work:
+                    tokens += self._score_part(models[side.path], side, part, progress, stop)
+            _stop_if_asked(stop)
+        return tokens
+
+    def _missing(self, sides: Sequence[Side], parts: Sequence[Part]) -> list[tuple[Side, Part]]:
+        """This process's share of the parts that are not there yet."""
+        runtime = self.runtime
+        every = [(side, part) for part in parts for side in sides]
+        # Listed once for all: another process may finish a part while this one looks.
+        there = set(runtime.on_main(lambda: [p.name(s.name) for s, p in every if self._is_there(p, s.name)]))
+        todo = [(side, part) for side, part in every if part.name(side.name) not in there]
+        if len(todo) < len(every):
+            runtime.reporter.note(f"resuming: {len(every) - len(todo)} of {len(every)} parts are already scored")
+        return [item for i, item in enumerate(todo) if i // 2 % runtime.world == runtime.rank]
+
+    def _is_there(self, part: Part, side: str) -> bool:
+        path = self.folder / part.name(side)
+        try:
+            if path.is_file():
+                check_safetensors(path)
+                return True
+        except ModelError:
+            self.runtime.reporter.warn(f"{path} is damaged; scoring it again")
+        return False
+
+    def _load(self, path: Path, sides: Sequence[Side]) -> TokenScorer:
+        model = move_to_device(load_model(path, self.config.trust_remote_code), self.runtime.device)
+        model.requires_grad_(False)
+        template = max(len(side.template) for side in sides if side.path == path)
+        longest = template + max(pair.longest for split in self.splits.values() for pair in split.encoded)
+        autocast = autocast_dtype(self.config.precision)
+        return make_scorer(model, self.config.layout, autocast, longest, self.runtime.reporter.note, str(path))
+
+    def _score_part(self, scorer: TokenScorer, side: Side, part: Part, progress: Progress, stop: StopRequest) -> int:
+        tensors, tokens = {}, 0
+        encoded = self.splits[part.split].encoded
+        for number, batch in enumerate(part.batches):
+            _stop_if_asked(stop)
+            started = time.perf_counter()
+            logps, count = self._score_batch(scorer, side.template, [encoded[i] for i in batch])
+            if not torch.isfinite(logps).all():
+                raise RankError("a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32")
+            tensors[str(number)] = logps
+            tokens += count
+            progress.advance(len(batch), {"tokens_per_second": count / (time.perf_counter() - started)})
+        final, partial = (self.folder / f"{prefix}{part.name(side.name)}" for prefix in ("", PARTIAL))
+        with reporting_write_errors(final, kind=RankError):
+            save_file(tensors, partial)
+            sync([partial])
+            partial.replace(final)
+        return tokens
+
+    def _score_batch(
+        self, scorer: TokenScorer, template: TemplateTokens, pairs: list[EncodedPair]
+    ) -> tuple[Tensor, int]:
+        """Log-probs [N] of all response tokens of some pairs: all chosen responses, then all rejected ones."""
+        groups = [
+            (template.around(pair.prompt, self.tokenizer.bos), (pair.chosen.ids, pair.rejected.ids)) for pair in pairs
+        ]
+        batch = batch_for(scorer, groups, self.tokenizer.pad)
+        with torch.inference_mode():
+            return score(scorer, batch).cpu().clone(), batch.real_tokens
+
+
+def _stop_if_asked(stop: StopRequest) -> None:
+    if stop.signal:
+        raise Interrupted(
+            stop.signal, "interrupted while scoring; finished parts are kept", fix="rerun the same command to resume"
+        )

@@ -1,0 +1,105 @@
+"""Settings of the trainings as plain values, resolved for this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tisdpo_cli.engine.arguments import output_request
+from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.session import SessionConfig
+from tisdpo_cli.engine.training.trainer import Schedule
+from tisdpo_cli.model.loading import shape_of
+from tisdpo_cli.runs.outputs import Output
+from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.stage import claim_output
+from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
+from tisdpo_cli.settings.sources import to_yaml
+from tisdpo_cli.settings.train_pairs import TrainPairs
+from tisdpo_cli.settings.train_sft import TrainSft
+
+Settings = TypeVar("Settings", TrainPairs, TrainSft)
+
+
+def with_token_budget(runtime: Runtime, settings: Settings, model: Path | None) -> Settings:
+    """The settings with a token budget, unless they say how a batch is split into forward passes.
+
+    Args:
+        runtime: this process.
+        settings: of a training.
+        model: directory of the model, or None for a new one.
+    """
+    memory = settings.memory
+    if memory.tokens_per_microbatch or memory.micro_batch_size or memory.gradient_accumulation:
+        return settings
+    if model is not None:
+        layers, width = shape_of(model, settings.trust_remote_code)
+    else:
+        assert isinstance(settings, TrainSft)
+        layers, width = settings.layers, settings.hidden_size
+    return settings.with_values({"memory.tokens_per_microbatch": runtime.token_budget(layers, width)})  # type: ignore[return-value]
+
+
+def claim_training_output(
+    runtime: Runtime, settings: TrainPairs | TrainSft, models: dict[str, Path | None], files: dict[str, Path]
+) -> Output:
+    """Claim the output directory of a training; see `claim_output`."""
+    return claim_output(runtime, output_request(settings, _resolved(runtime, settings), models, files))
+
+
+def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> SessionConfig:
+    """How a training runs.
+
+    Raises:
+        UsageError: the batch size contradicts what it should be the product of.
+    """
+    optim, checkpoints, evaluation = settings.optim, settings.checkpoints, settings.evaluation
+    batch_size, split = _microbatching(runtime, settings)
+    resolved = _resolved(runtime, settings)
+    return SessionConfig(
+        config_yaml=to_yaml(settings.with_values(resolved)),
+        seed=settings.seed,
+        batch_size=batch_size,
+        microbatching=split,
+        epochs=optim.epochs,
+        max_steps=optim.max_steps,
+        schedule=Schedule(
+            optim.optimizer,
+            resolved["optim.learning_rate"],
+            optim.lr_scheduler,
+            optim.warmup_steps,
+            optim.weight_decay,
+            optim.max_grad_norm,
+        ),
+        precision=resolved["memory.dtype"],
+        layout=settings.memory.layout,
+        gradient_checkpointing=settings.memory.gradient_checkpointing,
+        save_every=checkpoints.save_every,
+        keep_checkpoints=checkpoints.keep_checkpoints,
+        resume=checkpoints.resume,
+        eval_every=evaluation.eval_every,
+        eval_batch_size=evaluation.eval_batch_size,
+        profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
+    )
+
+
+def _resolved(runtime: Runtime, settings: TrainPairs | TrainSft) -> dict[str, Any]:
+    """Settings whose value depends on the machine or on other settings, by dotted name, as they are in force."""
+    rate = settings.learning_rate() if isinstance(settings, TrainSft) else settings.optim.learning_rate
+    return {
+        "optim.batch_size": _microbatching(runtime, settings)[0],
+        "optim.learning_rate": rate,
+        "memory.dtype": runtime.precision(settings.memory.dtype),
+    }
+
+
+def _microbatching(runtime: Runtime, settings: TrainPairs | TrainSft) -> tuple[int, Microbatching]:
+    memory = settings.memory
+    return microbatching(
+        settings.optim.batch_size,
+        memory.micro_batch_size,
+        memory.gradient_accumulation,
+        memory.tokens_per_microbatch or 0,
+        runtime.world,
+        DEFAULT_BATCH_SIZE,
+    )
