@@ -107,6 +107,7 @@ ARROWS = {
     "files": {"errors"},
     "reporter": set(),
     "method": set(),
+    "library": {"method"},
     "settings": {"errors"},
     "data": {"errors", "files"},
     "model": {"errors", "files"},
