@@ -351,7 +351,7 @@ def test_interrupted_and_gone_on(contrast: Path, many: tuple[Path, Path], tmp_pa
         assert not (tmp_path / "out" / "run.json").exists()
     listener = Listener()
     run("estimate", listener, **given)
-    assert any(line.startswith("going on: ") for line in listener.said)
+    assert any(line.startswith("resuming: ") for line in listener.said)
     assert splits(tmp_path / "out") == splits(whole)
     assert not (tmp_path / "out" / ".parts").exists()
 
@@ -373,7 +373,7 @@ def test_killed_and_gone_on(contrast: Path, many: tuple[Path, Path], tmp_path: P
     assert not list(out.glob("*.jsonl"))
     listener = Listener()
     score(contrast, out, listener, dataset=data, batch_size=2)
-    assert any(line.startswith("going on: ") for line in listener.said)
+    assert any(line.startswith("resuming: ") for line in listener.said)
     assert splits(out) == splits(whole)
 
 
@@ -393,7 +393,7 @@ def test_other_settings_on_the_way_are_refused_by_name(contrast: Path, many: tup
         assert (code, name in text) == (2, True)
     listener = Listener()
     run("estimate", listener, **given, resume="never")
-    assert not any(line.startswith("going on") for line in listener.said)
+    assert not any(line.startswith("resuming") for line in listener.said)
     assert splits(tmp_path / "out") == splits(many[1])
 
 

@@ -139,7 +139,7 @@ def test_a_damaged_file_is_made_again(world: Path, tmp_path: Path, cache: Path) 
     paths[0].write_bytes(bytes(body))
     paths[1].write_bytes(b"")
     done = train("train-dpo", world, tmp_path / "two", cache)
-    assert done.err.count("is damaged; it is made again") == 2
+    assert done.err.count("is damaged; it recomputing") == 2
     assert files(cache) == whole
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
 

@@ -159,7 +159,7 @@ def test_killed_again_and_again(world: Path, tmp_path: Path, tisdpo: Tisdpo) -> 
 
     done = tisdpo(*command(world, out, **LONG), env=ONE_THREAD)
     assert done.code == 0, done.err
-    assert f"going on from {out / 'checkpoints'}" in done.err
+    assert f"resuming from {out / 'checkpoints'}" in done.err
     assert_same(out, whole)
 
 
@@ -247,7 +247,7 @@ def test_a_signal_keeps_a_checkpoint_and_tells_how_to_go_on(
     process.send_signal(number)
     stdout, err = process.communicate()
     assert (process.returncode, stdout) == (code, "")
-    assert err.strip().splitlines()[-1].startswith("error: stopped after update ")
+    assert err.strip().splitlines()[-1].startswith("error: interrupted after update ")
     assert "Traceback" not in err
     (kept,) = checkpoints(out)
     assert int(kept.name.removeprefix("step-")) == lines_of(out) - 1
@@ -430,7 +430,7 @@ def test_resume_never_starts_over(world: Path, tmp_path: Path, whole: Path) -> N
     stop_after(world, tmp_path / "out", 5)
     listener = Listener()
     train(world, tmp_path / "out", listener, resume="never")
-    assert not any("going on" in said for said in listener.said)
+    assert not any("resuming" in said for said in listener.said)
     assert any("step-0" in said for said in listener.said)
     assert_same(tmp_path / "out", whole)
 

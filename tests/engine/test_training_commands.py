@@ -266,7 +266,7 @@ def test_a_warm_up_longer_than_the_run_is_told(world: Path, tmp_path: Path) -> N
 def test_reverse_says_once_what_chosen_means(world: Path, tmp_path: Path) -> None:
     listener = Listener()
     run("train-reverse", world, tmp_path / "out", listener)
-    assert len([line for line in listener.said if "'chosen' is the side preferred here" in line]) == 1
+    assert len([line for line in listener.said if "in all metrics, 'chosen' is the dataset's rejected response" in line]) == 1
 
 
 # ---------------------------------------------------------------- the same training
@@ -358,7 +358,7 @@ def test_a_reference_with_the_same_content_is_the_same_start(world: Path, dpo: P
 
 @pytest.mark.parametrize("command", ["train-dpo", "train-reverse"])
 def test_weights_that_a_command_does_not_read_are_told_once(contrast: Path, tmp_path: Path, command: str) -> None:
-    told = "this dataset has token weights, which are not read here"
+    told = "ignoring the token weights in this dataset"
     for name, count in (("scored", 1), ("data", 0)):
         listener = Listener()
         run(command, contrast, tmp_path / name, listener, dataset=contrast / name, max_steps=1)

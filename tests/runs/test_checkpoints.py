@@ -199,7 +199,7 @@ def test_several_damaged_ones_are_passed_over(tmp_path: Path) -> None:
     assert (step, len(warnings)) == (2, 2)
     (tmp_path / "step-00000002" / MANIFEST).unlink()
     step, warnings = newest(tmp_path)
-    # Those of before have been set aside, not thrown away.
+    # Those of before have been renamed, not thrown away.
     assert (step, len(warnings)) == (None, 1)
     assert len(list(tmp_path.glob("damaged-*"))) == 3
 

@@ -160,13 +160,13 @@ def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out == ""
-    assert len([line for line in err.splitlines() if line.startswith("error: stopped after update ")]) == 1
+    assert len([line for line in err.splitlines() if line.startswith("error: interrupted after update ")]) == 1
     assert list((tmp_path / "two" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "two" / "run.json").exists()
 
     done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
     assert done.code == 0, done.err
-    assert "going on from" in done.err
+    assert "resuming from" in done.err
     on_one("train-dpo", **given, output_dir=tmp_path / "one")
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
@@ -225,7 +225,7 @@ def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: P
     "fault",
     [
         DataError("no prompt", where="rows.jsonl:3", fix="give it one", details=("a", "b")),
-        Interrupted(signal.SIGINT, "stopped after update 3", fix="the same command goes on from there"),
+        Interrupted(signal.SIGINT, "interrupted after update 3", fix="rerun the same command to resume"),
     ],
     ids=lambda fault: type(fault).__name__,
 )

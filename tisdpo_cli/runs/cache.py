@@ -1,4 +1,4 @@
-"""Tensors that are kept between runs, by a key of everything that they depend on: whole or absent, verified on read."""
+"""Tensors cached between runs under a key of everything they depend on: whole or absent, verified on read."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NAME = "values"
 
 
 def key_of(depends_on: Mapping[str, Any]) -> str:
-    """A key of values that JSON can hold."""
+    """The cache key of JSON-able values."""
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
 class TensorCache:
-    """A directory with one file for each tensor."""
+    """A directory with one file per tensor."""
 
     def __init__(self, directory: Path | None, warn: Callable[[str], None]) -> None:
-        """Keep tensors below a directory, or below the user's cache; `warn` is told what cannot be kept."""
+        """Cache tensors in a directory, or in the user's cache directory; `warn` is called when a write fails."""
         self.directory = reference_directory(directory)
         self._warn = warn
 
     def read(self, key: str) -> Tensor | None:
-        """The tensor of a key, or None where there is none that is whole."""
+        """The tensor under a key, or None if there is none or it is damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self._path(key)
@@ -44,12 +44,12 @@ class TensorCache:
         except (OSError, SafetensorError):
             tensor, digest = None, None
         if tensor is None or _digest(tensor) != digest:
-            self._warn(f"{path} is damaged; it is made again")
+            self._warn(f"{path} is damaged; recomputing")
             return None
         return tensor
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Keep a tensor; where it cannot be kept, say so and go on."""
+        """Cache a tensor; a failure to write is only a warning."""
         from safetensors.torch import save_file
 
         path = self._path(key)
@@ -61,19 +61,19 @@ class TensorCache:
                 sync([partial])
                 partial.replace(path)
         except TrainingError as fault:
-            self._warn(f"{fault.where}: {fault.what}; the reference's log-probs are not kept")
+            self._warn(f"{fault.where}: {fault.what}; reference log-probs are not cached")
 
     def _path(self, key: str) -> Path:
         return self.directory / key[:2] / f"{key}.safetensors"
 
 
 def reference_directory(directory: Path | None = None) -> Path:
-    """Where the log-probs of references are kept, below a directory or the user's cache."""
+    """Where reference log-probs are cached, in a directory or in the user's cache directory."""
     return (directory or cache_directory()) / "reference"
 
 
 def size_of(directory: Path) -> tuple[int, int]:
-    """Files below a directory, and their bytes."""
+    """The number of files in a directory and their total size in bytes."""
     sizes = [path.stat().st_size for path in directory.rglob("*.safetensors")] if directory.is_dir() else []
     return len(sizes), sum(sizes)
 

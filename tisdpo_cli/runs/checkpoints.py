@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, verified before use. Tensors in safetensors, the rest in JSON; no pickle.
 
 A checkpoint is a directory `step-00000120` with its tensor files and a manifest of their sizes and hashes. It is
-made under another name and appears by one rename, so that a kill at any moment leaves the one before it.
+written under another name and appears by one rename, so that a kill at any moment leaves the one before it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Checkpoint:
     """A verified checkpoint.
 
     Attributes:
-        step: updates that were done.
-        state: what was saved beside the tensors.
+        step: number of updates done.
+        state: the JSON values saved with the tensors.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under a name."""
+        """The tensors of one file."""
         from safetensors.torch import load_file
 
         return load_file(self.path / f"{name}.safetensors")
@@ -49,11 +49,11 @@ def save_checkpoint(
     """Write a checkpoint and remove older ones.
 
     Args:
-        directory: where checkpoints live.
-        step: updates that were done.
-        tensors: name of the file to tensors by name.
+        directory: the checkpoint directory.
+        step: number of updates done.
+        tensors: file name to tensors by name.
         state: JSON-able values.
-        keep: checkpoints that stay, this one included.
+        keep: number of checkpoints to keep, this one included.
 
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -89,23 +89,23 @@ def save_checkpoint(
 
 
 def discard_after(directory: Path, step: int) -> None:
-    """Remove checkpoints of later steps: a run that goes on from `step` has left them behind."""
+    """Remove checkpoints of later steps, which a run resumed from `step` no longer needs."""
     for path in _by_age(directory):
         if path.name > f"{_PREFIX}{step:08d}":
             _remove(path)
 
 
 def newest_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are set aside with a warning.
+    """The newest checkpoint that verifies; damaged ones are renamed with a warning.
 
     Raises:
-        TrainingError: one cannot be read at all, which says nothing about it.
+        TrainingError: one cannot be read, which does not mean that it is damaged.
     """
     for path in reversed(_by_age(directory)):
         try:
             return open_checkpoint(path)
         except UsageError as fault:
-            warn(f"{fault.where}: {fault.what}; set aside, looking for the one before")
+            warn(f"{fault.where}: {fault.what}; renamed; looking for an earlier one")
             aside = path.with_name(f"damaged-{path.name}")
             _remove(aside)
             path.rename(aside)
@@ -116,23 +116,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Verify a checkpoint.
 
     Raises:
-        UsageFault: it is damaged, incomplete or no checkpoint.
+        UsageError: it is damaged, incomplete or no checkpoint.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         step, state, files = int(manifest["step"]), dict(manifest["state"]), dict(manifest["files"])
         if not files:
-            raise UsageError("damaged checkpoint: it holds nothing", where=str(path))
+            raise UsageError("damaged checkpoint: it is empty", where=str(path))
         for name, entry in files.items():
             file = path / name
             if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
                 raise UsageError(f"damaged checkpoint: {name} has changed", where=str(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as fault:
-        raise UsageError("damaged checkpoint, or none", where=str(path)) from fault
+        raise UsageError("not a checkpoint, or damaged", where=str(path)) from fault
     except OSError as fault:
         raise TrainingError(f"the checkpoint cannot be read: {fault.strerror}", where=str(path)) from fault
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as fault:
-        raise UsageError("damaged checkpoint, or none", where=str(path)) from fault
+        raise UsageError("not a checkpoint, or damaged", where=str(path)) from fault
     return Checkpoint(path, step, state)
 
 

@@ -1,4 +1,4 @@
-"""env: what a bug report needs to say about the machine."""
+"""env: what a bug report needs to know about the machine."""
 
 from __future__ import annotations
 

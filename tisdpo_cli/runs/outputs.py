@@ -1,12 +1,11 @@
-"""The output directory: claimed by one run, finished by a marker that is written last. Knows no engine.
+"""The output directory: claimed by one run, and finished by a marker that is written last. Knows no engine.
 
-`run.json` marks it as finished. `.started.json` says what an unfinished one is being made from, so that going on
-with other settings is refused.
+`run.json` marks it as finished. `.started.json` records the settings and inputs of an unfinished one, so that resuming
+with different ones is refused.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -16,7 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from tisdpo_cli import __version__
 from tisdpo_cli.errors import TrainingError, UsageError
@@ -37,8 +38,8 @@ class Output:
     """A claimed output directory.
 
     Attributes:
-        state: `fresh` (nothing there), `started` (an earlier run with the same settings did not finish),
-            `finished` (made with the same settings).
+        state: `fresh` (empty), `started` (an earlier run with the same settings did not finish), `finished` (created
+            with the same settings).
         made_from: settings and input hashes that shape the result.
     """
 
@@ -47,7 +48,7 @@ class Output:
     made_from: dict[str, Any]
     state: State = "fresh"
     _stale: tuple[str, ...] = ()
-    _lock: IO[str] | None = field(default=None, repr=False)
+    _lock: BaseFileLock | None = field(default=None, repr=False)
 
     def __enter__(self) -> Output:
         return self
@@ -57,18 +58,18 @@ class Output:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints live."""
+        """The checkpoint directory."""
         return self.path / CHECKPOINTS
 
     @property
     def parts(self) -> Path:
-        """Where `estimate` keeps what it has scored so far."""
+        """Where `estimate` saves finished work until the dataset is written."""
         return self.path / PARTS
 
     def start(self, config_yaml: str) -> None:
-        """Remove what is replaced and say what is being made; called once everything has been checked."""
+        """Remove what is replaced and record what is being created; called after all checks."""
         if self._stale:
-            # The marker goes first: a kill in between leaves an output that is not finished, never a torn one.
+            # The marker goes first: a kill in between leaves an unfinished output, never a torn one.
             _remove(self.path / RUN_FILE)
         for name in self._stale:
             _remove(self.path / name)
@@ -76,7 +77,7 @@ class Output:
         write_text(self.path / CONFIG_FILE, config_yaml)
 
     def publish(self, staged: Path) -> list[str]:
-        """Move the files of a staging directory inside the output into place; returns their names."""
+        """Move the files of the staging directory into place; returns their names."""
         names = sorted(entry.name for entry in staged.iterdir())
         for name in names:
             if (self.path / name).is_dir():
@@ -86,14 +87,14 @@ class Output:
         return names
 
     def staging(self) -> Path:
-        """An empty directory inside the output in which the result is written before it is published."""
+        """An empty directory inside the output where the result is written before it is published."""
         staged = self.path / f"{PARTIAL}output"
         _remove(staged)
         staged.mkdir()
         return staged
 
     def finish(self, record: Mapping[str, Any], files: list[str]) -> None:
-        """Write the completion marker; the last thing that happens to an output."""
+        """Write the completion marker, the last write to an output."""
         write_json(
             self.path / RUN_FILE,
             {"command": self.command, "versions": versions(), **record, "made_from": self.made_from, "files": files},
@@ -106,32 +107,32 @@ class Output:
         return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
 
     def without_lock(self) -> Output:
-        """The same for a process that does not hold the lock."""
+        """A copy for a process that does not hold the lock."""
         return Output(self.path, self.command, self.made_from, self.state)
 
     def release(self) -> None:
-        """Give the directory free for other runs; one in which nothing was made goes away."""
+        """Release the directory for other runs; an empty one is removed."""
         if self._lock is not None:
             (self.path / LOCK_FILE).unlink(missing_ok=True)
-            self._lock.close()
+            self._lock.release()
             self._lock = None
             with suppress(OSError):
                 self.path.rmdir()
 
 
 def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: bool, restart: bool = False) -> Output:
-    """Take an output directory for this run.
+    """Claim an output directory for this run.
 
     Args:
-        path: the directory; made where it does not exist.
-        command: the command that makes it.
+        path: the directory; created if it does not exist.
+        command: the command that creates the output.
         made_from: settings and input hashes that shape the result (JSON-able).
-        overwrite: replace what was made with other settings, once the run starts.
-        restart: drop the progress of an unfinished run instead of going on, once the run starts.
+        overwrite: replace an output created with different settings, once the run starts.
+        restart: discard the progress of an unfinished run instead of resuming it, once the run starts.
 
     Raises:
-        UsageFault: in use by another run, not made by this program, or made with other settings.
-        TrainingError: it cannot be made or written.
+        UsageError: in use by another run, not created by tisdpo, or created with different settings.
+        TrainingError: it cannot be created or written.
     """
     output = Output(path, command, json.loads(json.dumps(made_from)))
     output._lock = _lock(path)
@@ -145,25 +146,21 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
     return output
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock(path: Path) -> BaseFileLock:
+    where = f"--output-dir {path}"
     if path.exists() and not path.is_dir():
-        raise UsageError("is a file; an output is a directory", where=f"--output-dir {path}")
+        raise UsageError("is a file, not a directory", where=where)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK_FILE).open("a")
-    except OSError as fault:
-        raise TrainingError(f"cannot be written: {fault.strerror}", where=f"--output-dir {path}") from fault
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The run that held it may have removed the file between our opening and our locking it.
-        if not os.path.samestat(os.fstat(lock.fileno()), (path / LOCK_FILE).stat()):
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError) as fault:
+        # Not thread-local: signal handlers and finalizers may release it.
+        lock = FileLock(path / LOCK_FILE, timeout=0, thread_local=False)
+        lock.acquire()
+    except Timeout as fault:
         raise UsageError(
-            "another run is writing here", where=f"--output-dir {path}", fix="wait for it, or choose another"
+            "in use by another run", where=where, fix="wait for it, or choose another directory"
         ) from fault
     except OSError as fault:
-        raise TrainingError(f"cannot be locked: {fault.strerror}", where=f"--output-dir {path}") from fault
+        raise TrainingError(f"cannot be written: {fault.strerror}", where=where) from fault
     return lock
 
 
@@ -174,7 +171,7 @@ def _state(output: Output, overwrite: bool) -> State:
         leftovers = {name for name in here if not name.startswith(PARTIAL)}
         if leftovers:
             raise UsageError(
-                f"not empty, and not made by tisdpo (it holds {sorted(leftovers)[0]})",
+                f"not empty and not created by tisdpo (contains {sorted(leftovers)[0]})",
                 where=f"--output-dir {output.path}",
                 fix="choose another directory",
             )
@@ -183,21 +180,21 @@ def _state(output: Output, overwrite: bool) -> State:
     changes = differences(found, {"command": output.command, "made_from": output.made_from})
     missing = [name for name in found.get("files", []) if not (output.path / name).exists()]
     if marker == RUN_FILE and missing:
-        changes = [*changes, f"{missing[0]} is gone"]
+        changes = [*changes, f"{missing[0]} is missing"]
     if not changes:
         return "finished" if marker == RUN_FILE else "started"
     if marker == STARTED_FILE and not _has_progress(output):
         return "fresh"
     if not overwrite:
-        done = "made" if marker == RUN_FILE else "begun"
+        verb = "created" if marker == RUN_FILE else "started"
         raise UsageError(
-            f"was {done} with other settings or inputs: {'; '.join(changes)}",
+            f"{verb} with different settings or inputs: {'; '.join(changes)}",
             where=f"--output-dir {output.path}",
-            fix="choose another directory, or --overwrite",
+            fix="choose another directory, or use --overwrite",
         )
     named = [name for name in found.get("files", []) if isinstance(name, str)]
-    made = [name for name in named if Path(name).name == name and name not in (".", "..")]
-    output._stale = (*made, *_WORKING)
+    inside = [name for name in named if Path(name).name == name and name not in (".", "..")]
+    output._stale = (*inside, *_WORKING)
     return "fresh"
 
 
@@ -215,19 +212,19 @@ def _read_marker(path: Path) -> dict[str, Any]:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences that name what differs between two records of `command` and `made_from`."""
+    """The differences between two records of `command` and `made_from`, one phrase each."""
     if was.get("command") != now["command"]:
         return [f"command {was.get('command')} → {now['command']}"]
     old, new = was.get("made_from", {}), now["made_from"]
     changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    # Another transform or objective has other parameters; that it is another says enough.
+    # Another transform or objective has other parameters; naming the change of the choice is enough.
     groups = {_group(key) for key in changed if key in old and key in new}
-    told = [key for key in changed if (key in old and key in new) or not _group(key) or _group(key) not in groups]
+    shown = [key for key in changed if (key in old and key in new) or not _group(key) or _group(key) not in groups]
     return [
         f"the {key} has changed"
         if key.startswith("content of ")
         else f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
-        for key in told
+        for key in shown
     ]
 
 
@@ -243,7 +240,7 @@ def _short(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the program and of what its numbers depend on."""
+    """Versions of tisdpo and of the packages its numbers depend on."""
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "flash-attn")
     found = {name: _version(name) for name in packages}
     return {"tisdpo": __version__, "python": platform.python_version(), **found}
@@ -260,7 +257,7 @@ class MetricsFile:
     """`metrics.jsonl`: one flat object per line, flushed as it is written."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open for appending; on resume lines after `resume_step` are cut away, otherwise all."""
+        """Open for appending; on resume drop lines after `resume_step`, otherwise all."""
         kept = [] if resume_step is None else [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._path = path
@@ -280,7 +277,7 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    # The last line of a killed run may be torn.
+    # The last line of a killed run may be incomplete.
     return [line for line in lines if line.endswith("}")]
 
 
@@ -292,7 +289,7 @@ def _remove(path: Path) -> None:
 
 
 def apply_umask(paths: list[Path]) -> None:
-    """Give files the permissions that the umask asks for; safetensors writes them for the owner alone."""
+    """Give files the permissions of the umask; safetensors makes them readable by the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for path in paths:

@@ -1,4 +1,4 @@
-"""The processes of a run, on accelerate: ranks, device, precision, agreement between ranks, signals."""
+"""The processes of a run, on accelerate: ranks, device, precision, collective calls, signals."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tisdpo_cli.reporter import Reporter, Silent
 
 T = TypeVar("T")
 
-# On a CPU larger passes are no faster. On a GPU activations get a quarter of the memory; a layer keeps about 34 values
+# On a CPU larger passes are no faster. On a GPU activations get a quarter of the memory; a layer saves about 34 values
 # of 2 bytes per token and unit of width (Korthikanti et al. 2022, without the attention matrix).
 _CPU_TOKENS, _SHARE_OF_MEMORY, _BYTES_PER_VALUE = 4096, 4, 70
 
 
 class Runtime:
-    """This process among those of the run."""
+    """This process and its place in the run."""
 
     def __init__(self, reporter: Reporter) -> None:
-        """Join the other processes, if there are any.
+        """Join the other processes, if any.
 
         Raises:
             TisdpoError: launched for several processes but running alone, or with a sharding that is not supported.
         """
         _deterministic()
-        # Precision is the scorer's business; accelerate's own would wrap the model a second time.
+        # The scorer handles precision; accelerate would wrap the model a second time.
         # Metrics are summed in float64, which Apple's GPUs do not have.
         self.accelerator = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
         self.accelerator.gradient_accumulation_steps = 1
@@ -60,7 +60,7 @@ class Runtime:
             )
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do something on the first process and give its result, or its fault, to all."""
+        """Run a function on the first process and share its result, or its error, with all."""
         if self.world == 1:
             return work()
         box: list[Any] = [None, None]
@@ -69,7 +69,7 @@ class Runtime:
                 box[0] = work()
             except Exception as fault:
                 known = isinstance(fault, TisdpoError)
-                box[1] = fault if known else TrainingError("the first process has stopped; see its message")
+                box[1] = fault if known else TrainingError("the first process stopped; see its message")
                 broadcast_object_list(box)
                 raise
         broadcast_object_list(box)
@@ -82,7 +82,7 @@ class Runtime:
         return self.accelerator.reduce(values, "sum") if self.world > 1 else values
 
     def gather(self, items: list[T]) -> list[T]:
-        """Lists of all processes, one after the other."""
+        """Concatenate the lists of all processes."""
         return gather_object(items) if self.world > 1 else items
 
     def _smallest_gpu(self) -> int | None:
@@ -93,9 +93,9 @@ class Runtime:
         return int(self.accelerator.gather(total).min())
 
     def token_budget(self, layers: int, width: int) -> int:
-        """Tokens that one pass forward and backward should hold, by a model's shape and the memory there is in all.
+        """Tokens that one forward and backward pass should hold, from the shape of a model and the total memory.
 
-        The same on every process, and whatever else lies in memory just then.
+        The same on every process, and independent of what else is in memory.
         """
         if self._gpu_bytes is None:
             return _CPU_TOKENS
@@ -107,31 +107,31 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def precision(self, dtype: str, scoring: bool = False) -> Literal["bf16", "float32"]:
-        """What to compute in.
+        """The precision to compute in.
 
         Args:
             dtype: `auto`, `float32` or `bf16`.
             scoring: whether scores are made, which `auto` keeps in float32 on a CPU.
 
         Raises:
-            UsageFault: bf16 was asked for on a GPU that does not compute in it.
+            UsageError: bf16 was asked for on a GPU that does not compute in it.
         """
         gpu = self.device.type == "cuda"
         capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True
         if dtype == "bf16" and not capable:
-            raise UsageError("this GPU does not compute in bf16", where="--dtype bf16", fix="use float32")
+            raise UsageError("this GPU does not support bf16", where="--dtype bf16", fix="use float32")
         if dtype == "bf16" and scoring and not gpu:
-            self.reporter.note("scores in bf16 on a CPU are about 2e-2 nats off; float32 is the default here")
+            self.reporter.note("bf16 scores on a CPU are off by about 2e-2 nats; float32 is the default here")
         return "bf16" if dtype == "bf16" or (dtype == "auto" and gpu and capable) else "float32"
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The dtype for autocast; None where weights and computation are float32."""
+    """The dtype for autocast; None if weights and computation are float32."""
     return torch.bfloat16 if precision == "bf16" else None
 
 
 def _deterministic() -> None:
-    """The same bytes every time: deterministic kernels, or a warning from torch where there is none."""
+    """Use deterministic kernels, for the same bytes every time; torch warns about an operation without one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # What `use_deterministic_algorithms(True, warn_only=True)` does, without its import of the compiler: 1.5 s.
     torch.set_deterministic_debug_mode("warn")
@@ -140,7 +140,7 @@ def _deterministic() -> None:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request that the loop answers between two updates.
+    """Turns SIGINT and SIGTERM into a request to stop, answered between two updates.
 
     A second signal ends the program at once.
     """
@@ -166,7 +166,7 @@ class StopRequest:
         self.signal = number
 
     def agreed(self, runtime: Runtime) -> int:
-        """The signal that any process has received, 0 for none; the same answer on all of them."""
+        """The signal that any process received, 0 for none; the same on all processes."""
         if runtime.world == 1:
             return self.signal
         return int(runtime.accelerator.gather(torch.tensor([self.signal], device=runtime.device)).max())
