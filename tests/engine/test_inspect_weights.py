@@ -376,7 +376,7 @@ def test_datasets_of_other_responses_are_not_compared(scored, contrast: Path) ->
     tokenizer.backend.save_pretrained(one.parent / "two")
     done = run_here("inspect-weights", one, "--compare", one.parent / "two")
     assert done.code == 1
-    assert "pair 4 has another chosen response" in done.error
+    assert "pair 4 has a different chosen response" in done.error
 
 
 @pytest.mark.parametrize(
@@ -406,10 +406,10 @@ def failed(shown: dict) -> set[str]:
     ("score", "options", "names"),
     [
         (wavy, (), set()),
-        (lambda *_: 0.0, (), {"spread of r", "pairs that Σr separates"}),
+        (lambda *_: 0.0, (), {"spread of r", "pairs separated by Σr"}),
         (lambda i, s, at, t, n: 0.001 * wavy(i, s, at, t, n), (), {"spread of r"}),
-        (lambda i, s, at, t, n: -wavy(i, s, at, t, n), (), {"pairs that Σr separates"}),
-        (lambda i, s, at, t, n: 3.0 * t / n + 0.1 * wavy(i, s, at, t, n), ("--U", "9"), {"drift with the position"}),
+        (lambda i, s, at, t, n: -wavy(i, s, at, t, n), (), {"pairs separated by Σr"}),
+        (lambda i, s, at, t, n: 3.0 * t / n + 0.1 * wavy(i, s, at, t, n), ("--U", "9"), {"drift with position"}),
         (lambda i, s, at, t, n: 1.0 + 0.3 * wavy(i, s, at, t, n), ("--min-count", "2"), {"offset on neutral tokens"}),
         (lambda i, s, at, t, n: 5.0 * wavy(i, s, at, t, n), (), {"clipped scores"}),
         (lambda i, s, at, t, n: None if t > n // 4 else 0.4 * wavy(i, s, at, t, n), (), {"unscored tokens"}),

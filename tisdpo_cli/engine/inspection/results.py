@@ -1,6 +1,6 @@
-"""The facts about scores and weights that inspect-weights shows: plain values, for people and for programs.
+"""Results of inspect-weights as plain values: one model behind terminal, JSON, CSV table and HTML report.
 
-One model feeds the terminal, JSON, the table and the HTML report. Scores are in nats; a share is between 0 and 1.
+Scores are in nats, shares are between 0 and 1. The field names are the keys of `inspect-weights --json`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Token:
-    """One response token. None where there is no such value: beyond the cut, or in a file of final weights.
+    """One response token. A value is None where it does not exist: for truncated tokens, and scores of final weights.
 
     Attributes:
         position: in the uncut response, from 0.
-        bytes: in hexadecimal; empty where the tokenizer does not say.
-        kind: `text`, or `eos` for the end of the sequence.
-        character: the text that this token and its neighbours spell together, where each has a part of its bytes only.
-        group: the number of that text in the response; None where the token stands for itself.
-        logp_forward: log-prob under π⁺, where the dataset keeps it.
-        logp_reverse: … under π⁻.
+        bytes: hexadecimal; empty if the tokenizer does not provide them.
+        kind: `text`, or `eos` for the end-of-sequence token.
+        character: for a token that holds only some bytes of a character, the text of its group of tokens.
+        group: number of that group in the response; None for a token that is text by itself.
+        logp_forward: log-prob under π⁺, if the dataset stores it.
+        logp_reverse: log-prob under π⁻, if the dataset stores it.
         score: r.
-        adjusted: r after the steps before the transform; r itself where there are none.
-        weight: what the transform makes of it.
-        unclipped: what it would make of it without its clamp.
-        clipped: whether the clamp changes it.
-        masked: whether its weight is 0: no say in the loss.
-        truncated: whether it lay beyond the cut when the dataset was scored.
+        adjusted: r after the steps before the transform; r itself without steps.
+        weight: final token weight.
+        unclipped: weight if the transform did not clamp.
+        clipped: whether the clamp changes the weight.
+        masked: whether the weight is 0, which removes the token from the loss.
+        truncated: whether the token was truncated when the dataset was scored.
     """
 
     position: int
@@ -51,7 +51,7 @@ class Token:
 
 @dataclass(frozen=True)
 class ResponseFacts:
-    """One response as a whole: Σ r with the EOS where scored, and its weights."""
+    """One response as a whole: Σ r, including a scored EOS, and statistics of its weights."""
 
     total_score: float | None
     mean_weight: float
@@ -61,13 +61,13 @@ class ResponseFacts:
 
 @dataclass(frozen=True)
 class PairView:
-    """A pair, token by token.
+    """One pair, token by token.
 
     Attributes:
         index: of the pair in its split, from 0.
         where: file and line.
         sides: both responses as a whole, by side.
-        previews: weights under other transforms, by name and side, token by token.
+        previews: weights under other transforms: name → side → one weight per token.
     """
 
     index: int
@@ -81,9 +81,9 @@ class PairView:
 
 @dataclass(frozen=True)
 class SideSummary:
-    """What there is on one side of the file. Means and spreads over tokens, the EOS included where scored.
+    """One side of the split, chosen or rejected. Means and standard deviations are over tokens and scored EOS tokens.
 
-    Those of scores are None in a file of final weights, and those of adjusted scores where there are no steps.
+    Score statistics are None for final weights; those of adjusted scores are None without steps.
     """
 
     tokens: int
@@ -102,7 +102,7 @@ class SideSummary:
 
 @dataclass(frozen=True)
 class Example:
-    """Where a token occurs: the pair, the side, and the text around it."""
+    """One occurrence of a token: its pair, its side, and the surrounding text."""
 
     pair: int
     side: str
@@ -112,13 +112,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenSummary:
-    """A token over all its occurrences.
+    """One token over all its occurrences.
 
     Attributes:
-        mean: of what `highest` and `lowest` are ranked by.
+        mean: of the value that ranks `highest` and `lowest`.
         mean_weight: of its weights.
-        share_chosen: how many of its occurrences are in chosen responses.
-        examples: some of them.
+        share_chosen: share of its occurrences in chosen responses.
+        examples: a few occurrences.
     """
 
     text: str
@@ -131,13 +131,13 @@ class TokenSummary:
 
 @dataclass(frozen=True)
 class Scale:
-    """The colour scale of one shown value, the same for the whole file.
+    """Colour scale of one value, the same for the whole split.
 
     Attributes:
-        neutral: the value without a colour: weight 1, score 0.
-        width: half width: the 99th percentile of the distance from neutral.
-        logarithmic: whether that distance is |log weight|; it is |weight − 1| where some weights are not above 0, and
-            |score| for scores, after the steps or before.
+        neutral: value without a colour: 1 for weights, 0 for scores.
+        width: half width: 99th percentile of the distance from neutral.
+        logarithmic: whether the distance is |log weight|. It is |weight − 1| if some weights are not positive, and
+            |score| for scores, adjusted or not.
     """
 
     neutral: float
@@ -145,13 +145,13 @@ class Scale:
     logarithmic: bool
 
     def level(self, value: float) -> int:
-        """The step of the colour scale, −4 to 4; 0 is near neutral."""
+        """Step on the colour scale, −4 to 4; 0 is near neutral."""
         distance = math.log(max(value, 1e-9)) if self.logarithmic else value - self.neutral
         return int(max(-1.0, min(1.0, distance / self.width)) * 4.999)
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The values at both ends."""
+        """Values at both ends."""
         if self.logarithmic:
             return math.exp(-self.width), math.exp(self.width)
         return self.neutral - self.width, self.neutral + self.width
@@ -159,7 +159,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values between edges, by side; the first and the last bin hold what lies beyond, too."""
+    """Counts of values between edges, by side; the first and last bins include values outside the edges."""
 
     edges: list[float]
     counts: dict[str, list[int]]
@@ -167,12 +167,12 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Separation:
-    """Whether Σ r of a response tells chosen from rejected.
+    """How well Σ r of a response separates chosen from rejected.
 
     Attributes:
-        accuracy: share of pairs in which the chosen response has the higher sum; equal sums count half.
+        accuracy: share of pairs whose chosen response has the higher sum; ties count half.
         auc: area under the ROC curve over all responses.
-        roc: points (share of rejected, share of chosen responses above a threshold).
+        roc: points (share of rejected, share of chosen responses at or above a threshold).
     """
 
     accuracy: float
@@ -182,16 +182,16 @@ class Separation:
 
 @dataclass(frozen=True)
 class Check:
-    """One test of the file as a whole.
+    """One check of the whole split.
 
     Attributes:
-        name: in one word or two.
-        value: what was found; None where it could not be.
-        bound: what it is held against.
-        at_least: whether the value must be at least the bound; at most otherwise.
-        passed: whether it keeps to it.
+        name: short label.
+        value: measured value; None if it cannot be measured.
+        bound: limit for the value.
+        at_least: whether the bound is a minimum; otherwise a maximum.
+        passed: whether the value respects the bound.
         says: what a failure means.
-        fix: what to do about it.
+        fix: how to fix it.
     """
 
     name: str
@@ -205,7 +205,7 @@ class Check:
 
 @dataclass(frozen=True)
 class RankDifference:
-    """A token that two files or transforms rank differently: mean ranks between 0 and 1, and mean values."""
+    """A token that two transforms or datasets rank differently: mean values, and mean ranks between 0 and 1."""
 
     text: str
     count: int
@@ -217,15 +217,15 @@ class RankDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two transforms of the same scores, or the scores of two datasets, over the tokens that both have.
+    """Two transforms of the same scores, or two datasets, over the tokens scored in both.
 
     Attributes:
         first: what is inspected.
         second: what it is compared with.
-        of: `weights` or `scores`.
-        agreement: share that both put on the same side of neutral, of the tokens that neither leaves at neutral.
+        of: compared value, `weights` or `scores`.
+        agreement: share of tokens on the same side of neutral in both, among tokens that are neutral in neither.
         rank_correlation: Spearman's, over all tokens.
-        within: the mean of Spearman's over responses.
+        within: Spearman's within a response, averaged over responses.
         differing: tokens with the largest difference of mean ranks.
     """
 
@@ -241,22 +241,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that is shown.
+    """Everything that inspect-weights shows.
 
     Attributes:
-        show: which value colours the tokens: `weights`, `scores` or `adjusted`.
-        pairs: how many the split has.
-        separation: None in a file of final weights.
-        ranked_by: what `highest` and `lowest` are ranked by: `r`, `r after the steps` or `weight`.
+        show: value that colours the tokens: `weights`, `scores` or `adjusted`.
+        pairs: number of pairs in the split.
+        separation: None for final weights.
+        ranked_by: value that ranks `highest` and `lowest`: `r`, `r after the steps` or `weight`.
         heaviest: tokens with the highest mean weight.
-        lightest: … and with the lowest.
-        scores: histogram of r, or of the weights in a file of final weights.
+        lightest: tokens with the lowest mean weight.
+        scores: histogram of r, or of the weights for final weights.
         sizes: histogram of the effective sample size of a response, as a share of its tokens.
-        curves: by shown value and side, its mean by relative position.
-        scales: by shown value, and by the name of each preview.
-        notices: what to tell beside the view, skipped rows for example.
-        views: the pairs that are shown, in the order asked for.
-        previews: names of the transforms that the views show beside the one in use.
+        curves: mean by relative position: value → side → one mean per bin.
+        scales: by value, and by the name of each preview.
+        notices: messages to show with the view, such as skipped rows.
+        views: shown pairs, in the requested order.
+        previews: names of the other transforms in the views.
         provenance: models, data, tokenizer, transform, command, versions.
     """
 
@@ -285,9 +285,9 @@ class Inspection:
 
     @property
     def scale(self) -> Scale:
-        """The colour scale of the shown value."""
+        """Colour scale of the shown value."""
         return self.scales[self.show]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON."""
+        """Plain values for JSON."""
         return asdict(self)

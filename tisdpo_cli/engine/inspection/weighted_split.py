@@ -1,21 +1,21 @@
-"""A split of a scored dataset with the weight of every token: what inspect-weights finds its facts in."""
+"""A split of a scored dataset with the weight of every token: the input of everything inspect-weights shows.
+
+Knows files, tokenizers and token weights; it knows no settings and no views.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tisdpo_cli.data.pairs import Pair, read_pairs
+from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.scored import (
-    MANIFEST,
-    SIDES,
     Logps,
     Scores,
     check_unchanged,
@@ -23,22 +23,58 @@ from tisdpo_cli.data.scored import (
     read_manifest,
     require_scores,
 )
-from tisdpo_cli.engine.arguments import columns_of
 from tisdpo_cli.engine.scoring.token_weights import TokenWeighter, fit_centers, known, token_weighter
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.recipe import Recipe, clipped
 from tisdpo_cli.method.steps import Centers, Context
+from tisdpo_cli.method.transforms import Side
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
-from tisdpo_cli.settings.inspect_weights import InspectWeights
+
+_SIDES: tuple[Side, Side] = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a split of a scored dataset is read and weighted.
+
+    Attributes:
+        split: name of the split.
+        columns: column names.
+        on_bad_row: `error` or `skip`.
+        tokenizer: directory or hub id, or None for the tokenizer in the dataset directory.
+        make_recipe: the recipe for a file with EOS scores (True) or without (False).
+        centered: whether the recipe subtracts mean scores of the train split.
+        final: whether the weight columns hold final weights.
+        seed: of random transforms.
+    """
+
+    split: str
+    columns: Columns
+    on_bad_row: str
+    tokenizer: str | None
+    make_recipe: Callable[[bool], Recipe]
+    centered: bool
+    final: bool
+    seed: int
 
 
 @dataclass(frozen=True)
 class WeightedResponse:
-    """One response. Of the tokens that have a score: r, r after the steps, whether that is clipped.
+    """One response with scores and weights; the scored tokens are those whose score is not null.
 
-    `weights` goes on with the EOS where it has one; `eos_adjusted` is its score after the steps. In a file of final
-    weights r and weights are the same.
+    For final weights, scores and weights are the same.
+
+    Attributes:
+        ids: token ids of the uncut response, without the EOS.
+        scores: as read, null scores included.
+        logps: under both contrastive models, if the dataset stores them.
+        known: [n] r of the scored tokens.
+        adjusted: [n] r after the steps.
+        weights: [n] or [n + 1], ending with the EOS if it is weighted.
+        clipped: [n] whether the transform clamps the adjusted score.
+        eos_adjusted: score of the EOS after the steps, or None.
+        context: what the steps need to know about the response besides its scores.
     """
 
     ids: list[int]
@@ -53,33 +89,33 @@ class WeightedResponse:
 
     @property
     def has_eos(self) -> bool:
-        """Whether the EOS is weighed."""
+        """Whether the EOS has a weight."""
         return self.weights.numel() > self.known.numel()
 
     @property
     def scored(self) -> Tensor:
-        """Scores of what `weights` holds: the known tokens, and the EOS where it has a weight."""
+        """Scores aligned with `weights`: of the scored tokens, then of a weighted EOS."""
         eos = 0.0 if self.scores.eos is None else self.scores.eos
         return torch.cat([self.known, torch.full((int(self.has_eos),), eos)])
 
     @property
     def known_ids(self) -> list[int]:
-        """Ids of the tokens that have a score."""
-        return [at for at, r in zip(self.ids, self.scores.tokens, strict=True) if r is not None]
+        """Ids of the scored tokens."""
+        return [token_id for token_id, r in zip(self.ids, self.scores.tokens, strict=True) if r is not None]
 
     @property
     def total(self) -> float:
-        """Σ r, the EOS included where scored."""
+        """Σ r, including a scored EOS."""
         return float(self.known.sum()) + (self.scores.eos or 0.0)
 
     @property
     def effective_size(self) -> float:
-        """(Σw)² / (n Σw²): 1 where all weights are equal, 0 where there are none."""
+        """(Σw)² / (n Σw²): 1 if all weights are equal, 0 without weights."""
         squares = float(self.weights.square().sum()) * len(self.weights)
         return float(self.weights.sum()) ** 2 / squares if squares else 0.0
 
     def values(self, show: str) -> Tensor:
-        """What is shown of the tokens that have a score, the EOS left out."""
+        """`scores`, `adjusted` or `weights` [n] of the scored tokens, without the EOS."""
         return {"scores": self.known, "adjusted": self.adjusted, "weights": self.weights[: len(self.known)]}[show]
 
 
@@ -99,21 +135,21 @@ class InspectedPair:
 
 @dataclass(frozen=True)
 class WeightedSplit:
-    """The pairs whose scores can be used, how they are weighed, and what to say of the others."""
+    """Pairs with usable scores, the weighter behind their weights, and notices about the other rows."""
 
     pairs: list[InspectedPair]
-    how: TokenWeighter
+    weighter: TokenWeighter
     notices: list[str]
 
     @property
     def final(self) -> bool:
-        """Whether the file holds weights."""
-        return self.how.recipe.final
+        """Whether the weight columns hold final weights."""
+        return self.weighter.recipe.final
 
     @property
     def responses(self) -> list[WeightedResponse]:
         """All responses."""
-        return [side for pair in self.pairs for side in pair.sides]
+        return [response for pair in self.pairs for response in pair.sides]
 
     def side(self, number: int) -> list[WeightedResponse]:
         """Chosen (0) or rejected (1) responses."""
@@ -121,100 +157,110 @@ class WeightedSplit:
 
     def under(self, recipe: Recipe) -> WeightedSplit:
         """The same scores under another recipe with the same steps."""
-        how = replace(self.how, recipe=recipe)
-        made = []
-        for one in self.pairs:
-            sides = [_again(one.pair.index, name, side, how) for name, side in zip(SIDES, one.sides, strict=True)]
-            made.append(InspectedPair(one.pair, sides[0], sides[1]))
-        return WeightedSplit(made, how, [])
+        weighter = replace(self.weighter, recipe=recipe)
+        pairs = []
+        for inspected in self.pairs:
+            chosen, rejected = (
+                _reweighted(inspected.pair.index, side, response, weighter)
+                for side, response in zip(_SIDES, inspected.sides, strict=True)
+            )
+            pairs.append(InspectedPair(inspected.pair, chosen, rejected))
+        return WeightedSplit(pairs, weighter, [])
 
 
-def _again(index: int, name: Any, side: WeightedResponse, how: TokenWeighter) -> WeightedResponse:
-    weights = how.weights(side.scores, len(side.known), side.has_eos, index, name, side.context)
-    return replace(side, weights=weights, clipped=clipped(side.adjusted, name, how.recipe))
+def _reweighted(index: int, side: Side, response: WeightedResponse, weighter: TokenWeighter) -> WeightedResponse:
+    weights = weighter.weights(response.scores, len(response.known), response.has_eos, index, side, response.context)
+    return replace(response, weights=weights, clipped=clipped(response.adjusted, side, weighter.recipe))
 
 
-def read_weighted_split(settings: InspectWeights, scored: str) -> WeightedSplit:
-    """Read the split that is asked for of a scored dataset and weigh every token.
+def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
+    """Read a split of a scored dataset and compute the weight of every token.
 
     Args:
-        settings: columns, split, tokenizer and how weights are made.
-        scored: the dataset; that of the settings, or one that it is compared with.
+        scored: path or hub id of the dataset.
+        options: how to read and weight it.
 
     Raises:
         TisdpoError: the dataset is not scored, does not fit its tokenizer, or has no such split.
     """
     files = find_splits(scored)
-    if settings.split not in files:
-        raise UsageError(f"no split {settings.split!r} here (there is {', '.join(files)})", where="--split")
-    file, final = files[settings.split], settings.weights.weights_are == "final"
-    read = read_pairs(file, columns_of(settings.data), settings.data.on_bad_row)
-    require_scores((pair.row for pair in read.pairs), scored, final)
-    changed = check_unchanged(read_manifest(Path(scored).expanduser()) or {}, file, final)
-    tokenizer = load_tokenizer(_tokenizer_path(settings, scored))
-    centers = _centers(settings, files["train"], tokenizer)
-    how = token_weighter(settings.weights, settings.seed, tokenizer, read.pairs, centers)
-    pairs, skipped = _all_pairs(settings, read.pairs, how)
-    # A changed file of scores is nothing to warn of; weights that may be scores are.
-    return WeightedSplit(pairs, how, [*read.notices, *([changed] if changed and final else []), *skipped])
+    if options.split not in files:
+        raise UsageError(f"no split {options.split!r}; available: {', '.join(files)}", where="--split")
+    file = files[options.split]
+    read = read_pairs(file, options.columns, options.on_bad_row)
+    require_scores((pair.row for pair in read.pairs), scored, options.final)
+    changed = check_unchanged(read_manifest(Path(scored).expanduser()) or {}, file, options.final)
+    tokenizer = load_tokenizer(_tokenizer_path(options.tokenizer, scored))
+    centers = _centers(options, files["train"], tokenizer) if options.centered else None
+    weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers)
+    pairs, bad = _weighted_pairs(read.pairs, weighter)
+    skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
+    # Editing scores is legitimate and needs no warning; a file of final weights may still hold scores.
+    warnings = [changed] if changed and options.final else []
+    return WeightedSplit(pairs, weighter, [*read.notices, *warnings, *skipped])
 
 
-def _centers(settings: InspectWeights, train: Path, tokenizer: Tokenizer) -> Centers | None:
+def _centers(options: SplitOptions, train: Path, tokenizer: Tokenizer) -> Centers:
     """The means that training subtracts: those of the train split, whatever split is shown."""
-    if "center" not in settings.weights.steps():
-        return None
-    pairs = read_pairs(train, columns_of(settings.data), settings.data.on_bad_row).pairs
-    chosen, rejected = (tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in SIDES)
-    tokens = [(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
-    return fit_centers(settings.weights, pairs, tokens)
+    pairs = read_pairs(train, options.columns, options.on_bad_row).pairs
+    chosen, rejected = (tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in _SIDES)
+    return fit_centers(pairs, [(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)])
 
 
-def _tokenizer_path(settings: InspectWeights, scored: str) -> Path:
-    if settings.tokenizer is not None:
-        path = Path(settings.tokenizer).expanduser()
-        return path if (path / "tokenizer_config.json").is_file() else locate_model(settings.tokenizer, "--tokenizer")
-    where = Path(scored).expanduser()
-    folder = where if where.is_dir() else where.parent
+def _tokenizer_path(tokenizer: str | None, scored: str) -> Path:
+    if tokenizer is not None:
+        path = Path(tokenizer).expanduser()
+        return path if (path / "tokenizer_config.json").is_file() else locate_model(tokenizer, "--tokenizer")
+    dataset = Path(scored).expanduser()
+    folder = dataset if dataset.is_dir() else dataset.parent
     if not (folder / "tokenizer_config.json").is_file():
-        raise UsageError("no tokenizer lies beside this dataset", where=scored, fix="name it with --tokenizer PATH")
+        raise UsageError("no tokenizer in the dataset directory", where=scored, fix="pass --tokenizer PATH")
     return folder
 
 
-def _all_pairs(
-    settings: InspectWeights, pairs: Sequence[Pair], how: TokenWeighter
-) -> tuple[list[InspectedPair], list[str]]:
-    chosen, rejected = (how.tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in SIDES)
-    made: list[InspectedPair] = []
+def _weighted_pairs(pairs: Sequence[Pair], weighter: TokenWeighter) -> tuple[list[InspectedPair], list[BadRow]]:
+    """The pairs with usable scores, and a bad row for each other pair."""
+    chosen, rejected = (weighter.tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in _SIDES)
+    contexts = weighter.contexts_of_pairs(pairs)
+    weighted: list[InspectedPair] = []
     bad: list[BadRow] = []
-    for pair, contexts, *both in zip(pairs, how.contexts_of_pairs(pairs), chosen, rejected, strict=True):
-        sides = [_weighed(pair, side, ids, how, c) for side, ids, c in zip(SIDES, both, contexts, strict=True)]
-        good = [side for side in sides if isinstance(side, WeightedResponse)]
-        if len(good) == len(SIDES):
-            made.append(InspectedPair(pair, good[0], good[1]))
+    for pair, both, *ids in zip(pairs, contexts, chosen, rejected, strict=True):
+        responses = [
+            _weighted(pair, side, side_ids, weighter, context)
+            for side, side_ids, context in zip(_SIDES, ids, both, strict=True)
+        ]
+        usable = [response for response in responses if isinstance(response, WeightedResponse)]
+        if len(usable) == len(_SIDES):
+            weighted.append(InspectedPair(pair, usable[0], usable[1]))
         else:
-            bad.append(next(side for side in sides if isinstance(side, BadRow)))
-    return made, handle_bad_rows(bad, len(pairs), settings.data.on_bad_row)
+            bad.append(next(response for response in responses if isinstance(response, BadRow)))
+    return weighted, bad
 
 
-def _weighed(pair: Pair, side: Any, ids: list[int], how: TokenWeighter, context: Context) -> WeightedResponse | BadRow:
-    scores, logps = how.read(pair, side, len(ids), "the tokenizer in use"), read_logps(pair.row, side, len(ids))
+def _weighted(
+    pair: Pair, side: Side, ids: list[int], weighter: TokenWeighter, context: Context
+) -> WeightedResponse | BadRow:
+    scores = weighter.read(pair, side, len(ids), "the tokenizer in use")
+    logps = read_logps(pair.row, side, len(ids))
     if isinstance(scores, BadRow):
         return scores
     if isinstance(logps, BadRow):
         return logps
-    values, stepped = known(scores), how.adjusted(scores, context)
+    values, stepped = known(scores), weighter.adjusted(scores, context)
     adjusted, eos_adjusted = stepped[: len(values)], stepped[len(values) :].tolist()
-    has_eos = len(values) == len(ids) and (scores.eos is not None or how.recipe.eos_weight != "score")
-    weights = how.weights(scores, len(values), has_eos, pair.index, side, context)
-    beyond = how.fault(weights)
-    if beyond:
-        return BadRow(pair.row.where, f"{side}: {beyond}")
-    hit = clipped(adjusted, side, how.recipe)
-    eos = eos_adjusted[0] if eos_adjusted else None
-    return WeightedResponse(ids, scores, logps, values, adjusted, weights, hit, eos, context)
-
-
-def manifest_of(scored: str) -> dict[str, Any]:
-    """What `estimate.json` says of a dataset; a note where there is none."""
-    manifest = read_manifest(Path(scored).expanduser())
-    return manifest if manifest is not None else {"note": f"no {MANIFEST} beside the data"}
+    has_eos = len(values) == len(ids) and (scores.eos is not None or weighter.recipe.eos_weight != "score")
+    weights = weighter.weights(scores, len(values), has_eos, pair.index, side, context)
+    fault = weighter.fault(weights)
+    if fault:
+        return BadRow(pair.row.where, f"{side}: {fault}")
+    return WeightedResponse(
+        ids=ids,
+        scores=scores,
+        logps=logps,
+        known=values,
+        adjusted=adjusted,
+        weights=weights,
+        clipped=clipped(adjusted, side, weighter.recipe),
+        eos_adjusted=eos_adjusted[0] if eos_adjusted else None,
+        context=context,
+    )
