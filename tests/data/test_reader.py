@@ -14,11 +14,13 @@ from conftest import pair_rows
 
 from tisdpo_cli.data.examples import read_examples
 from tisdpo_cli.data.pairs import Columns, Pairs, read_pairs
+from tisdpo_cli.data.parsers import PARSERS
 from tisdpo_cli.data.reader import find_splits, read_rows
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.tokens import Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.files import sha256
+from tisdpo_cli.formats import FORMAT_NAMES, FORMAT_OF_SUFFIX, FORMATS
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 GOOD_LINE = json.dumps(GOOD)
@@ -81,8 +83,8 @@ def nested(kind: str, depth: int) -> str:
         (rb'{"prompt": "\ud83d", "chosen": "c", "rejected": "r"}', None, "surrogate"),
         (rb'{"prompt": "p", "x": ["\udc00"]}', None, "surrogate"),
         (rb'{"prompt": "p", "\ud800": 1}', None, "surrogate"),
-        (b'{"prompt": "a", "prompt": "b"}', None, "'prompt' stands twice"),
-        (b'{"prompt": "a", "x": {"y": 1, "y": 1}}', None, "'y' stands twice"),
+        (b'{"prompt": "a", "prompt": "b"}', None, "duplicate key 'prompt'"),
+        (b'{"prompt": "a", "x": {"y": 1, "y": 1}}', None, "duplicate key 'y'"),
         (b'{"x": NaN}', None, "NaN"),
         (b'{"x": [Infinity]}', None, "Infinity"),
         (b'{"x": -Infinity}', None, "Infinity"),
@@ -228,7 +230,7 @@ def test_a_directory_holds_splits_of_any_format(write: Write, tmp_path: Path) ->
         "test": "test.parquet",
     }
     write([GOOD], "train.jsonl")
-    with pytest.raises(DataError, match=r"has train.jsonl and train.csv; leave one of them"):
+    with pytest.raises(DataError, match=r"has train.jsonl and train.csv; keep one of them"):
         find_splits(str(tmp_path))
 
 
@@ -260,7 +262,7 @@ def test_where_a_row_of_another_format_begins(write: Write, tmp_path: Path) -> N
     ("content", "told"),
     [
         ("[1]", "x.jsonl:1: a row must be a JSON object, not a number"),
-        ('[{"a": 1,\n "a": 2}]', "x.jsonl:1:2: key 'a' stands twice"),
+        ('[{"a": 1,\n "a": 2}]', "x.jsonl:1:2: duplicate key 'a'"),
         ('[{}, {"a": NaN}]', "x.jsonl:1:6: NaN is not JSON"),
         ('[{"a": "\\ud800"}]', "x.jsonl:1: a lone surrogate"),
         ('[{"a": ' + "1" * 5000 + "}]", "x.jsonl:1:2: "),
@@ -294,7 +296,7 @@ def test_a_malformed_array_is_told_with_its_place(write: Write, content: str | b
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("prompt,prompt\na,b\n", "x.csv:1: column 'prompt' stands twice"),
+        ("prompt,prompt\na,b\n", "x.csv:1: duplicate column 'prompt'"),
         ('prompt\nfine\n"open\n', "x.csv:3: malformed CSV"),
         ('prompt\n"a"b\n', "x.csv:2: malformed CSV"),
         (b"prompt\n\xff\n", "x.csv:2: invalid UTF-8"),
@@ -406,7 +408,7 @@ def test_text_is_kept_to_the_letter(write: Write) -> None:
 def test_the_first_twenty_bad_rows_and_a_count_are_told(write: Write) -> None:
     path = write([GOOD if i % 2 else {**GOOD, "chosen": ""} for i in range(60)])
     stopped = fault(path)
-    assert str(stopped).startswith(f"{path}:1: 'chosen' is empty (30 of 60 rows cannot be used)")
+    assert str(stopped).startswith(f"{path}:1: 'chosen' is empty (30 of 60 rows are invalid)")
     assert "--on-bad-row skip" in str(stopped)
     assert list(stopped.details[:20]) == [f"{path}:{2 * i + 1}: 'chosen' is empty" for i in range(20)]
     assert len(stopped.details) == 21
@@ -525,7 +527,7 @@ def test_a_file_is_the_train_split_and_a_directory_holds_its_splits(write: Write
 
 def test_a_directory_without_a_train_split_is_told(write: Write, tmp_path: Path) -> None:
     write([GOOD], "test.jsonl")
-    with pytest.raises(DataError, match=r"no train\.jsonl"):
+    with pytest.raises(DataError, match="no train file"):
         find_splits(str(tmp_path))
 
 
@@ -573,7 +575,7 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
 
 @pytest.mark.parametrize("name", ["x.tsv", "x.arrow", "x.txt"])
 def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
-    with pytest.raises(DataError, match="make it JSONL, JSON, CSV or Parquet"):
+    with pytest.raises(DataError, match="convert it to JSONL, JSON, CSV or Parquet"):
         find_splits(str(write([GOOD], name)))
 
 
@@ -649,3 +651,15 @@ def test_an_empty_file_gives_no_examples(write: Write) -> None:
 
 def test_the_worlds_rows_are_good(write: Write) -> None:
     assert len(read(write(pair_rows(8))).pairs) == 8
+
+
+# ---------------------------------------------------------------- the registry of formats
+
+
+def test_every_format_has_a_parser_and_is_named_in_help_and_errors(tmp_path: Path) -> None:
+    assert list(PARSERS) == list(FORMATS)
+    assert all(name in FORMAT_NAMES for name in FORMATS)
+    assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in FORMAT_OF_SUFFIX)
+    with pytest.raises(DataError) as caught:
+        find_splits(str(tmp_path))
+    assert all(suffix in str(caught.value) for suffix in FORMAT_OF_SUFFIX)

@@ -256,7 +256,7 @@ def train(contrast: Path, tmp_path: Path):
 
     def run(dataset: Path, *sets: str, model: Path | None = None) -> str:
         flags = {"model": str(model or contrast / "sft"), "dataset": str(dataset), "output_dir": str(tmp_path / "out")}
-        settings = load(COMMANDS["train"], flags, sets=["dry_run=true", *sets]).settings
+        settings = load(COMMANDS["train"].settings, flags, sets=["dry_run=true", *sets]).settings
         listener = Listener()
         train_pairs(settings, listener)
         return "\n".join(listener.said)
@@ -268,7 +268,7 @@ def inspect(dataset: Path, *sets: str):
     """Inspect a scored dataset."""
     from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
 
-    return inspect_weights(load(COMMANDS["inspect-weights"], {"scored": str(dataset)}, sets=sets).settings)
+    return inspect_weights(load(COMMANDS["inspect-weights"].settings, {"scored": str(dataset)}, sets=sets).settings)
 
 
 def fault(run: Callable, *args, **options) -> str:
@@ -391,7 +391,7 @@ def test_rows_without_an_eos_column_are_bad_rows_where_others_have_it(train, sco
     for run in (train, inspect):
         message = fault(run, dataset)
         assert message.startswith(f"{dataset / 'train.jsonl'}:2: no column 'rejected_eos_weight', which other rows")
-        assert "2 of 24 rows cannot be used" in message
+        assert "2 of 24 rows are invalid" in message
     assert "updates of 24 pairs" in train(dataset, "eos_weight=one"), "set by hand, it need not be there"
     assert inspect(dataset, "eos_weight=one").pairs == 24
     said = train(dataset, "on_bad_row=skip")

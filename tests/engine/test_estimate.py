@@ -34,7 +34,7 @@ def run(command: str, listener: Silent | None = None, **given: object) -> StageR
     """A command in this process."""
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in given.items()}
     engine = estimate if command == "estimate" else train_pairs
-    return engine(load(COMMANDS[command], flags).settings, listener or Silent())
+    return engine(load(COMMANDS[command].settings, flags).settings, listener or Silent())
 
 
 def fault_of(command: str, listener: Silent | None = None, **given: object) -> tuple[int, str, tuple[str, ...]]:
@@ -439,4 +439,4 @@ def test_an_unfinished_scored_dataset_is_not_trained_on(contrast: Path, tmp_path
         "train", model=contrast / "sft", dataset=tmp_path / "scored", output_dir=tmp_path / "out", max_steps=1
     )
     assert code == 1
-    assert "not finished" in text
+    assert "incomplete output" in text

@@ -131,7 +131,7 @@ def test_a_folder_of_datasets_is_told_apart_from_one(contrast: Path, tmp_path: P
     rewritten(contrast, tmp_path / "base" / "pairs", rounded)
     done = train(contrast, tmp_path / "base", tmp_path / "o")
     assert done.code == 1
-    assert f"name one of them: {tmp_path / 'base' / 'pairs'}" in done.error
+    assert f"choose one of {tmp_path / 'base' / 'pairs'}" in done.error
 
 
 def test_whole_numbers_and_minus_zero_are_scores(contrast: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def attempt(world: Path, tmp_path: Path):
 
     def run(model: Path | str, *sets: str) -> str:
         flags = {"model": str(model), "dataset": str(world / "data"), "output_dir": str(tmp_path / "out")}
-        settings = load(COMMANDS["train-dpo"], flags, sets=["dry_run=true", *sets]).settings
+        settings = load(COMMANDS["train-dpo"].settings, flags, sets=["dry_run=true", *sets]).settings
         listener = Listener()
         check(settings)
         train_pairs(settings, listener)
@@ -188,7 +188,7 @@ def test_a_mistyped_path_names_its_neighbour(world: Path, tmp_path: Path, option
     good = dict.fromkeys(["model"] if "model" in option else ["forward", "reverse"], str(world / "sft"))
     flags = {**good, option: str(world / "stf"), "dataset": str(world / "data"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(UsageError, match="did you mean") as caught:
-        check(load(COMMANDS[command], flags).settings)
+        check(load(COMMANDS[command].settings, flags).settings)
     assert str(world / "sft") in str(caught.value)
     assert f"--{option.replace('_', '-')}" in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -217,7 +217,7 @@ def test_an_unfinished_output_is_refused(refused, model: Path) -> None:
     (model / "run.json").unlink()
     code, message = refused(model)
     assert code == 1
-    assert "not finished" in message
+    assert "incomplete output" in message
     assert str(model) in message
 
 
@@ -419,12 +419,12 @@ def scoring(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_model(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("tisdpo_cli.engine.scoring.estimate.load_model", no_model)
+    monkeypatch.setattr("tisdpo_cli.engine.scoring.scorer.load_model", no_model)
 
     def run(forward: Path, reverse: Path) -> tuple[int, str]:
         flags = {"forward": str(forward), "reverse": str(reverse), "dataset": str(world / "data")}
         place = tmp_path / f"scored-by-{reverse.name}"
-        settings = load(COMMANDS["estimate"], {**flags, "output_dir": str(place)}).settings
+        settings = load(COMMANDS["estimate"].settings, {**flags, "output_dir": str(place)}).settings
         check(settings)
         with pytest.raises(TisdpoError) as caught:
             estimate(settings, Silent())

@@ -38,7 +38,7 @@ def read_examples(
 
     Raises:
         DataError: rows cannot be used.
-        UsageFault: the rejected side of instruction rows was asked for.
+        UsageError: the rejected side of instruction rows was asked for.
     """
     if not _holds_instructions(path, columns):
         read = read_pairs(path, columns, on_bad_row)

@@ -23,7 +23,7 @@ def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Pat
         near: what to say where the name is no hub id, because it looks like a mistyped path.
 
     Raises:
-        UsageFault: the name is no hub id, or the hub does not have it or cannot be reached.
+        UsageError: the name is no hub id, or the hub does not have it or cannot be reached.
         DataError: the dataset has none of the splits.
     """
     where = f"--dataset {name}"

@@ -1,4 +1,4 @@
-"""Rows of datasets, usable or not, and what to do with those that are not. Knows no columns and no files."""
+"""Dataset rows, valid and invalid, and what happens to the invalid ones. Knows no columns and no files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tisdpo_cli.errors import DataError, TisdpoError
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in its file: all its columns, and `FILE:LINE` for messages, or `FILE:ROW`."""
+    """One row of a file with all its columns, and its place for messages: `FILE:LINE` or `FILE:ROW`."""
 
     where: str
     columns: dict[str, Any]
@@ -18,7 +18,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why."""
+    """An invalid row and the reason."""
 
     where: str
     why: str
@@ -28,10 +28,16 @@ class BadRow:
 
 
 def handle_bad_rows(bad: list[BadRow], total: int, on_bad_row: str, shown: int = 20) -> list[str]:
-    """What to do with rows that cannot be used: stop with all of them told, or give the lines to report.
+    """Raise an error that lists the invalid rows, or return the lines that report them.
+
+    Args:
+        bad: the invalid rows.
+        total: number of rows, invalid ones included.
+        on_bad_row: `error` or `skip`.
+        shown: how many rows to list.
 
     Raises:
-        DataError: there are bad rows and `on_bad_row` is `error`, or no other row is left.
+        DataError: there are invalid rows and `on_bad_row` is `error`, or no valid row is left.
     """
     if not bad:
         return []
@@ -39,15 +45,17 @@ def handle_bad_rows(bad: list[BadRow], total: int, on_bad_row: str, shown: int =
     if len(bad) > shown:
         lines.append(f"… and {len(bad) - shown} more")
     if on_bad_row == "skip" and len(bad) < total:
-        return [f"skipped {len(bad)} of {total} rows that cannot be used:", *lines]
+        return [f"skipped {len(bad)} of {total} rows (invalid):", *lines]
     raise _summary(bad, total, tuple(lines) if len(bad) > 1 else ())
 
 
 def _summary(bad: list[BadRow], total: int, details: tuple[str, ...]) -> TisdpoError:
     first = bad[0]
     if len(bad) == 1:
-        return DataError(first.why, where=first.where, fix="mend the row, or leave it out with --on-bad-row skip")
-    what = f"{first.why} ({len(bad)} of {total} rows cannot be used)"
+        return DataError(first.why, where=first.where, fix="fix the row, or skip bad rows with --on-bad-row skip")
     return DataError(
-        what, where=first.where, fix="mend them, or leave them out with --on-bad-row skip", details=details
+        f"{first.why} ({len(bad)} of {total} rows are invalid)",
+        where=first.where,
+        fix="fix the rows, or skip bad rows with --on-bad-row skip",
+        details=details,
     )

@@ -209,7 +209,7 @@ def check_unchanged(manifest: dict[str, Any], split: Path, final: bool) -> str |
     """What to tell where a split is not as it was scored, which is the user's right.
 
     Raises:
-        UsageFault: it is as it was scored, and is to be taken for final weights.
+        UsageError: it is as it was scored, and is to be taken for final weights.
     """
     known = split_record(manifest, split)
     unchanged = known is not None and known.get("sha256") == sha256(split)

@@ -33,7 +33,7 @@ def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Pat
     """The directory of a model given by path or hub id, checked as far as its files tell.
 
     Raises:
-        UsageFault: nothing there, or it needs code of its own and `trust_remote_code` is off.
+        UsageError: nothing there, or it needs code of its own and `trust_remote_code` is off.
         ModelError: a file is missing, damaged or of a kind that is never loaded.
     """
     path = Path(name).expanduser()
@@ -76,9 +76,7 @@ def _from_hub(name: str, option: str) -> Path:
 
 def _refuse_unfinished(path: Path) -> None:
     if is_unfinished(path):
-        raise ModelError(
-            "this output is not finished", where=str(path), fix="run the command that makes it again; it goes on"
-        )
+        raise ModelError("incomplete output", where=str(path), fix="rerun the command that created it to resume")
 
 
 def _read_json(path: Path, otherwise: str, adapter: Path | None = None) -> dict[str, Any]:
