@@ -1,7 +1,7 @@
 """Turn Anthropic's hh-rlhf files into preference pairs: `{"prompt", "chosen", "rejected"}`, one per line.
 
-The original rows hold two whole dialogues. Their prompt is what both share up to the last turn of the assistant; a
-row whose dialogues differ earlier than that has no common prompt and is counted and left out. It knows no tokens.
+The original rows are two whole dialogues. Their prompt is everything up to the last assistant turn, which both share; a
+row whose dialogues differ earlier has no common prompt and is left out and counted. Knows no tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TURN = "\n\nAssistant:"
 
 
 def split_dialogues(chosen: str, rejected: str) -> dict[str, str] | None:
-    """Prompt and responses of two dialogues, or None where they share no prompt or say the same."""
+    """Prompt and responses of two dialogues, or None if they share no prompt, or a response is blank or equal."""
     end = chosen.rfind(TURN) + len(TURN)
     prompt = chosen[:end]
     if not rejected.startswith(prompt) or rejected.rfind(TURN) + len(TURN) != end:

@@ -1,12 +1,12 @@
 """Write the quickstart's preference pairs: short, friendly questions with a good and a bad answer.
 
-Every answer is neutral text with a few slots in it. A chosen answer fills its slots with
-FAVOURED words, a rejected answer with DISFAVOURED ones, and everything around the slots comes
-from the same cards on both sides, dealt equally often. So only the slot words carry the
-preference, and what a model learns about single tokens can be checked by eye.
+Every answer is neutral text with a few slots. A chosen answer fills its slots with FAVOURED
+words, a rejected answer with DISFAVOURED ones; everything around the slots comes from the same
+cards on both sides, dealt equally often. So only the slot words carry the preference, and what a
+model learns about single tokens can be checked by eye.
 
-It knows nothing of models, tokenizers or training: it turns a seed into two JSONL files. Nor
-does it know good advice: steps are dealt by topic, so they suit a question only loosely.
+It turns a seed into two JSONL files and knows no models or tokenizers. The advice is not good:
+steps are dealt by topic, so they suit a question only loosely.
 """
 
 import argparse

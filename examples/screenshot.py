@@ -1,4 +1,4 @@
-"""A picture of an HTML report, as in the README: pairs, with the card of one token open.
+"""A picture of an HTML report, as in the guide to reading the weights: pairs, with the card of one token open.
 
     python examples/screenshot.py out/quickstart/report.html examples/report.png
 
