@@ -109,7 +109,7 @@ class World:
         given = {"seed": self.seed, **paths, "output_dir": str(self.root / name)}
         if command == "estimate":
             given.pop("seed")
-        return _ENGINES[command](load(COMMANDS[command], given).settings, Silent()).path
+        return _ENGINES[command](load(COMMANDS[command].settings, given).settings, Silent()).path
 
     def policy(self, command: str, name: str, dataset: Path, **settings: Any) -> Path:
         """Train pairs from the SFT model."""

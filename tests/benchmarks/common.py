@@ -339,4 +339,4 @@ def made_for(command: str, **flags: Any) -> Any:
     from tisdpo_cli.settings.commands import COMMANDS
     from tisdpo_cli.settings.sources import load
 
-    return load(COMMANDS[command], flags, environ={}).settings
+    return load(COMMANDS[command].settings, flags, environ={}).settings

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from tisdpo_cli import __version__
 from tisdpo_cli.cli.app import app, main
 from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.fields import PANELS
 
 SHORT = ("--max-steps", "1", "--batch-size", "4", "--eval-pairs", "0", "--warmup-steps", "0")
 
@@ -67,22 +68,24 @@ def train_dpo(world: Path, out: Path, *more: str | Path) -> list[str | Path]:
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-@pytest.mark.parametrize("command", [*COMMANDS, "env", ""])
+@pytest.mark.parametrize("command", [*COMMANDS, ""])
 def test_help_is_there_in_panels(command: str, flag: str) -> None:
     shown = CliRunner().invoke(app, [*([command] if command else []), flag], env={"COLUMNS": "100"})
     assert shown.exit_code == 0
     assert shown.stdout.lstrip().startswith("Usage:")
     if command in COMMANDS:
-        panels = set(re.findall(r"^╭─ ([\w ]+) ─", shown.stdout, re.M))
-        assert {"Runtime", "Data"} & panels
-        assert "Configuration and output" in panels
+        panels = re.findall(r"^([A-Z][\w ]+):$", shown.stdout, re.M)
+        order = [panel for panel in (*PANELS, "Configuration") if panel in panels]
+        assert panels == order
+        assert panels[-1] == "Configuration"
+        assert ("Data" in panels) == (command != "env")
         assert re.search(rf"Example: +tisdpo {command} ", shown.stdout)
 
 
 def test_the_two_panels_of_commands_are_shown() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"}).stdout
-    method, around = shown.index("The method"), shown.index("Around it")
-    positions = {command: shown.index(f"│ {command} ") for command in (*COMMANDS, "env")}
+    method, around = shown.index("The method:"), shown.index("Tools:")
+    positions = {command: shown.index(f"\n  {command} ") for command in COMMANDS}
     others = ("train-sft", "evaluate", "env")
     assert all(method < positions[c] < around for c in COMMANDS if c not in others)
     assert all(positions[c] > around for c in others)
@@ -133,15 +136,15 @@ def test_no_command_shows_the_help_and_no_empty_error() -> None:
         (["train-dpo", "--set"], "--set"),
         (["train-dpo", "--set", "bata=1"], "did you mean beta?"),
         (["train-dpo", "-m", "m", "-d", "d", "-o", "o", "--beta", "0"], "--beta"),
-        (["train-dpo"], "--model is needed"),
+        (["train-dpo"], "--model is required"),
         (["train-dpo", "-c", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
         (["inspect-weights", "a", "--dataset", "b"], "twice"),
-        (["inspect-weights"], "--scored is needed"),
+        (["inspect-weights"], "--scored is required"),
         (["run", "--beta", "1"], "--beta"),
         # What other trainers have, and what to use in its place.
-        (["train-dpo", "--bf16"], "No such option: --bf16; --dtype bf16"),
+        (["train-dpo", "--bf16"], "No such option: --bf16; use --dtype bf16"),
         (["train", "--warmup_ratio=0.1"], "--warmup-steps"),
-        (["train-dpo", "--use-peft"], "no adapters"),
+        (["train-dpo", "--use-peft"], "adapters are not supported"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -170,7 +173,7 @@ def test_all_faults_are_listed_before_the_error() -> None:
     done = here("train-dpo", "--beta", "0", "--batch-size", "1.5")
     assert_failed(done, 2)
     assert [line for line in done.err.splitlines() if "batch-size" in line and not line.startswith("error")]
-    assert "5 settings" in done.error
+    assert "5 invalid settings" in done.error
 
 
 @pytest.mark.parametrize("spelling", ["--learning-rate", "--learning_rate", "--lr", "--learning_rate="])
@@ -289,7 +292,7 @@ def test_stdout_is_the_path_and_nothing_else(trained: tuple[Path, Done]) -> None
     out, done = trained
     assert done.code == 0, done.err
     assert done.out == f"{out}\n"
-    assert "update 1/1" in done.err
+    assert "training 1/1 steps" in done.err
     assert "next: tisdpo train-reverse" in done.err
     assert "\x1b" not in done.err, "no terminal, no colours and no moving bar"
     assert "\r" not in done.err
@@ -411,7 +414,7 @@ def test_a_dry_run_trains_nothing_and_makes_nothing(tisdpo: Tisdpo, world: Path,
     assert (done.code, done.out) == (0, ""), done.err
     assert "nothing was trained" in done.err
     assert "'<|endoftext|>'" in done.err, "the first row is shown to its end"
-    assert "1 updates of 4 pairs" in done.err
+    assert "1 step of 4 pairs" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -570,7 +573,7 @@ def test_hostile_words_on_the_command_line_are_shown_as_text() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--index", "4"], 2, "there are 4 pairs, 0 to 3"),
+        (["--index", "4"], 2, "the 4 pairs are 0 to 3"),
         (["--index", "-1"], 2, "index"),
         (["--split", "test"], 2, "no split 'test'"),
         (["--transform", "rank_based", "--mu", "1"], 2, "mu"),

@@ -83,6 +83,19 @@ def test_every_line_fits_and_every_box_is_straight(scored: Path, columns: int, i
     assert "gladly" in body.replace("·", " ") if index == 0 else "⟨" in body
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lists_break_between_their_items(scored: Path, columns: int) -> None:
+    code, text = on_a_terminal(columns, "inspect-weights", scored, "--min-count", "1", "--compare", "rank_based")
+    assert code == 0
+    lines = without_colours(text).splitlines()
+    assert max(map(cell_len, lines)) <= columns
+    listed = [line for line in lines if "(×" in line or "(≥" in line or "(≤" in line or ", ×" in line]
+    assert len(listed) > 6
+    # Each item ends where its line ends, and no line begins inside one.
+    assert all(line.endswith(")") for line in listed)
+    assert not [line for line in listed if line.startswith(("(", "+", "-", "≥", "≤", "×"))]
+
+
 def test_without_colours_each_token_has_its_value(scored: Path) -> None:
     code, text = on_a_terminal(100, "inspect-weights", scored, "--index", "0", "--show", "scores", NO_COLOR="1")
     assert code == 0

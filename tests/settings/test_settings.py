@@ -14,7 +14,8 @@ from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.objectives import OBJECTIVES
 from tisdpo_cli.method.prompt_templates import TEMPLATES
 from tisdpo_cli.runs.outputs import differences
-from tisdpo_cli.settings.commands import COMMANDS, leaf_paths
+from tisdpo_cli.settings.base import leaf_paths
+from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import Loaded, load, to_yaml
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -33,7 +34,7 @@ NEEDED = {
 
 def needed(command: str, *without: str) -> dict[str, str]:
     """Flags without which the command has nothing to work on."""
-    paths = leaf_paths(COMMANDS[command])
+    paths = leaf_paths(COMMANDS[command].settings)
     optional = {"estimate": {"model"}, "evaluate": set()}.get(command, {"ref_model"})
     return {name: value for name, value in NEEDED.items() if name in paths and name not in optional.union(without)}
 
@@ -48,7 +49,7 @@ def loads(tmp_path: Path):
             config = tmp_path / "c.yaml"
             config.write_text(file, encoding="utf-8")
         given = needed(command) if flags is None else flags
-        return load(COMMANDS[command], given, config=config, **sources)
+        return load(COMMANDS[command].settings, given, config=config, **sources)
 
     return run
 
@@ -122,7 +123,7 @@ def test_what_a_file_switches_on_can_be_switched_off(loads) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_setting_has_a_flag(command: str) -> None:
     help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).stdout
-    names = {path.rpartition(".")[2].replace("_", "-") for path in leaf_paths(COMMANDS[command])}
+    names = {path.rpartition(".")[2].replace("_", "-") for path in leaf_paths(COMMANDS[command].settings)}
     positional = {"scored"} if command == "inspect-weights" else set()
     missing = [name for name in names - positional if not re.search(rf"--{name}\b", help_text, re.I)]
     assert not missing
@@ -211,7 +212,7 @@ def test_all_unknown_names_are_told_at_once(refused) -> None:
 
 def test_all_values_that_cannot_be_used_are_told_at_once(refused) -> None:
     message = refused("train-dpo", "beta: 0\nbatch_size: -1\nlearning_rate: fast\noptimizer: adam2\n", flags={})
-    for name in ("beta", "batch-size", "learning-rate", "optimizer", "--model is needed", "--dataset is needed"):
+    for name in ("beta", "batch-size", "learning-rate", "optimizer", "--model is required", "--dataset is required"):
         assert name in message
 
 
@@ -311,7 +312,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     for name in ("absent.yaml", "latin.yaml", "."):
         with pytest.raises(UsageError, match=re.escape(str(tmp_path / name))):
-            load(COMMANDS["train"], {}, config=tmp_path / name)
+            load(COMMANDS["train"].settings, {}, config=tmp_path / name)
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "optim:\ndata: {}\n"])
@@ -423,6 +424,8 @@ def test_the_learning_rate_of_train_sft_depends_on_its_start(loads) -> None:
 
 # ---------------------------------------------------------------- written down
 
+WITH_SETTINGS = [name for name in COMMANDS if name != "env"]
+
 CHANGED = {
     "train-sft": "target: both\nlearning_rate: 1e-4\n",
     "estimate": "batch_size: 3\ndtype: bf16\n",
@@ -432,7 +435,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WITH_SETTINGS)
 def test_printed_settings_read_back_to_the_same_settings(loads, command: str) -> None:
     first = loads(
         command, CHANGED.get(command, "beta: 0.3\n"), sets=["seed=7"] if command != "estimate" else ["max_length=300"]
@@ -443,7 +446,7 @@ def test_printed_settings_read_back_to_the_same_settings(loads, command: str) ->
     assert to_yaml(again.settings) == to_yaml(first.settings)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "inspect-weights"])
+@pytest.mark.parametrize("command", [name for name in WITH_SETTINGS if name != "inspect-weights"])
 def test_printed_settings_show_where_each_value_comes_from(loads, command: str) -> None:
     loaded = loads(command, sets=["max_length=300"], environ={"TISDPO_MAX_PROMPT_LENGTH": "30"})
     lines = to_yaml(loaded.settings, loaded.origins).splitlines()
@@ -536,7 +539,7 @@ def test_upper_case_settings_of_stages_can_come_from_the_environment(loads, vari
 )
 def test_what_the_pipeline_decides_cannot_be_set_in_a_section(refused, wired: str) -> None:
     stage, key = re.match(r"(\w+): {(\w+)", wired).groups()
-    assert f"{stage}.{key} is decided by run" in refused("run", wired)
+    assert f"{stage}.{key} is set by run" in refused("run", wired)
 
 
 def test_one_stages_output_is_the_next_ones_input(loads) -> None:
@@ -768,8 +771,8 @@ def test_an_empty_section_of_a_pipeline_changes_nothing(loads, text: str) -> Non
 
 def test_a_pipeline_needs_its_data_and_its_place(refused) -> None:
     message = refused("run", flags={})
-    assert "--dataset is needed" in message
-    assert "--output-dir is needed" in message
+    assert "--dataset is required" in message
+    assert "--output-dir is required" in message
 
 
 # ---------------------------------------------------------------- examples
@@ -785,7 +788,7 @@ def test_every_example_config_is_accepted(path: Path) -> None:
     absent = {name: value for name, value in needed(command).items() if not re.search(rf"^{name}:", text, re.M)}
     if command == "run":
         absent.pop("model", None)
-    load(COMMANDS[command], absent, config=path)
+    load(COMMANDS[command].settings, absent, config=path)
 
 
 def test_there_are_examples() -> None:

@@ -1,16 +1,15 @@
-"""What people see while a command works, on stderr: notes, warnings, a live view, or plain lines without a terminal."""
+"""What a command reports on stderr while it works: notes, warnings, and progress as a live bar or as plain lines."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from tisdpo_cli.errors import UserError
@@ -20,7 +19,6 @@ from tisdpo_cli.text import visible
 _PLAIN_EVERY_SECONDS = 5.0
 
 _ERROR_LENGTH = 300
-_WIDE = 120
 
 _FIGURES = (
     ("loss", "loss", "{:.4f}"),
@@ -62,41 +60,66 @@ class TerminalReporter:
     def progress(self, title: str, total: int, done: int, unit: str) -> LiveProgress | PlainProgress:
         """A live bar on a terminal, plain lines elsewhere."""
         if self.console.is_terminal:
-            return LiveProgress(self.console, title, total, done)
-        return PlainProgress(self.console, total, done, unit)
+            return LiveProgress(self.console, title, total, done, unit)
+        return PlainProgress(self.console, title, total, done, unit)
 
     def _line(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True)
 
 
-def figures_text(figures: Mapping[str, float], labels: Collection[str] | None = None) -> str:
-    """`loss 0.6931  margin +0.0000 …` of the metrics that are there, or of some of them."""
-    shown = [(label, form.format(figures[key])) for key, label, form in _FIGURES if key in figures]
-    return "  ".join(f"{label} {value}" for label, value in shown if labels is None or label in labels)
+def figure_texts(figures: Mapping[str, float]) -> list[str]:
+    """`loss 0.6931`, `margin +0.0000`, … for the metrics that are given, the most important first."""
+    return [f"{label} {form.format(figures[key])}" for key, label, form in _FIGURES if key in figures]
+
+
+def _plain_line(title: str, done: int, total: int, unit: str, figures: Mapping[str, float]) -> str:
+    return "  ".join([f"{title} {done}/{total} {unit}", *figure_texts(figures)])
+
+
+class _Figures(TextColumn):
+    """The newest figures, as many as fit on the line: what does not fit is left out, not broken or cut."""
+
+    def __init__(self, console: Console, used: int) -> None:
+        super().__init__("")
+        self._console, self._used = console, used
+
+    def render(self, task: Task) -> Text:
+        """The figures of a task."""
+        room = self._console.width - self._used - len(str(task.description))
+        text = ""
+        for figure in task.fields["figures"]:
+            if len(text) + 2 + len(figure) > room:
+                break
+            text += f"{'  ' if text else ''}{figure}"
+        return Text(text, no_wrap=True)
 
 
 class LiveProgress:
-    """A bar with the newest figures."""
+    """A bar with its title, count, time left and newest figures; when done, one plain line takes its place."""
 
-    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
-        # The count and the time left must stay readable on 80 columns: the bar and the rates give way.
-        wide = console.width >= _WIDE
-        self._labels = None if wide else ("loss", "margin", "acc")
-        columns = (
-            SpinnerColumn(),
-            BarColumn(bar_width=24 if wide else 8),
-            MofNCompleteColumn(),
+    _BAR = 12
+
+    def __init__(self, console: Console, title: str, total: int, done: int, unit: str) -> None:
+        self._console, self._title, self._unit = console, title, unit
+        count = f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"
+        # Title, bar, count and time stay; separators and the widest count are part of what they take.
+        used = self._BAR + 2 * len(str(total)) + 2 + len(unit) + len("0:00:00") + 6
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=self._BAR),
+            TextColumn(count),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
+            _Figures(console, used),
+            console=console,
+            transient=True,
         )
-        self._bar = Bar(*columns, console=console, transient=False)
-        self._task = self._bar.add_task(title, total=total, completed=done, figures="")
+        self._task = self._bar.add_task(title, total=total, completed=done, figures=[])
         self._figures: dict[str, float] = {}
 
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Move the bar and renew the figures; an evaluation stays until the next one."""
+        """Move the bar and update the figures; those of an evaluation stay until the next one."""
         self._figures.update(figures)
-        self._bar.update(self._task, advance=units, figures=figures_text(self._figures, self._labels))
+        self._bar.update(self._task, advance=units, figures=figure_texts(self._figures))
 
     def __enter__(self) -> LiveProgress:
         self._bar.start()
@@ -106,30 +129,33 @@ class LiveProgress:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        task = self._bar.tasks[0]
+        line = _plain_line(self._title, int(task.completed), int(task.total or 0), self._unit, self._figures)
+        self._console.print(Text(line), soft_wrap=True)
 
 
 class PlainProgress:
     """One line every few seconds."""
 
-    def __init__(self, console: Console, total: int, done: int, unit: str) -> None:
-        self._console, self._total, self._done, self._unit = console, total, done, unit
-        self._began, self._at_start, self._last = time.monotonic(), done, 0.0
+    def __init__(self, console: Console, title: str, total: int, done: int, unit: str) -> None:
+        self._console, self._title, self._total, self._done, self._unit = console, title, total, done, unit
+        self._started, self._at_start, self._last = time.monotonic(), done, 0.0
 
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Count, and now and then say."""
+        """Count, and print a line when the last one is old enough."""
         self._done += units
         now = time.monotonic()
         if self._done < self._total and now - self._last < _PLAIN_EVERY_SECONDS:
             return
         self._last = now
-        line = f"{self._unit} {self._done}/{self._total}  {figures_text(figures)}{self._left(now)}"
-        self._console.print(Text(line), soft_wrap=True)
+        line = _plain_line(self._title, self._done, self._total, self._unit, figures)
+        self._console.print(Text(f"{line}{self._left(now)}"), soft_wrap=True)
 
     def _left(self, now: float) -> str:
-        made = self._done - self._at_start
-        if not made or self._done >= self._total:
+        advanced = self._done - self._at_start
+        if not advanced or self._done >= self._total:
             return ""
-        seconds = (now - self._began) / made * (self._total - self._done)
+        seconds = (now - self._started) / advanced * (self._total - self._done)
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     def __enter__(self) -> PlainProgress:
@@ -142,7 +168,7 @@ class PlainProgress:
 
 
 def print_error(fault: UserError) -> None:
-    """The last line on stderr, in at most 300 characters: what gives way is the what, not where it is or the fix."""
+    """Print the last line on stderr, at most 300 characters: the description is cut, not the place or the fix."""
     where, what, fix = (" ".join(visible(part).split()) for part in (fault.where, fault.what, fault.fix))
     where, fix = (f"{where}: " if where else ""), (f"; {fix}" if fix else "")
     room = _ERROR_LENGTH - len("error: ") - len(where) - len(fix)

@@ -1,4 +1,4 @@
-"""How an evaluation looks on a terminal: one column for each policy, and what follows from their comparison."""
+"""Terminal view of an evaluation: one column per policy, then the comparisons between them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -22,79 +23,86 @@ if TYPE_CHECKING:
         WinRate,
     )
 
+# Wider than any content: asks how wide that is.
+_UNLIMITED = 100_000
 
-def render(found: Evaluation) -> str:
-    """The whole view as text for stdout."""
+
+def render(evaluation: Evaluation) -> str:
+    """Render the whole view as text for stdout, as wide as the terminal; without a terminal, as wide as its content."""
     console = Console(highlight=False, markup=False, emoji=False)
+    view = Group(_header(evaluation), _table(evaluation), *_comparisons(evaluation))
+    if not console.file.isatty():
+        options = console.options.update(max_width=_UNLIMITED)
+        console.width = max(console.width, Measurement.get(console, options, view).maximum)
     with console.capture() as captured:
-        console.print(Group(_header(found), _table(found), *_verdicts(found)))
+        console.print(view)
     return captured.get().rstrip("\n")
 
 
-def _header(found: Evaluation) -> Text:
-    told = f"{visible(found.dataset)} · {found.split} · {found.pairs} pairs, {found.prompts} prompts answered"
-    return Text(told, style="bold")
+def _header(evaluation: Evaluation) -> Text:
+    counts = f"{evaluation.pairs} pairs, responses to {evaluation.prompts} prompts"
+    return Text(f"{visible(evaluation.dataset)} · {evaluation.split} · {counts}", style="bold")
 
 
-def _estimated(of: MeanWithError | None, form: str = ".4f") -> str:
-    if of is None:
+def _estimate(mean: MeanWithError | None, form: str = ".4f") -> str:
+    if mean is None:
         return "–"
-    return f"{of.value:{form}}" + (f" ± {of.standard_error:.4f}" if of.standard_error is not None else "")
+    return f"{mean.value:{form}}" + (f" ± {mean.standard_error:.4f}" if mean.standard_error is not None else "")
 
 
-def _interval(of: Interval | None) -> str:
-    return "–" if of is None else f"{of.mean:.3f} ({of.low:.3f} to {of.high:.3f})"
+def _interval(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
-_ON_PAIRS: tuple[tuple[str, Callable[[PairMetrics], str]], ...] = (
-    ("accuracy of the implicit reward", lambda of: f"{of.accuracy:.1%}"),
-    ("pairs with equal rewards", lambda of: f"{of.ties:.1%}"),
-    ("margin", lambda of: _estimated(of.margin, "+.4f")),
-    ("reward of chosen", lambda of: f"{of.reward_chosen:+.4f}"),
-    ("reward of rejected", lambda of: f"{of.reward_rejected:+.4f}"),
-    ("KL per token, chosen (exact)", lambda of: f"{of.kl_chosen:.4f}"),
-    ("KL per token, rejected (exact)", lambda of: f"{of.kl_rejected:.4f}"),
-    ("perplexity, chosen", lambda of: f"{of.perplexity_chosen:.2f}"),
-    ("perplexity, rejected", lambda of: f"{of.perplexity_rejected:.2f}"),
+_PAIR_ROWS: tuple[tuple[str, Callable[[PairMetrics], str]], ...] = (
+    ("implicit reward accuracy", lambda metrics: f"{metrics.accuracy:.1%}"),
+    ("ties (equal rewards)", lambda metrics: f"{metrics.ties:.1%}"),
+    ("implicit reward margin", lambda metrics: _estimate(metrics.margin, "+.4f")),
+    ("implicit reward, chosen", lambda metrics: f"{metrics.reward_chosen:+.4f}"),
+    ("implicit reward, rejected", lambda metrics: f"{metrics.reward_rejected:+.4f}"),
+    ("KL per token, chosen (exact)", lambda metrics: f"{metrics.kl_chosen:.4f}"),
+    ("KL per token, rejected (exact)", lambda metrics: f"{metrics.kl_rejected:.4f}"),
+    ("perplexity, chosen", lambda metrics: f"{metrics.perplexity_chosen:.2f}"),
+    ("perplexity, rejected", lambda metrics: f"{metrics.perplexity_rejected:.2f}"),
 )
-_ON_SAMPLES: tuple[tuple[str, Callable[[SampleMetrics], str]], ...] = (
-    ("KL per token, own samples (estimated)", lambda of: _estimated(of.kl_per_token)),
-    ("KL per response, own samples (estimated)", lambda of: _estimated(of.kl_per_response)),
-    ("tokens of a response", lambda of: f"{of.length:.1f}"),
-    ("ended by the model", lambda of: f"{of.ended:.1%}"),
-    ("repeated 4-grams", lambda of: f"{of.repetition:.1%}"),
-    ("reward (95 % interval)", lambda of: _interval(of.reward)),
+_SAMPLE_ROWS: tuple[tuple[str, Callable[[SampleMetrics], str]], ...] = (
+    ("KL per token, samples (estimated)", lambda metrics: _estimate(metrics.kl_per_token)),
+    ("KL per response, samples (estimated)", lambda metrics: _estimate(metrics.kl_per_response)),
+    ("tokens per response", lambda metrics: f"{metrics.length:.1f}"),
+    ("ended with EOS", lambda metrics: f"{metrics.ended:.1%}"),
+    ("repeated 4-grams", lambda metrics: f"{metrics.repetition:.1%}"),
+    ("reward (95 % interval)", lambda metrics: _interval(metrics.reward)),
 )
 
 
-def _table(found: Evaluation) -> Table:
+def _table(evaluation: Evaluation) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
-    for policy in found.policies:
+    for policy in evaluation.policies:
         table.add_column(f"{policy.role}\n{visible(policy.path)}", justify="right", overflow="fold")
-    for label, pairs_cell in _ON_PAIRS:
-        table.add_row(label, *("–" if p.pairs is None else pairs_cell(p.pairs) for p in found.policies))
-    for label, samples_cell in _ON_SAMPLES:
-        cells = ["–" if p.samples is None else samples_cell(p.samples) for p in found.policies]
+    for label, pair_cell in _PAIR_ROWS:
+        table.add_row(label, *("–" if p.pairs is None else pair_cell(p.pairs) for p in evaluation.policies))
+    for label, sample_cell in _SAMPLE_ROWS:
+        cells = ["–" if p.samples is None else sample_cell(p.samples) for p in evaluation.policies]
         if set(cells) != {"–"}:
             table.add_row(label, *cells)
     return table
 
 
-def _verdicts(found: Evaluation) -> list[RenderableType]:
-    perplexities = ", ".join(f"{side} {value:.2f}" for side, value in found.reference_perplexity.items())
+def _comparisons(evaluation: Evaluation) -> list[RenderableType]:
+    perplexities = ", ".join(f"{side} {value:.2f}" for side, value in evaluation.reference_perplexity.items())
     lines = [f"perplexity of the reference: {perplexities}"]
-    lines += [_won(policy, policy.against_baseline) for policy in found.policies if policy.against_baseline is not None]
-    if found.reward_at_baseline_kl is not None:
-        baseline = next(p.samples for p in found.policies if p.role == "baseline")
+    lines += [_win_rate(p, p.against_baseline) for p in evaluation.policies if p.against_baseline is not None]
+    if evaluation.reward_at_baseline_kl is not None:
+        baseline = next(p.samples for p in evaluation.policies if p.role == "baseline")
         assert baseline is not None
         assert baseline.reward is not None
-        told = f"reward at the KL of the baseline: {found.reward_at_baseline_kl:.3f} against {baseline.reward.mean:.3f}"
-        lines.append(f"{told} (between the two checkpoints around it)")
+        rewards = f"{evaluation.reward_at_baseline_kl:.3f}, baseline {baseline.reward.mean:.3f}"
+        lines.append(f"reward at the KL of the baseline: {rewards} (interpolated between the two closest checkpoints)")
     return [Text(""), *map(Text, lines)]
 
 
-def _won(policy: PolicyMetrics, win_rate: WinRate) -> str:
+def _win_rate(policy: PolicyMetrics, win_rate: WinRate) -> str:
     counts = (
         f"{win_rate.wins} wins, {win_rate.ties} ties, {win_rate.losses} losses; sign test p = {win_rate.p_value:.2g}"
     )

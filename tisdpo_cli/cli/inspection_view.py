@@ -1,15 +1,14 @@
-"""How an inspection looks on a terminal: summary, coloured tokens, the table of a pipeline."""
+"""Terminal view of an inspection: summary, extreme tokens, checks, pairs with coloured tokens. Also as an SVG image."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich._export_format import CONSOLE_SVG_FORMAT
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -17,24 +16,33 @@ from rich.text import Text
 from tisdpo_cli.text import glyphs, visible
 
 if TYPE_CHECKING:
-    from tisdpo_cli.engine.inspection.results import Comparison, Inspection, PairView, Token, TokenSummary
-    from tisdpo_cli.engine.pipeline import PipelineResult
+    from tisdpo_cli.engine.inspection.results import (
+        Check,
+        Comparison,
+        Inspection,
+        PairView,
+        RankDifference,
+        Token,
+        TokenSummary,
+    )
 
 _SPARKS = "▁▂▃▄▅▆▇█"
-# A curve that varies less than this is drawn flat: rounding is no shape.
+# A curve that varies less than this is drawn flat: rounding has no shape.
 _FLAT = 0.005
+# Width in columns from which both responses of a pair fit next to each other.
 _SIDE_BY_SIDE = 100
-# Blue below the neutral point, orange above it; each with the text colour of the better contrast.
+# Blue below the neutral value, orange above it; each with the text colour of the better contrast.
 _BLUE = ("#deebf7", "#9ecae1", "#4292c6", "#08519c")
 _ORANGE = ("#feedde", "#fdbe85", "#f16913", "#a63603")
+_SIGNS = "⟦⟧ end of sequence; ⟨⟩ one character in several tokens; · space; ⏎ newline"
 
 
 def render(inspection: Inspection, limit: int = 1) -> str:
-    """The whole view as text for stdout, in colour where stdout is a terminal that shows it.
+    """Render the whole view as text for stdout, in colour if stdout is a terminal that supports it.
 
     Args:
-        inspection: the facts.
-        limit: pairs to show, of those that it holds.
+        inspection: results to show.
+        limit: maximum number of pairs to show.
     """
     console = Console(highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
@@ -43,17 +51,12 @@ def render(inspection: Inspection, limit: int = 1) -> str:
     return captured.get().rstrip("\n")
 
 
-def _overview(inspection: Inspection) -> Group:
-    parts = [*_header(inspection), _summary(inspection), _extremes(inspection), _checks(inspection)]
-    return Group(*parts, *([_compared(inspection.comparison)] if inspection.comparison is not None else []))
-
-
-def picture(inspection: Inspection, made: PipelineResult | None = None, width: int = 120) -> str:
-    """The same view as an SVG image that stands alone: for a README, a talk, a colleague.
+def picture(inspection: Inspection, stages: RenderableType | None = None, width: int = 120) -> str:
+    """Render the view as a self-contained SVG image.
 
     Args:
-        inspection: the facts.
-        made: the stages of a pipeline, whose table comes first where given.
+        inspection: results to show.
+        stages: table of a pipeline to show above them.
         width: columns of text.
     """
     console = Console(
@@ -67,53 +70,56 @@ def picture(inspection: Inspection, made: PipelineResult | None = None, width: i
         emoji=False,
         no_color=False,
     )
-    if made is not None:
-        console.print(stage_table(made))
+    if stages is not None:
+        console.print(stages)
     console.print(_overview(inspection))
     console.print(pair_view(inspection, coloured=True, width=width))
-    # The template names web fonts; a picture must not ask the network for anything.
-    template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    return console.export_svg(title="tisdpo inspect-weights", code_format=template)
+    return _without_web_fonts(console.export_svg(title="tisdpo inspect-weights"))
+
+
+def _without_web_fonts(svg: str) -> str:
+    """Remove the font downloads that rich puts into the style block; an image must not access the network."""
+    style, end, body = svg.partition("</style>")
+    return re.sub(r"@font-face \{.*?\}", "", style, flags=re.DOTALL) + end + body
 
 
 def _coloured(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def _header(inspection: Inspection) -> list[RenderableType]:
-    models = inspection.provenance.get("models")
+# Overview ------------------------------------------------------------------------------------------------------
+
+
+def _overview(inspection: Inspection) -> Group:
+    parts: list[RenderableType] = [
+        *_header(inspection),
+        _summary(inspection),
+        *_extremes(inspection),
+        "",
+        _checks(inspection.checks),
+        "",
+    ]
+    if inspection.comparison is not None:
+        parts += _comparison(inspection.comparison)
+    return Group(*parts)
+
+
+def _header(inspection: Inspection) -> list[Text]:
+    provenance = inspection.provenance
     lines = [Text(f"{visible(inspection.source)} · {inspection.split} · {inspection.pairs} pairs", style="bold")]
     lines.append(Text(f"weights: {inspection.transform}"))
-    for name, entry in models.items() if isinstance(models, dict) else ():
+    models = provenance.get("models")
+    inputs = {**(models if isinstance(models, dict) else {}), "dataset": provenance.get("dataset")}
+    for name, entry in inputs.items():
         if isinstance(entry, dict):
-            told = f"{name}: {entry.get('path')} ({str(entry.get('sha256'))[:12]})"
-            lines.append(Text(visible(told), style="dim"))
-    dataset, versions = inspection.provenance.get("dataset"), inspection.provenance.get("shown by", {})
-    if isinstance(dataset, dict):
-        told = f"dataset: {dataset.get('path')} ({str(dataset.get('sha256'))[:12]})"
-        lines.append(Text(visible(told), style="dim"))
-    tokenizer = str(inspection.provenance.get("tokenizer in use"))[:12]
-    told = ", ".join(f"{name} {versions.get(name)}" for name in ("tisdpo", "torch", "transformers"))
-    lines.append(Text(f"tokenizer: {tokenizer}; {told}", style="dim"))
-    if inspection.provenance.get("command"):
-        lines.append(Text(visible(f"command: {inspection.provenance['command']}"), style="dim"))
-    return list(lines)
-
-
-_ROWS = (
-    ("tokens", "tokens", "{:d}"),
-    ("of them not scored", "unscored", "{:d}"),
-    ("mean score r", "mean_score", "{:+.4f}"),
-    ("spread of r", "sd_score", "{:.4f}"),
-    ("mean r after the steps", "mean_adjusted", "{:+.4f}"),
-    ("spread of r after the steps", "sd_adjusted", "{:.4f}"),
-    ("mean weight", "mean_weight", "{:.4f}"),
-    ("spread of weights", "sd_weight", "{:.4f}"),
-    ("lowest weight", "min_weight", "{:.4f}"),
-    ("highest weight", "max_weight", "{:.4f}"),
-    ("share clipped", "share_clipped", "{:.1%}"),
-    ("effective sample size", "effective_sample_size", "{:.1%}"),
-)
+            line = f"{name}: {entry.get('path')} ({str(entry.get('sha256'))[:12]})"
+            lines.append(Text(visible(line), style="dim"))
+    tokenizer, versions = str(provenance.get("tokenizer in use"))[:12], provenance.get("shown by", {})
+    packages = ", ".join(f"{name} {versions.get(name)}" for name in ("tisdpo", "torch", "transformers"))
+    lines.append(Text(f"tokenizer: {tokenizer}; {packages}", style="dim"))
+    if provenance.get("command"):
+        lines.append(Text(visible(f"command: {provenance['command']}"), style="dim"))
+    return lines
 
 
 def _summary(inspection: Inspection) -> Table:
@@ -121,20 +127,17 @@ def _summary(inspection: Inspection) -> Table:
     table.add_column("", no_wrap=True)
     for side in inspection.sides:
         table.add_column(side, justify="right")
-    for label, key, form in _ROWS:
-        values = [getattr(side, key) for side in inspection.sides.values()]
-        if None not in values:
-            table.add_row(label, *map(form.format, values))
-    final = inspection.separation is None
-    # Most tokens are near neutral: by square roots the others can be seen beside them.
+    for label, values in inspection.summary_rows():
+        table.add_row(label, *values)
+    # Most tokens are near neutral; square roots keep the others visible.
     counts = ([math.sqrt(count) for count in side] for side in inspection.scores.counts.values())
     edges = inspection.scores.edges
-    name = "weights" if final else "r"
+    name = "weights" if inspection.separation is None else "r"
     table.add_row(f"{name} from {edges[0]:+.2f} to {edges[-1]:+.2f}", *map(_spark, counts))
-    table.add_row("by position", *(_spark(curve) for curve in inspection.curves[inspection.show].values()))
+    table.add_row("mean by position", *map(_spark, inspection.curves[inspection.show].values()))
     if inspection.separation is not None:
-        told = f"{inspection.separation.accuracy:.1%}"
-        table.add_row("Σr separates the pair", told, f"ROC area {inspection.separation.auc:.3f}")
+        accuracy, auc = inspection.separation.accuracy, inspection.separation.auc
+        table.add_row("pairs separated by Σr", f"{accuracy:.1%}", f"ROC area {auc:.3f}")
     return table
 
 
@@ -146,47 +149,82 @@ def _spark(values: Sequence[float]) -> str:
     return "".join(_SPARKS[min(7, int(8 * (value - low) / span))] for value in values)
 
 
-def _extremes(inspection: Inspection) -> Text:
-    text = Text()
-    for label, tokens in (("highest", inspection.highest), ("lowest", inspection.lowest)):
-        text.append(f"{label} {inspection.ranked_by}: ", style="bold").append(_list(tokens)).append("\n")
-    return text
+class _Flow:
+    """A label and items on as many lines as needed, broken between items only."""
+
+    def __init__(self, label: str, items: Sequence[Text]) -> None:
+        self._label, self._items = label, items
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        line, gap = Text().append(f"{self._label}:", style="bold"), " "
+        for item in self._items:
+            if line.cell_len + len(gap) + item.cell_len > options.max_width:
+                yield line
+                line = item.copy()
+            else:
+                line.append(gap).append_text(item)
+            gap = "  "
+        yield line
 
 
-def _list(tokens: Sequence[TokenSummary]) -> str:
-    return "  ".join(f"{glyphs(t.text)} {t.mean:+.2f} (×{t.count})" for t in tokens) or "none frequent enough"
+def _extremes(inspection: Inspection) -> list[_Flow]:
+    return [
+        _Flow(f"{label} {inspection.ranked_by}", _token_items(tokens))
+        for label, tokens in (("highest", inspection.highest), ("lowest", inspection.lowest))
+    ]
 
 
-def _checks(inspection: Inspection) -> Text:
-    text = Text("checks: ", style="bold")
-    for check in inspection.checks:
+def _token_items(tokens: Sequence[TokenSummary]) -> list[Text]:
+    items = [Text(f"{glyphs(token.text)} {token.mean:+.2f} (×{token.count})") for token in tokens]
+    return items or [Text("no frequent tokens")]
+
+
+def _checks(checks: Sequence[Check]) -> _Flow:
+    items = []
+    for check in checks:
         value = "–" if check.value is None else f"{check.value:.3g}"
         bound = f"{'≥' if check.at_least else '≤'} {check.bound:g}"
-        mark, style = ("✓", "default not bold") if check.passed else ("✗", "bold yellow")
-        text.append(f"{mark} {check.name} {value} ({bound})  ", style=style)
-    return text.append("\n")
+        mark, style = ("✓", "") if check.passed else ("✗", "bold yellow")
+        items.append(Text(f"{mark} {check.name} {value} ({bound})", style=style))
+    return _Flow("checks", items)
 
 
-def _compared(two: Comparison) -> Text:
-    text = Text(f"{two.of} of {visible(two.first)}\ncompared with {visible(two.second)}: ", style="bold")
-    text.append(
-        f"agreement in direction {two.agreement:.1%}, rank correlation {two.rank_correlation:.3f} (within a response "
-        f"{two.within:.3f}), {two.tokens} tokens\n",
-        style="default not bold",
+def _comparison(comparison: Comparison) -> list[RenderableType]:
+    names = f"{comparison.of} of {visible(comparison.first)}\ncompared with {visible(comparison.second)}"
+    statistics = (
+        f"agreement in direction {comparison.agreement:.1%}",
+        f"rank correlation {comparison.rank_correlation:.3f}",
+        f"within a response {comparison.within:.3f}",
+        f"{comparison.tokens} tokens",
     )
-    text.append("ranked most differently: ", style="bold")
-    shown = (
-        f"{glyphs(row.text)} {row.first:.2f} → {row.second:.2f} ({row.first_rank:.0%} → {row.second_rank:.0%}, "
-        f"×{row.count})"
-        for row in two.differing
-    )
-    return text.append("  ".join(shown) or "none frequent enough", style="default not bold").append("\n")
+    differing = [Text(_rank_difference(row)) for row in comparison.differing] or [Text("no frequent tokens")]
+    return [
+        Text(names, style="bold"),
+        Text(", ".join(statistics)),
+        _Flow("largest rank differences", differing),
+        "",
+    ]
+
+
+def _rank_difference(row: RankDifference) -> str:
+    ranks = f"{row.first_rank:.0%} → {row.second_rank:.0%}"
+    return f"{glyphs(row.text)} {row.first:.2f} → {row.second:.2f} ({ranks}, ×{row.count})"
+
+
+# Pairs, token by token -----------------------------------------------------------------------------------------
 
 
 def pair_view(
     inspection: Inspection, coloured: bool | None = None, width: int | None = None, limit: int = 1
 ) -> RenderableType:
-    """Pairs, chosen beside rejected, every token coloured by its weight or score."""
+    """Pairs with every token coloured by its weight or score, chosen next to rejected if the width allows it.
+
+    Args:
+        inspection: results with the pairs.
+        coloured: use colours, not numbers; default: whether stderr supports colours.
+        width: in columns; default: that of stderr.
+        limit: maximum number of pairs.
+    """
     console = Console(stderr=True)
     coloured = _coloured(console) if coloured is None else coloured
     width = width or console.width
@@ -195,17 +233,19 @@ def pair_view(
 
 
 def _one_pair(inspection: Inspection, pair: PairView, coloured: bool, width: int) -> RenderableType:
-    panels = []
-    for name, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        room = (width // 2 if width >= _SIDE_BY_SIDE else width) - 4
-        panels.append(Panel(_lines(tokens, inspection, coloured, room), title=name, title_align="left"))
-    prompt = Text(visible(pair.prompt.strip(), keep_lines=True), style="dim")
+    # 4 columns for the border and padding of a panel.
+    room = (width // 2 if width >= _SIDE_BY_SIDE else width) - 4
+    panels = [
+        Panel(_lines(tokens, inspection, coloured, room), title=name, title_align="left")
+        for name, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    ]
     head = Text(f"pair {pair.index} ({visible(pair.where)})", style="bold")
+    prompt = Text(visible(pair.prompt.strip(), keep_lines=True), style="dim")
     return Group(head, prompt, _arrange(panels, width))
 
 
 def _lines(tokens: Sequence[Token], inspection: Inspection, coloured: bool, room: int) -> Text:
-    """Tokens one after the other, broken between tokens: there is no white space left to break at."""
+    """Tokens in lines of at most `room` columns, broken between tokens: glyphs leave no white space to break at."""
     body, used = Text(overflow="fold"), 0
     for before, token in zip([None, *tokens], tokens, strict=False):
         piece = _token(token, inspection, coloured)
@@ -234,14 +274,10 @@ def _arrange(panels: Sequence[Panel], width: int) -> RenderableType:
     return grid
 
 
-def _value(token: Token, inspection: Inspection) -> float | None:
-    return {"weights": token.weight, "scores": token.score, "adjusted": token.adjusted}[inspection.show]
-
-
 def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
     shown = glyphs(token.text) if token.group is None else token.bytes
     shown = f"⟦{shown}⟧" if token.kind == "eos" else shown
-    value = _value(token, inspection)
+    value = token.value(inspection.show)
     if not coloured:
         form = ".2f" if inspection.show == "weights" else "+.2f"
         return Text(shown + ("{–}" if value is None else f"{{{value:{form}}}}"))
@@ -251,7 +287,7 @@ def _token(token: Token, inspection: Inspection, coloured: bool) -> Text:
 
 
 def _style(level: int, clipped: bool) -> str:
-    """Colour by the step on the scale, underline as a second cue for tokens that count more, italics where clipped."""
+    """Colour by the step on the scale; underlined above neutral as a second cue, italic if clipped."""
     extra = " italic" if clipped else ""
     if level == 0:
         return f"default{extra}"
@@ -261,46 +297,12 @@ def _style(level: int, clipped: bool) -> str:
 
 
 def _legend(inspection: Inspection, coloured: bool) -> Text:
-    what = {"weights": "weight", "scores": "score r", "adjusted": "r after the steps"}[inspection.show]
-    signs = "⟦⟧ end of sequence; ⟨⟩ one character in several tokens; · space; ⏎ newline"
+    name = inspection.value_name
     if not coloured:
-        return Text(f"token{{{what}}}, neutral {inspection.scale.neutral:g}; {signs}", style="dim")
+        return Text(f"token{{{name}}}, neutral {inspection.scale.neutral:g}; {_SIGNS}", style="dim")
     low, high = inspection.scale.ends
-    text = Text(f"{what} {low:.2f} ", style="dim")
+    text = Text(f"{name} {low:.2f} ", style="dim")
     for step in range(-4, 5):
         text.append("  ", style=_style(step, False).replace(" underline", ""))
     text.append(f" {high:.2f}", style="dim")
-    return text.append(f"  underlined: above neutral; italic: clipped; {signs}", style="dim")
-
-
-def stage_table(made: PipelineResult) -> Table:
-    """The stages of a pipeline with their main figures, before and after."""
-    table, rows = Table(title_justify="left"), stage_rows(made)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("stage", "output") else "right", no_wrap=name == "stage")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
-
-
-def stage_rows(made: PipelineResult) -> list[dict[str, str]]:
-    """The same as text by column."""
-    rows = []
-    for name, stage in made.stages.items():
-        metrics = stage.record.get("final_metrics", {})
-        seconds = f"{stage.record.get('seconds', 0):.0f} s" if stage.fresh else "was there"
-        figures = {label: _figure(metrics, key, form) for label, key, form in _STAGE_FIGURES}
-        rows.append({"stage": name.replace("_", "-"), "output": visible(stage.path.name), "time": seconds} | figures)
-    return rows
-
-
-_STAGE_FIGURES = (
-    ("loss", "loss", ".4f"),
-    ("held-out loss", "eval/loss", ".4f"),
-    ("held-out accuracy", "eval/rewards/accuracies", ".1%"),
-    ("held-out margin", "eval/rewards/margins", "+.4f"),
-)
-
-
-def _figure(metrics: dict[str, Any], key: str, form: str) -> str:
-    return format(metrics[key], form) if key in metrics else "–"
+    return text.append(f"  underlined: above neutral; italic: clipped; {_SIGNS}", style="dim")

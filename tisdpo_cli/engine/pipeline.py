@@ -1,4 +1,4 @@
-"""run: every stage of the method, one after the other. A finished stage is recognised by what it was made from."""
+"""run: every stage of the method, one after the other; a stage that is finished with these settings is skipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What `run` made: each stage, and the inspection of the scores."""
+    """The result of `run`: each stage, and the inspection of the scores."""
 
     path: Path
     stages: dict[str, StageResult]
@@ -47,15 +47,15 @@ class PipelineResult:
 
 
 def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineResult:
-    """Run the pipeline; finished stages are skipped, an interrupted one goes on.
+    """Run the pipeline; finished stages are skipped, an interrupted one is resumed.
 
     Args:
         settings: of every stage.
-        reporter: tells people what happens.
+        reporter: receives notes and progress.
         command: the command line, for the provenance of the report.
 
     Raises:
-        TisdpoError: what stopped a stage.
+        TisdpoError: raised by a stage.
     """
     stages: dict[str, StageResult] = {}
     todo = settings.stages()

@@ -1,1 +1,1 @@
-"""Every default, type, check and help text of the program, once. Knows nothing of torch, files or the terminal."""
+"""Every default, type, check and help text, once. Reads the registries of the method and nothing else."""

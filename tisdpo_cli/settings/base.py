@@ -1,16 +1,17 @@
-"""What all commands have in common: where their values come from, and the settings that most of them share."""
+"""What all commands share: the sources of their values, and the settings that most of them have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from tisdpo_cli.settings.fields import Group, setting, shapes_result
+from tisdpo_cli.formats import FORMAT_NAMES
+from tisdpo_cli.settings.fields import Group, group_of, setting, shapes_result
 
-MODEL, RUNTIME = "Model", "Runtime"
+PREFERENCE_PAIRS = f"preference pairs: {FORMAT_NAMES} file, directory, or hub id"
 
 
 class Command(BaseSettings):
@@ -30,7 +31,7 @@ class Command(BaseSettings):
     def settings_customise_sources(  # type: ignore[override]
         cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take `value_layers=[{...}, ...]` as the sources, highest priority first; plain keywords go before them."""
+        """Take `value_layers=[{...}, ...]` as the sources, highest priority first, after plain keyword arguments."""
         layers = init_settings.init_kwargs.pop("value_layers", ())
         return (init_settings, *(_Layer(settings_cls, layer) for layer in layers))
 
@@ -45,18 +46,18 @@ class Command(BaseSettings):
                 yield name, info, value
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that shape the result, by dotted name, as they are in force."""
-        made: dict[str, Any] = {}
+        """The settings that shape the result, by dotted name, with the values in force."""
+        values: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(value, Group):
-                made.update({f"{name}.{inner}": set_to for inner, set_to in value.in_force().items()})
+                values.update({f"{name}.{inner}": in_force for inner, in_force in value.in_force().items()})
             elif shapes_result(info):
-                made[name] = value
-        return made
+                values[name] = value
+        return values
 
     def with_values(self, values: Mapping[str, Any]) -> Command:
-        """A copy in which some settings, by dotted name, have other values; nothing is checked again."""
+        """A copy with other values for some settings, by dotted name; values are not validated."""
         updates: dict[str, Any] = {}
         for path, value in values.items():
             first, dot, name = path.partition(".")
@@ -79,44 +80,79 @@ class _Layer(PydanticBaseSettingsSource):
         return self._values
 
 
+def leaf_paths(command: type[Command]) -> dict[str, FieldInfo]:
+    """Every single setting of a command by dotted name (`optim.batch_size`); stages of `run` are left out."""
+    paths: dict[str, FieldInfo] = {}
+    for name, info in command.model_fields.items():
+        group = group_of(info)
+        if group is not None:
+            paths.update({f"{name}.{inner}": field for inner, field in group.model_fields.items()})
+        elif info.json_schema_extra is not None:
+            paths[name] = info
+    return paths
+
+
+# Settings that several commands share -------------------------------------------------------------------------
+
+
+def model_setting(help_text: str, *flags: str, default: Any = ..., panel: str = "Model", repeated: bool = False) -> Any:
+    """The path or hub id of a model. It is compared by content, not by name."""
+    return setting(
+        default, help_text, panel, *flags, shapes_result=False, repeated=repeated, reads="model", metavar="PATH"
+    )
+
+
+def dataset_setting(help_text: str, *flags: str) -> Any:
+    """The path or hub id of a dataset. It is compared by content, not by name."""
+    return setting(..., help_text, "Data", *flags, shapes_result=False, repeated=False, reads="dataset", metavar="PATH")
+
+
 def output_setting() -> Any:
-    """`--output-dir`, the same for every command that makes something."""
-    return setting(..., "directory to make", RUNTIME, "-o", shapes_result=False)
+    """`--output-dir`, the same for every command that creates an output."""
+    return setting(..., "output directory", "Output", "-o", shapes_result=False, repeated=False, metavar="DIR")
 
 
-def path_input(help_text: str, panel: str, *flags: str, default: Any = ...) -> Any:
-    """A path that is read. It is compared by the content that it holds, not by its name."""
-    return setting(default, help_text, panel, *flags, shapes_result=False, metavar="PATH")
-
-
-def seed_setting() -> Any:
-    """`--seed`."""
-    return setting(0, "seed of everything that is drawn", RUNTIME)
-
-
-def overwrite_setting() -> Any:
+def overwrite_setting(help_text: str = "overwrite an output directory created with different settings") -> Any:
     """`--overwrite`."""
-    return setting(False, "remove an output that was made with other settings", RUNTIME, shapes_result=False)
+    return setting(False, help_text, "Output", shapes_result=False, repeated=False)
+
+
+def file_setting(help_text: str, panel: str, metavar: str = "FILE") -> Any:
+    """A file or directory that a command writes beside its result."""
+    return setting(None, help_text, panel, shapes_result=False, repeated=False, metavar=metavar)
+
+
+def seed_setting(help_text: str = "random seed") -> Any:
+    """`--seed`."""
+    return setting(0, help_text, "Run")
 
 
 def remote_code_setting() -> Any:
     """`--trust-remote-code`."""
-    return setting(False, "run code that comes with the model", MODEL)
+    return setting(False, "allow running custom code from the model repository", "Model")
 
 
 def dry_run_setting() -> Any:
     """`--dry-run`, the same for every training."""
     return setting(
-        False, "check everything, show the plan and the first row, train nothing", RUNTIME, shapes_result=False
-    )
+        False, "check everything and show the plan and the first row, without training", "Run",
+        shapes_result=False, repeated=False,
+    )  # fmt: skip
 
 
 def profile_setting() -> Any:
     """`--profile`, the same for every training."""
+    return file_setting("write a profile of some steps: a trace and a table of times", "Run", "DIR")
+
+
+def resume_setting(paths: bool) -> Any:
+    """`--resume`; `paths` where a checkpoint may be named."""
+    if not paths:
+        return setting("auto", "resume an interrupted run", "Output", shapes_result=False, repeated=False)
     return setting(
-        None,
-        "write a trace of some updates, and a table of where their time goes",
-        RUNTIME,
-        shapes_result=False,
-        metavar="DIR",
-    )
+        "auto", "resume from a checkpoint: auto (latest), never, or a path", "Output",
+        shapes_result=False, repeated=False, metavar="auto|never|PATH",
+    )  # fmt: skip
+
+
+Resume = Literal["auto", "never"]

@@ -1,28 +1,47 @@
-"""What a setting is made of: its type with its checks, its help panel, its flags, and whether it shapes the result."""
+"""A setting: its type with its checks, its help, its flags, and what the program does with it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+# The groups of options in help, in the order a user thinks: what, how, how much, where to.
+PANELS = (
+    "Model",
+    "Data",
+    "Stages",
+    "Method",
+    "Steps before the transform",
+    "Token weights",
+    "Optimization",
+    "Memory",
+    "Evaluation",
+    "Samples",
+    "Rewards",
+    "View",
+    "Checks",
+    "Output",
+    "Run",
+)
 
 
 def _not_a_boolean(value: Any) -> Any:
     # Python counts True as 1; a batch size of `true` is a typo.
     if isinstance(value, bool):
-        raise ValueError("a number is needed, not a boolean")
+        raise ValueError("must be a number, not a boolean")
     return value
 
 
 _Number = BeforeValidator(_not_a_boolean)
-PositiveInt = Annotated[int, _Number, Field(gt=0)]
-NonNegativeInt = Annotated[int, _Number, Field(ge=0)]
-PositiveFloat = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, _Number, Field(ge=0, lt=2**63)]
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _Number]
 PathText = Annotated[str, Field(min_length=1)]
-FiniteFloat = Annotated[float, _Number, Field(allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False), _Number]
 
 
 def setting(
@@ -31,20 +50,31 @@ def setting(
     panel: str,
     *flags: str,
     shapes_result: bool = True,
+    repeated: bool = True,
+    reads: Literal["model", "dataset"] | None = None,
     metavar: str | None = None,
 ) -> Any:
     """A field with its help.
 
     Args:
-        default: the value where nobody says anything; `...` makes it required.
-        help_text: one line for `--help`.
-        panel: the group of options it is shown under.
+        default: the default value; `...` makes the setting required.
+        help_text: one line for `--help`, without the default.
+        panel: one of `PANELS`.
         flags: further spellings beside `--the-field-name`.
-        shapes_result: whether another value may give another output; only those are compared when an output
+        shapes_result: whether another value may give another output; only these settings are compared when an output
             directory is used again.
-        metavar: what stands for the value in the help.
+        repeated: whether the suggested next command repeats the setting.
+        reads: what the path names, so that it can be checked before anything heavy is imported.
+        metavar: the placeholder for the value in help.
     """
-    extra: dict[str, Any] = {"panel": panel, "flags": list(flags), "shapes_result": shapes_result, "metavar": metavar}
+    extra: dict[str, Any] = {
+        "panel": panel,
+        "flags": list(flags),
+        "shapes_result": shapes_result,
+        "repeated": repeated,
+        "reads": reads,
+        "metavar": metavar,
+    }
     return Field(default, description=help_text, json_schema_extra=extra)
 
 
@@ -65,9 +95,9 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
 
     def in_force(self) -> dict[str, Any]:
-        """What of the group shapes the result, by name, such that the same computation is always told the same.
+        """The settings of the group that shape the result, by name, the same for every way to give them.
 
-        A group in which a setting may be left out, and its default given, resolves it here.
+        A group whose settings may be left out in favor of a default elsewhere resolves them here.
         """
         return {name: getattr(self, name) for name, info in type(self).model_fields.items() if shapes_result(info)}
 

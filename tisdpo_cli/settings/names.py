@@ -1,53 +1,52 @@
-"""Names of settings: bare or dotted, in any command, and what was probably meant by a name that is none."""
+"""Names of settings: bare or dotted, in any command; suggestions for unknown names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-from tisdpo_cli.settings.base import Command
-from tisdpo_cli.settings.commands import leaf_paths
+from tisdpo_cli.settings.base import Command, leaf_paths
 from tisdpo_cli.settings.fields import meta
 from tisdpo_cli.settings.run import STAGES, Run
 
-# Options of other trainers that have no like here, and what says it here, or why nothing does.
-_ELSEWHERE = {
-    "bf16": "--dtype bf16 says that",
-    "fp16": "--dtype bf16 is the low precision there is",
-    "tf32": "--dtype says what is computed in",
-    "torch-dtype": "--dtype says what is computed in",
-    "loss-type": "--loss says that; what others call sigmoid is dpo",
-    "warmup-ratio": "--warmup-steps says that, in updates",
-    "logging-steps": "metrics.jsonl in the output has every update",
-    "report-to": "nothing is sent anywhere; metrics.jsonl in the output has every update",
-    "run-name": "nothing is sent anywhere; metrics.jsonl in the output has every update",
-    "push-to-hub": "nothing is uploaded; hf upload does that",
-    "hub-model-id": "nothing is uploaded; hf upload does that",
-    "save-strategy": "--save-every says that, in updates",
-    "eval-strategy": "--eval-every says that, in updates",
-    "evaluation-strategy": "--eval-every says that, in updates",
-    "resume-from-checkpoint": "--resume says that",
-    "precompute-ref-log-probs": "the reference is always read once; see --no-ref-cache",
-    "padding-free": "rows are packed anyway; see --layout",
-    "use-liger-kernel": "the head never holds all logits",
-    "attn-implementation": "--layout says how rows are read",
-    "torch-compile": "there is no compilation",
+# Options of other trainers without an equivalent of the same form, and what to do instead.
+_FOREIGN_OPTIONS = {
+    "bf16": "use --dtype bf16",
+    "fp16": "fp16 is not supported; use --dtype bf16",
+    "tf32": "use --dtype",
+    "torch-dtype": "use --dtype",
+    "loss-type": "use --loss; sigmoid is called dpo",
+    "warmup-ratio": "use --warmup-steps, a number of steps",
+    "logging-steps": "every step is in metrics.jsonl in the output directory",
+    "report-to": "there are no trackers; every step is in metrics.jsonl in the output directory",
+    "run-name": "there are no trackers; every step is in metrics.jsonl in the output directory",
+    "push-to-hub": "use hf upload",
+    "hub-model-id": "use hf upload",
+    "save-strategy": "use --save-every, a number of steps",
+    "eval-strategy": "use --eval-every, a number of steps",
+    "evaluation-strategy": "use --eval-every, a number of steps",
+    "resume-from-checkpoint": "use --resume",
+    "precompute-ref-log-probs": "reference log-probs are always precomputed; see --no-ref-cache",
+    "padding-free": "rows are packed by default; see --layout",
+    "use-liger-kernel": "the head is chunked by default",
+    "attn-implementation": "use --layout",
+    "torch-compile": "torch.compile is not supported",
     "disable-dropout": "dropout is always off",
-    "use-peft": "there are no adapters yet",
-    "lora-r": "there are no adapters yet",
-    "lora-alpha": "there are no adapters yet",
-    "lora-target-modules": "there are no adapters yet",
-    "load-in-4bit": "there are no adapters yet",
-    "fsdp": "there is no sharded training yet",
-    "deepspeed": "there is no sharded training yet",
+    "use-peft": "adapters are not supported yet",
+    "lora-r": "adapters are not supported yet",
+    "lora-alpha": "adapters are not supported yet",
+    "lora-target-modules": "adapters are not supported yet",
+    "load-in-4bit": "adapters are not supported yet",
+    "fsdp": "sharded training is not supported yet",
+    "deepspeed": "sharded training is not supported yet",
 }
 
-# Settings of stages that `run` decides, so that they cannot stand at its top.
+# Settings of stages that `run` sets itself, so that they are not accepted at its top level.
 _NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run")
 
 
 def resolve(command: type[Command], name: str) -> str | None:
-    """The dotted name of a setting given by its dotted or its bare name; None where the command has no such."""
+    """The dotted name of a setting given by its dotted or bare name; None if the command has no such setting."""
     paths = leaf_paths(command)
     if name in paths:
         return name
@@ -56,13 +55,13 @@ def resolve(command: type[Command], name: str) -> str | None:
 
 
 def second_names(command: type[Command]) -> dict[str, str]:
-    """Other spellings of settings (`lr`, `per_device_train_batch_size`) to their dotted names."""
+    """Other spellings of settings (`lr`, `per_device_train_batch_size`), to their dotted names."""
     flags = {path: meta(info).get("flags", ()) for path, info in leaf_paths(command).items()}
     return {flag[2:].replace("-", "_"): path for path, some in flags.items() for flag in some if flag.startswith("--")}
 
 
 def locate(command: type[Command], name: str) -> str | None:
-    """Like `resolve`; in `run`, also the settings of stages, and at the top those that any stage has."""
+    """Like `resolve`; in `run` also the settings of stages, and at the top level those that any stage has."""
     path = resolve(command, name)
     if path is not None or not issubclass(command, Run):
         return path
@@ -75,13 +74,13 @@ def locate(command: type[Command], name: str) -> str | None:
 
 
 def case(command: type[Command], lowered: str) -> str | None:
-    """The name of a setting whatever its case: variables are upper case, and L and U are names."""
+    """The name of a setting regardless of case: variables are upper case, and L and U are names."""
     spelled = {name.lower(): name for name in names(command)}.get(lowered)
     return None if spelled is None else locate(command, spelled)
 
 
 def names(command: type[Command]) -> set[str]:
-    """Every name by which a setting of a command can be given."""
+    """Every accepted name of a setting of a command."""
     known = (
         set(leaf_paths(command))
         | set(second_names(command))
@@ -95,11 +94,11 @@ def names(command: type[Command]) -> set[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`, did you mean …?` with the nearest known name, or nothing."""
+    """`, did you mean …?` with the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def foreign_option_hint(option: str) -> str | None:
-    """What to use in the place of an option of another trainer, given as it was typed; None where it is none."""
-    return _ELSEWHERE.get(option.lstrip("-").partition("=")[0].replace("_", "-"))
+    """What to use instead of an option of another trainer, given as typed; None if it is unknown."""
+    return _FOREIGN_OPTIONS.get(option.lstrip("-").partition("=")[0].replace("_", "-"))

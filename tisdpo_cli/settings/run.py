@@ -6,7 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from tisdpo_cli.settings.base import MODEL, RUNTIME, Command, output_setting, path_input
+from tisdpo_cli.settings.base import (
+    PREFERENCE_PAIRS,
+    Command,
+    dataset_setting,
+    model_setting,
+    output_setting,
+    overwrite_setting,
+    seed_setting,
+)
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
 from tisdpo_cli.settings.groups import Dtype
@@ -16,32 +24,30 @@ from tisdpo_cli.settings.train_sft import TrainSft
 
 
 class Stages(Command):
-    """The settings of `run` that are no stage's own."""
+    """The settings of `run` that belong to no stage."""
 
-    model: PathText | None = path_input("starting model (without a train_sft section)", MODEL, "-m", default=None)
-    dataset: PathText = path_input(
-        "preference pairs: file (JSONL, JSON, CSV, Parquet), directory or hub id", "Data", "-d"
+    command: ClassVar[str] = "run"
+
+    model: PathText | None = model_setting(
+        "starting model (default: a new one, from the train_sft section)", "-m", "--model-name-or-path", default=None
     )
-    output_dir: PathText = output_setting()
+    dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
     method: Literal["dpo", "sft", "prompt"] = setting(
         "dpo",
         "contrastive models: forward and reverse DPO, SFT on chosen and on rejected, or one model with two prompts",
         "Stages",
         shapes_result=False,
     )
-    overwrite: bool = setting(
-        False, "make stages again whose settings or inputs have changed", RUNTIME, shapes_result=False
-    )
+    output_dir: PathText = output_setting()
+    overwrite: bool = overwrite_setting("rerun stages whose settings or inputs have changed")
 
 
 class Run(Stages):
-    """The whole pipeline from one file: finished stages are skipped, an interrupted one goes on."""
+    """Run the whole pipeline from one file: finished stages are skipped, an interrupted one is resumed."""
 
-    command: ClassVar[str] = "run"
-
-    max_steps: PositiveInt | None = setting(None, "updates of every training", "Stages")
-    seed: Seed = setting(0, "seed of every stage", "Stages")
+    max_steps: PositiveInt | None = setting(None, "number of optimizer steps of every training", "Stages")
     dtype: Dtype = setting("auto", "precision of every stage", "Stages")
+    seed: Seed = seed_setting("random seed of every stage")
     train_sft: TrainSft | None = None
     train_dpo: TrainDpo | None = None
     train_reverse: TrainReverse | None = None
@@ -52,13 +58,13 @@ class Run(Stages):
     inspect_weights: InspectWeights
 
     @model_validator(mode="after")
-    def _makes_scores(self) -> Run:
+    def _has_scores(self) -> Run:
         if self.train.weights.weights_are == "final":
-            raise ValueError("final weights need no contrastive models: train with them by `tisdpo train` alone")
+            raise ValueError("final weights need no contrastive models; train with them using `tisdpo train`")
         return self
 
     def stages(self) -> dict[str, Command]:
-        """The stages that make something, in order."""
+        """The stages that create an output, in order."""
         every = {name: getattr(self, name) for name in STAGES if name != "inspect_weights"}
         return {name: settings for name, settings in every.items() if settings is not None}
 

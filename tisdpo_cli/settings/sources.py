@@ -1,7 +1,7 @@
-"""Where values come from: flags, `--set`, the environment, a file. Each source becomes a layer of dotted names.
+"""Sources of values: flags, `--set`, the environment, a file. Each source becomes a layer of dotted names.
 
-Every setting has one name, that of its flag with underscores; groups are for reading. `beta`, `method.beta` and
-`method: {beta: …}` are the same setting, in every source.
+Every setting has one name, that of its flag with underscores. `beta`, `method.beta` and `method: {beta: …}` are the
+same setting in every source.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from tisdpo_cli.errors import UsageError
-from tisdpo_cli.settings.base import Command
-from tisdpo_cli.settings.commands import COMMANDS, leaf_paths
+from tisdpo_cli.settings.base import Command, leaf_paths
+from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.fields import group_of
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.run import STAGES, Run, Stages
@@ -27,7 +27,7 @@ ENV_PREFIX = "TISDPO_"
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings, the source of every value that is not a default, and what to tell about them."""
+    """Settings, the source of every value that is not a default, and notices for the user."""
 
     settings: Command
     origins: dict[str, str]
@@ -45,7 +45,7 @@ def load(
     """Resolve the settings of a command: flags over `--set` over environment over file over defaults.
 
     Raises:
-        UsageFault: an unknown key, a value out of range, an unreadable file; all faults are told at once.
+        UsageError: an unknown key, a value out of range, an unreadable file; all problems are reported at once.
     """
     faults: list[str] = []
     layers = [
@@ -80,7 +80,7 @@ def _origins(layers: Sequence[Layer]) -> dict[str, str]:
 
 
 def _load_run(layers: Sequence[Layer]) -> Loaded:
-    """Build `Run` with the settings of each stage: its own section first, then what stands at the top."""
+    """Build `Run` with the settings of each stage: its own section first, then the top level."""
     own = leaf_paths(Run)
     tops = [Layer(layer.origin, {k: v for k, v in layer.values.items() if k in own}) for layer in layers]
     head = _build(
@@ -108,7 +108,7 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     except ValidationError as fault:
         _stop_at(_sentences(Run, fault))
     unused = [stage for stage in STAGES if stage in sections and stage not in stages_planned]
-    notice = f"method {head.settings.method} has no stage {' and '.join(unused)}; what is set there is not used"
+    notice = f"ignoring the settings of {' and '.join(unused)}: method {head.settings.method} has no such stage"
     return Loaded(settings, origins, (notice,) if unused else ())
 
 
@@ -116,13 +116,13 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
 
 
 def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
-    """Dotted names of nested values; unknown and repeated names are added to the faults."""
+    """Nested values by dotted name; unknown and repeated names are added to the faults."""
     flat: dict[str, Any] = {}
     seen: set[str] = set()
     for name, value in _walk(command, values, ""):
         path = locate(command, name)
         if name in STAGES:
-            faults.append(f"{where}{name} is a section of settings, not a value")
+            faults.append(f"{where}{name} is a section, not a value")
         elif path is None:
             faults.append(f"{where}unknown setting {name!r}{did_you_mean(name, names(command))}")
         elif (key := _once(command, path)) in seen:
@@ -134,7 +134,7 @@ def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faul
 
 
 def _once(command: type[Command], path: str) -> str:
-    """What may stand only once: at the top of `run` a setting of many stages has its bare name."""
+    """The name under which a setting may be given once: the bare name for shared settings of `run`."""
     shared = issubclass(command, Run) and path.partition(".")[0] not in STAGES
     return path.rpartition(".")[2] if shared else path
 
@@ -147,7 +147,7 @@ def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Ite
         elif value not in (None, {}) or not _is_section(command, name):
             yield name, value
         elif name in STAGES:
-            # An empty section still says that the stage is wanted.
+            # An empty section still enables the stage.
             yield f"{name}.", None
 
 
@@ -174,9 +174,13 @@ def _from_environment(command: type[Command], environ: Mapping[str, str], faults
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
-        known = [case(c, name) for c in COMMANDS.values()]
+        known = [case(spec.settings, name) for spec in COMMANDS.values()]
         if not any(known):
-            variables = {f"{ENV_PREFIX}{n.upper().replace('.', '__')}" for c in COMMANDS.values() for n in names(c)}
+            variables = {
+                f"{ENV_PREFIX}{n.upper().replace('.', '__')}"
+                for spec in COMMANDS.values()
+                for n in names(spec.settings)
+            }
             faults.append(f"unknown environment variable {variable}{did_you_mean(variable, variables)}")
         mine = case(command, name)
         if mine is not None:
@@ -189,17 +193,17 @@ def _scalar(text: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a fault."""
+    """YAML that refuses duplicate keys."""
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    # Before merged keys (<<) are put in: those may be overridden.
+    # Before merged keys (<<) are inserted, which may be overridden.
     seen: set[str] = set()
     for key_node, _ in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key_node.start_mark)
         if key_node.value in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r} stands twice", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {key_node.value!r}", problem_mark=key_node.start_mark)
         seen.add(key_node.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -212,7 +216,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file.
 
     Raises:
-        UsageFault: no such file, not YAML, a key given twice, or not a mapping.
+        UsageError: no such file, not YAML, a key given twice, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -226,19 +230,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UsageError(getattr(fault, "problem", None) or "not YAML", where=f"{path}{line}") from fault
     except (ValueError, RecursionError) as fault:
-        raise UsageError("a value that cannot be read, or nested too deeply", where=str(path)) from fault
+        raise UsageError("invalid value, or nested too deeply", where=str(path)) from fault
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UsageError("a config is a mapping of settings to values", where=str(path))
+        raise UsageError("must be a mapping of settings to values", where=str(path))
     return values
 
 
-# Telling what is wrong --------------------------------------------------------------------------------------
+# Error messages --------------------------------------------------------------------------------------
 
 
 def _sentences(command: type[Command], fault: ValidationError) -> list[str]:
-    """One sentence per fault, naming the setting and its flag. Values are not repeated: they may be private."""
+    """One sentence per fault, with the setting and its flag. Values are left out: they may be secret."""
     sentences = []
     for error in fault.errors(include_url=False, include_input=False, include_context=False):
         path = ".".join(str(part) for part in error["loc"])
@@ -246,7 +250,7 @@ def _sentences(command: type[Command], fault: ValidationError) -> list[str]:
         if message[1:2].islower():
             message = message[0].lower() + message[1:]
         if error["type"] == "missing":
-            sentences.append(f"--{path.replace('_', '-')} is needed")
+            sentences.append(f"--{path.replace('_', '-')} is required")
         elif path in leaf_paths(command):
             sentences.append(f"--{path.rpartition('.')[2].replace('_', '-')} ({path}): {message}")
         else:
@@ -259,7 +263,7 @@ def _stop_at(faults: Sequence[str]) -> None:
         return
     if len(faults) == 1:
         raise UsageError(faults[0])
-    raise UsageError(f"{len(faults)} settings cannot be used: " + "; ".join(faults), details=tuple(faults))
+    raise UsageError(f"{len(faults)} invalid settings: " + "; ".join(faults), details=tuple(faults))
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,11 +277,11 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-# Writing settings down --------------------------------------------------------------------------------------
+# Writing YAML --------------------------------------------------------------------------------------
 
 
 def to_yaml(settings: Command, origins: Mapping[str, str] | None = None) -> str:
-    """Settings as YAML that `--config` reads back, with the origin of each value as a comment where given."""
+    """Settings as YAML that `--config` accepts, with the origin of each value as a comment if given."""
     lines: list[str] = []
     _write(lines, settings, "", 0, origins)
     return "\n".join(lines) + "\n"

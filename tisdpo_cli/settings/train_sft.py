@@ -6,53 +6,50 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from tisdpo_cli.formats import FORMAT_NAMES
 from tisdpo_cli.settings.base import (
-    MODEL,
     Command,
+    dataset_setting,
     dry_run_setting,
+    model_setting,
     output_setting,
     overwrite_setting,
-    path_input,
     profile_setting,
     remote_code_setting,
     seed_setting,
 )
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import (
-    Checkpoints,
-    Evaluation,
-    Memory,
-    SftData,
-    SftOptim,
-)
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData, SftOptim
 
 
 class TrainSft(Command):
-    """Train a starting model by supervised fine-tuning, or make one from the data with --init."""
+    """Fine-tune a starting model on responses (SFT), or create a small one from the dataset with --init."""
 
     command: ClassVar[str] = "train-sft"
 
-    model: PathText | None = path_input("model to train: directory or hub id (or --init)", MODEL, "-m", default=None)
-    init: bool = setting(False, "make a small tokenizer and model from the dataset itself", MODEL)
-    vocab_size: PositiveInt = setting(2048, "tokens of the new tokenizer, with --init", MODEL)
-    hidden_size: PositiveInt = setting(192, "width of the new model, with --init", MODEL)
-    layers: PositiveInt = setting(4, "depth of the new model, with --init", MODEL)
-    heads: PositiveInt = setting(6, "attention heads of the new model, with --init", MODEL)
-    trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = path_input(
-        "pairs, or instruction rows: file (JSONL, JSON, CSV, Parquet) or directory", "Data", "-d", "--dataset-name"
+    model: PathText | None = model_setting(
+        "model to train: directory or hub id (or --init)", "-m", "--model-name-or-path", default=None
     )
-    target: Literal["chosen", "rejected", "both"] = setting("chosen", "which responses of pairs to learn", "Data")
-    train_on_prompt: bool = setting(False, "learn the prompt tokens too", "Data")
-    output_dir: PathText = output_setting()
-    seed: Seed = seed_setting()
+    init: bool = setting(False, "create a small tokenizer and model from the dataset", "Model")
+    vocab_size: PositiveInt = setting(2048, "vocabulary size of the new tokenizer, with --init", "Model")
+    hidden_size: PositiveInt = setting(192, "hidden size of the new model, with --init", "Model")
+    layers: PositiveInt = setting(4, "number of layers of the new model, with --init", "Model")
+    heads: PositiveInt = setting(6, "number of attention heads of the new model, with --init", "Model")
+    trust_remote_code: bool = remote_code_setting()
+    dataset: PathText = dataset_setting(
+        f"preference pairs or instruction rows: {FORMAT_NAMES} file, directory, or hub id", "-d", "--dataset-name"
+    )
+    target: Literal["chosen", "rejected", "both"] = setting("chosen", "responses of pairs to train on", "Data")
+    train_on_prompt: bool = setting(False, "train on the prompt tokens too", "Data")
     data: SftData = SftData()
     optim: SftOptim = SftOptim()
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
-    checkpoints: Checkpoints = Checkpoints()
-    profile: PathText | None = profile_setting()
+    output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
+    checkpoints: Checkpoints = Checkpoints()
+    seed: Seed = seed_setting()
+    profile: PathText | None = profile_setting()
     dry_run: bool = dry_run_setting()
 
     @classmethod
@@ -75,6 +72,6 @@ class TrainSft(Command):
         return self
 
     def learning_rate(self) -> float:
-        """The learning rate in force: 2e-5, or 3e-3 for a new model, unless one is given."""
+        """The learning rate in force: the given one, or 2e-5, or 3e-3 for a new model."""
         given = self.optim.learning_rate
         return given if given is not None else (3e-3 if self.init else 2e-5)

@@ -1,4 +1,4 @@
-"""What `run` decides for its stages: which output is whose input, and which values of a layer belong to a stage."""
+"""How `run` wires its stages: which output is whose input, and which values of a layer belong to a stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tisdpo_cli.settings.train_sft import TrainSft
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one source by dotted name, and what to call the source."""
+    """Values of one source by dotted name, and the name of the source."""
 
     origin: str
     values: dict[str, Any]
@@ -29,7 +29,7 @@ _DIRECTORIES = {
     "estimate": "scored",
     "train": "tisdpo",
 }
-# The stages that make the contrastive models (positive, negative), for each method.
+# The stages that train the contrastive models (positive, negative), for each method.
 _CONTRAST: dict[str, tuple[str, ...]] = {
     "dpo": ("train_dpo", "train_reverse"),
     "sft": ("sft_chosen", "sft_rejected"),
@@ -44,13 +44,13 @@ def planned(method: str, with_sft: bool) -> list[str]:
 
 
 def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
-    """What the pipeline itself decides in each stage: which output is whose input."""
+    """The values that the pipeline sets in each stage: which output is whose input."""
     at = {stage: str(Path(head.output_dir) / name) for stage, name in _DIRECTORIES.items()}
     start = at["train_sft"] if with_sft else head.model
     common = {"dataset": head.dataset, "overwrite": head.overwrite}
     # A dry run of one stage would leave the next without its input.
     trained = {**common, "dry_run": False, "model": start}
-    # A contrastive model starts from what is there: what shapes a new one at the top is not meant for it.
+    # A contrastive model starts from an existing one: settings for the shape of a new one do not apply.
     tuned = {**trained, "init": False, **TrainSft.new_model_shape()}
     positive, negative = [at[stage] for stage in _CONTRAST[head.method]] or (None, None)
     return {
@@ -72,7 +72,7 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
 
 
 def stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: list[str]) -> Layer:
-    """What a layer says of a stage. Its own section wins over the top of the same layer."""
+    """The values of a layer for a stage. The section of the stage wins over the top level of the same layer."""
     command = STAGES[stage]
     values: dict[str, Any] = {}
     for name, value in layer.values.items():
@@ -86,14 +86,14 @@ def stage_layer(stage: str, layer: Layer, wired: Mapping[str, Any], faults: list
         if first != stage or not rest:
             continue
         if rest in wired and str(value).lower() != str(wired[rest]).lower():
-            faults.append(f"{stage}.{rest} is decided by run; leave it out, or run the stage by itself")
+            faults.append(f"{stage}.{rest} is set by run; leave it out, or run the stage on its own")
         elif rest not in wired:
             values[rest] = value
     return Layer(layer.origin, values)
 
 
 def _shared_with_training(stage: str, layer: Layer) -> dict[str, Any]:
-    """The report shows the weights that `train` used: what its section says of them holds there too."""
+    """The report shows the weights that `train` used, so its section applies to them too."""
     if stage != "inspect_weights":
         return {}
     inner = {name.partition(".")[2]: value for name, value in layer.values.items() if name.startswith("train.")}

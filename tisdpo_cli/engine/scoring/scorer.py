@@ -111,7 +111,7 @@ class PartScorer:
         groups = [[path] for path in paths] if self.config.sequential else [paths]
         total = sum(len(batch) for _, part in mine for batch in part.batches)
         tokens = 0
-        with StopRequest() as stop, runtime.reporter.progress("scoring both sides", total, 0, "scoring") as progress:
+        with StopRequest() as stop, runtime.reporter.progress("scoring", total, 0, "rows") as progress:
             models: dict[Path, TokenScorer] = {}
             for group in groups:
                 work = [item for item in mine if item[0].path in group]

@@ -125,7 +125,7 @@ def microbatching(
         default_batch: the batch size if no option determines it.
 
     Raises:
-        UsageFault: all are given and do not multiply to the batch size.
+        UsageError: all are given and do not multiply to the batch size.
     """
     if micro is not None and accumulation is not None:
         product = micro * accumulation * world

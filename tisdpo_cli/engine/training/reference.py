@@ -69,8 +69,7 @@ class ReferencePass:
         parts = [list(range(i, min(i + _PAIRS_PER_PART, len(pairs)))) for i in range(0, len(pairs), _PAIRS_PER_PART)]
         mine: list[tuple[int, Tensor]] = []
         computed = 0
-        title = f"reference log-probs of {len(pairs)} pairs"
-        with runtime.reporter.progress(title, len(pairs), 0, "reference") as progress:
+        with runtime.reporter.progress("reference log-probs", len(pairs), 0, "pairs") as progress:
             for number in range(runtime.rank, len(parts), runtime.world):
                 part = [pairs[i] for i in parts[number]]
                 key = key_of({**self.depends_on, "rows": [[p.prompt, p.chosen.ids, p.rejected.ids] for p in part]})

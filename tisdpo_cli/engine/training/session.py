@@ -87,14 +87,14 @@ def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int],
     passes = len(config.microbatching.split(plan.batch(0), costs, runtime.world)[0])
     processes = f" on each of {runtime.world} processes" if runtime.world > 1 else ""
     runtime.reporter.note(
-        f"{plan.updates} updates of {min(size, plan.examples)} {unit} "
+        f"{plan.updates} step{'s' if plan.updates != 1 else ''} of {min(size, plan.examples)} {unit} "
         f"({passes} forward pass{'es' if passes != 1 else ''} each{processes}), "
         f"{plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {unit}"
     )
     warmup = config.schedule.warmup_steps
     if warmup >= plan.updates:
         runtime.reporter.warn(
-            f"the run ({plan.updates} updates) is not longer than its warm-up ({warmup}): the learning rate only "
+            f"the run ({plan.updates} steps) is not longer than its warm-up ({warmup} steps): the learning rate only "
             f"reaches {plan.updates / (warmup + 1):.0%}; lower --warmup-steps"
         )
     return plan

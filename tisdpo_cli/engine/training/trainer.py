@@ -148,9 +148,8 @@ class Trainer:
         resumed = self._resume(checkpoints)
         file = MetricsFile(metrics_file, self.step if resumed else None) if runtime.main else None
         record: dict[str, Any] = {}
-        title = f"{self.plan.updates} updates"
         with (
-            runtime.reporter.progress(title, self.plan.updates, self.step, "update") as progress,
+            runtime.reporter.progress("training", self.plan.updates, self.step, "steps") as progress,
             profiled(profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
         ):
             if not resumed:
@@ -274,7 +273,7 @@ class Trainer:
         sums = self._sums(evaluation.task, examples, Microbatching(micro=evaluation.batch_size))
         if not torch.isfinite(sums[0]):
             raise TrainingError(
-                f"the evaluation after update {self.step} is not finite",
+                f"the evaluation after step {self.step} is not finite",
                 fix="lower --learning-rate or use --dtype float32; earlier checkpoints are kept",
             )
         return {f"eval/{name}": value for name, value in self._averages(evaluation.task, sums, examples).items()}
@@ -289,7 +288,7 @@ class Trainer:
         if signalled:
             raise Interrupted(
                 signalled,
-                f"interrupted after update {self.step} of {self.plan.updates}; checkpoint saved",
+                f"interrupted after step {self.step} of {self.plan.updates}; checkpoint saved",
                 fix="rerun the same command to resume",
             )
 
@@ -297,7 +296,7 @@ class Trainer:
         """Refuse weights that overflowed in an optimizer step with finite gradients; they are never saved."""
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             raise TrainingError(
-                f"the weights are not finite after update {self.step}",
+                f"the weights are not finite after step {self.step}",
                 fix="lower --learning-rate; earlier checkpoints are kept",
             )
 
@@ -312,15 +311,13 @@ class Trainer:
         if checkpoint is None:
             return False
         if checkpoint.step > self.plan.updates:
-            raise UsageError(
-                f"this checkpoint is beyond the {self.plan.updates} updates of this run", where=str(checkpoint.path)
-            )
+            raise UsageError(f"beyond the {self.plan.updates} steps of this run", where=str(checkpoint.path))
         weights = checkpoint.tensors("model")
         for name, tensor in _weights(self.model).items():
             tensor.data.copy_(weights[name])
         _restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
         self.step = checkpoint.step
-        self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} updates done")
+        self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} steps done")
         return True
 
     def _find(self, checkpoints: CheckpointConfig) -> Checkpoint | None:

@@ -1,4 +1,4 @@
-"""One table from exceptions to a sentence and an exit code."""
+"""One table from exceptions to an error message and an exit code."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def explain(fault: BaseException) -> TisdpoError | Interrupted:
-    """The fault in the program's own terms."""
+    """The error to report for an exception."""
     if isinstance(fault, (TisdpoError, Interrupted)):
         return fault
     if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
-        return Interrupted(signal.SIGINT, "stopped", fix="run the same command again")
+        return Interrupted(signal.SIGINT, "interrupted", fix="rerun the same command")
     if isinstance(fault, typer.TyperException):
         option = getattr(fault, "option_name", None)
-        known = foreign_option_hint(option) if option else None
-        if known is not None:
-            return UsageError(f"No such option: {option}", fix=known)
+        hint = foreign_option_hint(option) if option else None
+        if hint is not None:
+            return UsageError(f"No such option: {option}", fix=hint)
         return UsageError(fault.format_message().rstrip("."), fix="see --help")
     if isinstance(fault, MemoryError) or any(words in str(fault).lower() for words in _OUT_OF_MEMORY):
         return TisdpoError(
@@ -32,6 +32,6 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
         )
     if isinstance(fault, OSError):
         where = str(fault.filename) if fault.filename else ""
-        return TisdpoError(fault.strerror or str(fault), where=where, fix="see --debug for where it happened")
+        return TisdpoError(fault.strerror or str(fault), where=where, fix="--debug shows where")
     first = (str(fault).strip().splitlines() or [""])[0]
-    return TisdpoError(f"{type(fault).__name__}: {first}", fix="this is a fault of the program; --debug shows where")
+    return TisdpoError(f"{type(fault).__name__}: {first}", fix="this is a bug in tisdpo; --debug shows where")

@@ -1,0 +1,170 @@
+"""A command from its options to its result: settings, checks, the engine, and what is printed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tisdpo_cli.cli.next_command import next_command, repeated_options
+from tisdpo_cli.cli.process import command_line
+from tisdpo_cli.cli.streams import is_first_rank, make_reporter, write_result
+from tisdpo_cli.errors import DataError
+from tisdpo_cli.files import write_text
+from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.commands import CommandSpec
+from tisdpo_cli.settings.inspect_weights import InspectWeights
+from tisdpo_cli.settings.schema import json_schema
+from tisdpo_cli.settings.sources import load, to_yaml
+from tisdpo_cli.text import visible
+
+if TYPE_CHECKING:
+    from tisdpo_cli.engine.evaluation.results import Evaluation
+    from tisdpo_cli.engine.inspection.results import Inspection
+    from tisdpo_cli.engine.pipeline import PipelineResult
+    from tisdpo_cli.reporter import Reporter
+    from tisdpo_cli.runs.stage import StageResult
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the user typed.
+
+    Attributes:
+        flags: the options, by dotted setting name.
+        config: the config file, or None.
+        sets: the values of `--set`.
+    """
+
+    flags: Mapping[str, Any]
+    config: Path | None
+    sets: list[str]
+    print_config: bool
+    schema: bool
+    as_json: bool
+
+
+def execute(spec: CommandSpec, typed: Invocation) -> None:
+    """Run a command and print its result.
+
+    Raises:
+        TisdpoError: anything the user can fix.
+        Interrupted: by a signal.
+    """
+    if typed.schema:
+        write_result(json.dumps(json_schema(spec.settings), indent=2, ensure_ascii=False))
+        return
+    loaded = load(spec.settings, typed.flags, config=typed.config, sets=typed.sets, environ=os.environ)
+    if typed.print_config:
+        write_result(to_yaml(loaded.settings, loaded.origins).rstrip("\n"))
+        return
+    from tisdpo_cli.cli.preflight import check
+
+    check(loaded.settings)
+    reporter = make_reporter()
+    for notice in loaded.notices:
+        reporter.note(notice)
+    module, _, function = spec.run.partition(":")
+    entry_point = getattr(importlib.import_module(f"tisdpo_cli.{module}"), function)
+    # An entry point takes what it needs, by name.
+    offered = {"settings": loaded.settings, "reporter": reporter, "command": command_line()}
+    taken = inspect.signature(entry_point).parameters
+    result = entry_point(**{name: value for name, value in offered.items() if name in taken})
+    _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
+
+
+def _show_path(
+    result: StageResult, spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter
+) -> None:
+    if not result.record or not is_first_rank():
+        return  # after a dry run there is no output
+    if spec.next is not None:
+        reporter.note(f"next: {next_command(spec, settings, typed.flags, typed.config, typed.sets)}")
+    record = {"path": str(result.path), **result.record}
+    write_result(json.dumps(record) if typed.as_json else str(result.path))
+
+
+def _show_inspection(
+    result: Inspection, _spec: CommandSpec, settings: Any, typed: Invocation, reporter: Reporter
+) -> None:
+    from tisdpo_cli.cli.inspection_view import picture, render
+    from tisdpo_cli.engine.inspection.report.page import page
+    from tisdpo_cli.engine.inspection.report.table import origin, table
+
+    for notice in result.notices:
+        reporter.warn(notice)
+    files: dict[str | None, Callable[[], str]] = {
+        settings.svg: lambda: picture(result),
+        settings.html: lambda: page(result),
+        settings.table: lambda: "".join(table(result)),
+        settings.table and f"{settings.table}.json": lambda: origin(result),
+    }
+    for path, content in files.items():
+        if path is not None:
+            write_text(Path(path).expanduser(), content())
+            reporter.note(f"wrote {path}")
+    if typed.as_json:
+        write_result(json.dumps(result.as_dict(), ensure_ascii=True))
+    else:
+        write_result(render(result, settings.limit or 1))
+    failed = [check.name for check in result.checks if not check.passed]
+    if settings.check and failed:
+        raise DataError(f"{len(failed)} checks failed: {', '.join(failed)}", where=settings.scored)
+
+
+def _show_evaluation(
+    result: Evaluation, _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
+) -> None:
+    from tisdpo_cli.cli.evaluation_view import render
+
+    write_result(json.dumps(result.as_dict()) if typed.as_json else render(result))
+
+
+def _show_pipeline(
+    result: PipelineResult, _spec: CommandSpec, settings: Any, typed: Invocation, reporter: Reporter
+) -> None:
+    from tisdpo_cli.cli.inspection_view import pair_view, picture
+    from tisdpo_cli.cli.pipeline_view import stage_rows, stage_table
+    from tisdpo_cli.engine.inspection.report.page import page
+
+    if not is_first_rank():
+        return
+    inspection = result.inspection
+    for notice in inspection.notices:
+        reporter.warn(notice)
+    reporter.stage("token weights")
+    reporter.note(f"weights: {inspection.transform}")
+    reporter.show(pair_view(inspection))
+    reporter.stage("results")
+    reporter.show(stage_table(result))
+    write_text(result.path / "report.svg", picture(inspection, stage_table(result)))
+    write_text(result.path / "report.html", page(inspection, stage_rows(result)))
+    reporter.note(f"report: {result.path / 'report.html'}, and as an image {result.path / 'report.svg'}")
+    weights = settings.inspect_weights.weights.model_dump(exclude_defaults=True)
+    options = repeated_options(InspectWeights, {f"weights.{name}": value for name, value in weights.items()})
+    reporter.note(f"next: tisdpo inspect-weights {shlex.quote(inspection.source)}{options}")
+    write_result(json.dumps(result.as_dict()) if typed.as_json else str(result.path))
+
+
+def _show_environment(
+    result: dict[str, str], _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
+) -> None:
+    if typed.as_json:
+        write_result(json.dumps(result))
+    else:
+        write_result("\n".join(visible(f"{name}: {value}") for name, value in result.items()))
+
+
+_SHOW: dict[str, Callable[..., None]] = {
+    "path": _show_path,
+    "inspection": _show_inspection,
+    "evaluation": _show_evaluation,
+    "pipeline": _show_pipeline,
+    "environment": _show_environment,
+}

@@ -1,0 +1,56 @@
+"""The command that usually follows, ready to paste: `MODEL` and `out/…` stand for what only the user knows."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tisdpo_cli.settings.base import Command, leaf_paths
+from tisdpo_cli.settings.commands import CommandSpec
+from tisdpo_cli.settings.fields import meta
+
+
+def next_command(
+    spec: CommandSpec, settings: Command, flags: Mapping[str, Any], config: Path | None, sets: list[str]
+) -> str:
+    """Fill in the template of a command.
+
+    Its fields are `{model}`, `{dataset}` and `{output}`; `{data_options}` and `{weights_options}`, which must stay the
+    same in every stage; `{options}`, all options of this command; `{tokenizer}`, if there is none beside the dataset.
+
+    Args:
+        spec: of the command that has run, with a template.
+        settings: of the command.
+        flags: its options, by dotted setting name.
+        config: its config file.
+        sets: its `--set` options.
+    """
+    assert spec.next is not None
+    output, dataset = getattr(settings, "output_dir", ""), getattr(settings, "dataset", "")
+    options = repeated_options(spec.settings, flags)
+    options += "".join(f" --set {shlex.quote(item)}" for item in sets)
+    options += f" --config {shlex.quote(str(config))}" if config is not None else ""
+    beside = Path(dataset).expanduser() / "tokenizer_config.json"
+    return spec.next.format(
+        # Two contrastive models do not tell their starting model.
+        model=shlex.quote(getattr(settings, "model", None) or "MODEL"),
+        dataset=shlex.quote(dataset),
+        output=shlex.quote(output),
+        data_options=repeated_options(spec.settings, flags, "data."),
+        weights_options=repeated_options(spec.settings, flags, "weights."),
+        options=options,
+        tokenizer="" if beside.is_file() else f" --tokenizer {shlex.quote(output)}",
+    )
+
+
+def repeated_options(command: type[Command], flags: Mapping[str, Any], prefix: str = "") -> str:
+    """The given options to repeat in the next command, with a leading space; those of a group if `prefix` names one."""
+    settings = leaf_paths(command)
+    words: list[str] = []
+    for path, value in flags.items():
+        if path.startswith(prefix) and meta(settings[path]).get("repeated", True):
+            option = "--" + path.rpartition(".")[2].replace("_", "-")
+            words += [option] if value is True else [option, str(value)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
