@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,18 @@ def test_batches_that_cannot_be_are_refused(call, message):
 def test_the_examples_in_the_docstrings_are_right():
     assert doctest.testmod(library).failed == 0
     assert doctest.testmod(library).attempted > 0
+
+
+GUIDE = Path(__file__).parents[1] / "examples" / "guides" / "own-trainer.md"
+
+
+@pytest.mark.parametrize("name", ["weights.py", "loss.py"])
+def test_the_guides_snippets_print_what_their_comments_say(name, capsys):
+    """`tests/test_guides.py` runs the others, which need models."""
+    block = re.search(rf"^```python file={re.escape(name)}\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
+    assert block is not None
+    exec(compile(block[1], name, "exec"), {})
+    printed = capsys.readouterr().out.strip()
+    expected = re.search(r"print\(.*\)  # (tensor.*)", block[1])
+    assert expected is None or printed == expected[1]
+    assert printed.startswith("tensor(")
