@@ -455,7 +455,10 @@ def test_final_weights_have_no_scores_to_check(contrast: Path, scored, tmp_path:
     assert shown["separation"] is None
     assert list(shown["curves"]) == ["weights"]
     assert {token["score"] for token in view_tokens(shown)} == {None}
-    assert "Does Σr" not in (tmp_path / "r.html").read_text()
+    title = "Separation of chosen and rejected"
+    assert title not in (tmp_path / "r.html").read_text()
+    inspect(data, "--html", tmp_path / "r.html")
+    assert title in (tmp_path / "r.html").read_text()
 
 
 # ---------------------------------------------------------------- table and provenance

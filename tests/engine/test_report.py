@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 from conftest import pair_rows, read_jsonl, run_here, write_jsonl
+from rich.text import Text
 
+from tisdpo_cli.cli.inspection_view import picture
 from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
 from tisdpo_cli.engine.inspection.report.page import page
 from tisdpo_cli.engine.inspection.results import Inspection
@@ -41,7 +43,7 @@ HOSTILE = (
 
 
 def inspection_of(scored: Path, html: Path, **more: Any) -> Inspection:
-    loaded = load(COMMANDS["inspect-weights"], {"scored": str(scored), "html": str(html), **more}, environ={})
+    loaded = load(COMMANDS["inspect-weights"].settings, {"scored": str(scored), "html": str(html), **more}, environ={})
     return inspect_weights(loaded.settings, "tisdpo inspect-weights")
 
 
@@ -119,6 +121,22 @@ def test_the_same_facts_make_the_same_page(contrast: Path, tmp_path: Path) -> No
     assert one == two
 
 
+def test_the_picture_asks_the_network_for_nothing(contrast: Path, tmp_path: Path) -> None:
+    inspection = inspection_of(contrast / "scored", tmp_path / "r.html")
+    attack = "</style>@font-face {src: url(http://x)}<style>"
+    image = picture(replace(inspection, transform=attack), Text("stages come first"))
+    assert image.startswith("<svg")
+    style, _, body = image.partition("</style>")
+    assert "@font-face" not in style
+    assert "url(" not in style
+    targets = re.findall(r"url\(([^)]*)\)", body)
+    assert [target for target in targets if not target.startswith("#")] == ["http://x"], "only as text"
+    # Data is shown as it is, not searched for fonts.
+    assert "&lt;/style&gt;@font-face&#160;{src:&#160;url(http://x)}&lt;style&gt;" in body
+    assert body.index("stages&#160;come&#160;first") < body.index("@font-face")
+    assert not {"image", "script", "link", "style"} & set(re.findall(r"<(\w+)", body))
+
+
 # ---------------------------------------------------------------- in a browser
 
 
@@ -185,7 +203,7 @@ def test_pairs_can_be_read_with_scripts_and_without(contrast: Path, report: Path
             assert shown.startswith(plain(rows[i][side]))
         assert plain(rows[i]["prompt"]) in plain(tab.locator(f"#pair-{i} .prompt").inner_text())
     assert tab.locator("#controls").is_visible() == scripts
-    assert tab.locator("svg.picture").count() == 6
+    assert tab.locator("svg.chart").count() == 6
     coloured = [tab.locator(f".tokens .{sign}{n}").count() for sign in "pn" for n in (1, 2, 3, 4)]
     assert sum(coloured) > 20
 
@@ -236,7 +254,7 @@ def test_search_filter_order_and_pages(contrast: Path, report: Path, opened) -> 
 
     assert shown() == list(range(10))
     assert tab.locator("#place").inner_text() == "1 to 10 of 24"
-    tab.click("#after")
+    tab.click("#next")
     assert shown() == list(range(10, 20))
     tab.select_option("#size", "25")
     assert shown() == list(range(24))
@@ -272,7 +290,7 @@ def test_keys_move_between_tokens_pairs_and_pages(report: Path, opened) -> None:
     tab.locator("#pair-0 .tokens").first.focus()
     assert tab.locator("#card").is_visible()
     first = tab.locator("#card").inner_text()
-    assert tab.locator("#told").inner_text().startswith("token ")
+    assert tab.locator("#announcement").inner_text().startswith("token ")
     tab.keyboard.press("ArrowRight")
     second = tab.locator("#card").inner_text()
     assert second != first

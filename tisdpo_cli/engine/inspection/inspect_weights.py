@@ -26,8 +26,8 @@ from tisdpo_cli.engine.inspection.token_summaries import TokenIndex
 from tisdpo_cli.engine.inspection.weighted_split import SplitOptions, WeightedSplit, read_weighted_split
 from tisdpo_cli.method.recipe import Recipe
 from tisdpo_cli.runs.outputs import versions
-from tisdpo_cli.settings.groups import is_recipe
 from tisdpo_cli.settings.inspect_weights import InspectWeights
+from tisdpo_cli.settings.method_groups import is_recipe
 
 # Pairs in a report without --limit: a page that opens at once.
 _REPORT_PAIRS = 1000

@@ -9,6 +9,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# Values that can colour the tokens, and what people read.
+VALUE_NAMES = {"weights": "weight", "scores": "score r", "adjusted": "r after the steps"}
+
 
 @dataclass(frozen=True)
 class Token:
@@ -47,6 +50,10 @@ class Token:
     clipped: bool
     masked: bool
     truncated: bool
+
+    def value(self, show: str) -> float | None:
+        """Its `weights`, `scores` or `adjusted` value."""
+        return {"weights": self.weight, "scores": self.score, "adjusted": self.adjusted}[show]
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,23 @@ class SideSummary:
     max_weight: float
     share_clipped: float
     effective_sample_size: float
+
+
+# Label, field and format of the rows that show a summary to people.
+_SUMMARY_ROWS = (
+    ("tokens", "tokens", "d"),
+    ("unscored tokens", "unscored", "d"),
+    ("mean r", "mean_score", "+.4f"),
+    ("std of r", "sd_score", ".4f"),
+    ("mean r after the steps", "mean_adjusted", "+.4f"),
+    ("std of r after the steps", "sd_adjusted", ".4f"),
+    ("mean weight", "mean_weight", ".4f"),
+    ("std of weights", "sd_weight", ".4f"),
+    ("min weight", "min_weight", ".4f"),
+    ("max weight", "max_weight", ".4f"),
+    ("clipped", "share_clipped", ".1%"),
+    ("effective sample size", "effective_sample_size", ".1%"),
+)
 
 
 @dataclass(frozen=True)
@@ -287,6 +311,20 @@ class Inspection:
     def scale(self) -> Scale:
         """Colour scale of the shown value."""
         return self.scales[self.show]
+
+    @property
+    def value_name(self) -> str:
+        """What people read for the shown value."""
+        return VALUE_NAMES[self.show]
+
+    def summary_rows(self) -> list[tuple[str, list[str]]]:
+        """Label and one text per side, for each statistic that exists for this split."""
+        rows = []
+        for label, name, form in _SUMMARY_ROWS:
+            values = [getattr(side, name) for side in self.sides.values()]
+            if None not in values:
+                rows.append((label, [format(value, form) for value in values]))
+        return rows
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

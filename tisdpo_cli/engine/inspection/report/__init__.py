@@ -1,1 +1,1 @@
-"""What inspect-weights writes to files: a page that stands alone, and a table."""
+"""Files written by inspect-weights: a self-contained HTML report and a CSV table."""

@@ -1,18 +1,19 @@
 "use strict";
-// Everything from the data is shown as text (textContent, never HTML). Values are integers of 1/10000, null is none.
+// Data is shown as text only (textContent, never HTML). Numbers are integers of 1/10000; null means no value.
+// Keys of a pair and of a side: see `_pair` in page.py.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SIDES = ["chosen", "rejected"];
-  const CLIPPED = 1, MASKED = 2, CUT = 4;
-  const at = (id) => document.getElementById(id);
-  const list = at("list"), card = at("card");
+  const CLIPPED = 1, MASKED = 2, TRUNCATED = 4;
+  const byId = (id) => document.getElementById(id);
+  const list = byId("list"), card = byId("card");
   const state = { mode: data.mode, page: 0, size: data.page, order: data.pairs.map((_, i) => i), search: "" };
   const words = data.vocab.map((entry) => entry[1]);
 
-  const real = (whole) => (whole === null || whole === undefined ? null : whole / 1e4);
+  const number = (integer) => (integer === null || integer === undefined ? null : integer / 1e4);
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4);
-  const figure = (value, mode) => (mode.neutral ? value.toFixed(4).replace("-", "−") : signed(value));
-  const percent = (whole) => (real(whole) * 100).toFixed(1) + "%";
+  const formatted = (value, mode) => (mode.neutral ? value.toFixed(4).replace("-", "−") : signed(value));
+  const percent = (integer) => (number(integer) * 100).toFixed(1) + "%";
 
   function make(name, className, text) {
     const element = document.createElement(name);
@@ -27,7 +28,7 @@
   }
 
   function classes(side, i) {
-    const value = real(side.m[state.mode][i]), flags = side.f[i];
+    const value = number(side.m[state.mode][i]), flags = side.f[i];
     const names = ["t"];
     if (value === null) names.push("none");
     else {
@@ -70,9 +71,9 @@
   }
 
   function article(pair) {
-    const made = make("article");
-    made.id = `pair-${pair.i}`;
-    made.tabIndex = -1;
+    const box = make("article");
+    box.id = `pair-${pair.i}`;
+    box.tabIndex = -1;
     const head = make("h3"), link = make("a", "", `pair ${pair.i}`);
     link.href = `#pair-${pair.i}`;
     head.append(link, " ", make("span", "soft where", pair.w));
@@ -81,23 +82,23 @@
     prompt.tabIndex = 0;
     prompt.setAttribute("role", "group");
     prompt.setAttribute("aria-label", "prompt");
-    const both = make("div", "pair");
+    const columns = make("div", "pair");
     SIDES.forEach((name, k) => {
-      const side = pair.s[k], section = make("section"), told = make("p");
-      const total = side.s[0] === null ? "" : `Σr ${signed(real(side.s[0])).slice(0, -2)}, `;
-      told.append(
+      const side = pair.s[k], section = make("section"), header = make("p");
+      const total = side.s[0] === null ? "" : `Σr ${signed(number(side.s[0])).slice(0, -2)}, `;
+      header.append(
         make("span", `key-${name}`, name), " ",
-        make("span", "soft", `${total}mean weight ${real(side.s[1]).toFixed(3)}, clipped ${percent(side.s[2])}, ` +
+        make("span", "soft", `${total}mean weight ${number(side.s[1]).toFixed(3)}, clipped ${percent(side.s[2])}, ` +
           `effective size ${percent(side.s[3])}`),
       );
-      section.append(told, tokens(side, pair, name));
-      both.append(section);
+      section.append(header, tokens(side, pair, name));
+      columns.append(section);
     });
-    made.append(head, prompt, both);
-    return made;
+    box.append(head, prompt, columns);
+    return box;
   }
 
-  // Order, filter, search --------------------------------------------------------------------------------------
+  // Sort, filter, search ---------------------------------------------------------------------------------------
 
   const texts = new Map();
   function text(i) {
@@ -115,7 +116,7 @@
   const FILTERS = {
     wrong: (pair) => pair.s[0].s[0] !== null && margin(pair) < 0,
     clipped: (pair) => any(pair, CLIPPED),
-    cut: (pair) => any(pair, CUT),
+    cut: (pair) => any(pair, TRUNCATED),
   };
   const highest = (pair) => known(pair).reduce((a, b) => Math.max(a, b), -Infinity);
   const lowestMean = (pair) => Math.min(...pair.s.map((side) => {
@@ -124,9 +125,9 @@
   }));
   const KEYS = { index: (p) => p.i, margin: (p) => margin(p), max: (p) => -highest(p), min: (p) => lowestMean(p) };
 
-  function arrange() {
-    const wanted = FILTERS[at("filter").value] || (() => true), key = KEYS[at("sort").value];
-    state.search = at("search").value.trim().toLowerCase();
+  function applyOrder() {
+    const wanted = FILTERS[byId("filter").value] || (() => true), key = KEYS[byId("sort").value];
+    state.search = byId("search").value.trim().toLowerCase();
     state.order = data.pairs.map((_, i) => i)
       .filter((i) => wanted(data.pairs[i]) && (!state.search || text(i).includes(state.search)));
     if (key) {
@@ -134,59 +135,59 @@
       state.order.sort((a, b) => keys.get(a) - keys.get(b) || a - b);
     }
     state.page = 0;
-    show();
+    showPage();
   }
 
-  function show() {
-    hide();
+  function showPage() {
+    hideCard();
     const pages = Math.max(1, Math.ceil(state.order.length / state.size));
     state.page = Math.max(0, Math.min(state.page, pages - 1));
     const from = state.page * state.size, part = state.order.slice(from, from + state.size);
     list.replaceChildren(...part.map((i) => article(data.pairs[i])));
-    if (!part.length) list.append(make("p", "", "No pair is like that."));
-    at("place").textContent = part.length
+    if (!part.length) list.append(make("p", "", "No matching pairs."));
+    byId("place").textContent = part.length
       ? `${from + 1} to ${from + part.length} of ${state.order.length}` : `0 of ${data.pairs.length}`;
-    at("before").disabled = state.page === 0;
-    at("after").disabled = state.page >= pages - 1;
+    byId("previous").disabled = state.page === 0;
+    byId("next").disabled = state.page >= pages - 1;
     legend();
   }
 
   function legend() {
-    const mode = data.modes[state.mode], box = at("legend");
+    const mode = data.modes[state.mode], box = byId("legend");
     const scale = [-4, -3, -2, -1, 0, 1, 2, 3, 4].map((step) => make(
       "span", step ? (step > 0 ? "p" : "n") + Math.abs(step) : "", step ? (step > 0 ? "+" : "−") : String(mode.neutral)));
     box.replaceChildren(`${mode.name} ${mode.ends[0].toFixed(2)} `, ...scale, ` ${mode.ends[1].toFixed(2)}`);
   }
 
-  function turn(by) {
+  function turnPage(by) {
     state.page += by;
-    show();
-    at("controls").scrollIntoView({ block: "start" });
+    showPage();
+    byId("controls").scrollIntoView({ block: "start" });
   }
 
-  // The card of a token ----------------------------------------------------------------------------------------
+  // Token card -------------------------------------------------------------------------------------------------
 
-  function facts(side, i) {
+  function cardRows(side, i) {
     const [id, shown, bytes, kind] = data.vocab[side.t[i]], flags = side.f[i];
-    const rows = [["token", shown], ["position, id", `${i}, ${id}`], ["bytes", bytes || "not told"]];
+    const rows = [["token", shown], ["position, id", `${i}, ${id}`], ["bytes", bytes || "unknown"]];
     const group = side.g.find(([from, to]) => from <= i && i < to);
     if (group) rows.push(["part of", group[2]]);
-    if (kind === "eos") rows.push(["kind", "end of the sequence"]);
+    if (kind === "eos") rows.push(["kind", "end of sequence"]);
     if (side.l) ["log π⁺", "log π⁻"].forEach((name, k) => {
-      if (side.l[k][i] !== null) rows.push([name, real(side.l[k][i]).toFixed(4)]);
+      if (side.l[k][i] !== null) rows.push([name, number(side.l[k][i]).toFixed(4)]);
     });
     data.modes.forEach((mode, k) => {
-      const value = real(side.m[k][i]);
-      if (value !== null) rows.push([mode.name, figure(value, mode)]);
+      const value = number(side.m[k][i]);
+      if (value !== null) rows.push([mode.name, formatted(value, mode)]);
     });
-    if (flags & CLIPPED) rows.push(["weight without the clamp", figure(real(side.u[i]), data.modes[0])]);
-    const notes = [flags & CLIPPED && "clipped", flags & MASKED && "weight 0", flags & CUT && "beyond the cut"];
+    if (flags & CLIPPED) rows.push(["weight without clamp", formatted(number(side.u[i]), data.modes[0])]);
+    const notes = [flags & CLIPPED && "clipped", flags & MASKED && "weight 0", flags & TRUNCATED && "truncated"];
     if (notes.some(Boolean)) rows.push(["note", notes.filter(Boolean).join(", ")]);
     return rows;
   }
 
-  function point(token, speak) {
-    const box = token.closest(".tokens"), rows = facts(box.side, Number(token.dataset.i));
+  function showCard(token, speak) {
+    const box = token.closest(".tokens"), rows = cardRows(box.side, Number(token.dataset.i));
     document.querySelectorAll(".tokens .on").forEach((other) => other.classList.remove("on"));
     token.classList.add("on");
     const body = make("dl");
@@ -198,37 +199,37 @@
     const below = place.bottom + size.height + 12 < window.innerHeight;
     card.style.left = `${Math.max(4, left) + window.scrollX}px`;
     card.style.top = `${(below ? place.bottom + 6 : Math.max(4, place.top - size.height - 6)) + window.scrollY}px`;
-    if (speak) at("told").textContent = rows.map((row) => row.join(" ")).join("; ");
+    if (speak) byId("announcement").textContent = rows.map((row) => row.join(" ")).join("; ");
   }
 
-  function hide() {
+  function hideCard() {
     card.hidden = true;
     document.querySelectorAll(".tokens .on").forEach((token) => token.classList.remove("on"));
   }
 
   list.addEventListener("mouseover", (event) => {
     const token = event.target.closest("span.t");
-    if (token && token.closest(".tokens").cells) point(token, false);
-    else hide();
+    if (token && token.closest(".tokens").cells) showCard(token, false);
+    else hideCard();
   });
-  list.addEventListener("mouseleave", hide);
+  list.addEventListener("mouseleave", hideCard);
   list.addEventListener("focusin", (event) => {
-    if (event.target.cells && event.target.cells.length) point(event.target.cells[0], true);
+    if (event.target.cells && event.target.cells.length) showCard(event.target.cells[0], true);
   });
-  list.addEventListener("focusout", hide);
+  list.addEventListener("focusout", hideCard);
 
-  function step(box, by) {
+  function moveToken(box, by) {
     const now = box.cells.findIndex((cell) => cell.classList.contains("on"));
     const next = box.cells[Math.max(0, Math.min(box.cells.length - 1, now + by))];
     if (next) {
       next.scrollIntoView({ block: "nearest" });
-      point(next, true);
+      showCard(next, true);
     }
   }
 
-  // Keys and permalinks ----------------------------------------------------------------------------------------
+  // Keyboard and permalinks ------------------------------------------------------------------------------------
 
-  function walk(by) {
+  function movePair(by) {
     const every = [...list.querySelectorAll("article")];
     const now = every.findIndex((one) => one.contains(document.activeElement));
     const next = now < 0 ? (by > 0 ? 0 : every.length - 1) : now + by;
@@ -239,8 +240,8 @@
   }
 
   const ACTIONS = {
-    j: () => walk(1), k: () => walk(-1), n: () => turn(1), p: () => turn(-1),
-    "/": () => at("search").focus(), Escape: () => hide(),
+    j: () => movePair(1), k: () => movePair(-1), n: () => turnPage(1), p: () => turnPage(-1),
+    "/": () => byId("search").focus(), Escape: () => hideCard(),
   };
 
   document.addEventListener("keydown", (event) => {
@@ -248,7 +249,7 @@
     const focused = document.activeElement;
     if (focused && focused.cells && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
       const forward = (event.key === "ArrowRight") === (getComputedStyle(focused).direction === "ltr");
-      step(focused, forward ? 1 : -1);
+      moveToken(focused, forward ? 1 : -1);
       event.preventDefault();
       return;
     }
@@ -259,55 +260,55 @@
     }
   });
 
-  function follow() {
+  function openLink() {
     const match = /^#pair-(\d+)$/.exec(location.hash);
     if (!match) return;
     const wanted = Number(match[1]);
     let place = state.order.findIndex((i) => data.pairs[i].i === wanted);
     if (place < 0) {
-      ["filter", "search", "sort"].forEach((name) => { at(name).value = ""; });
-      arrange();
+      ["filter", "search", "sort"].forEach((name) => { byId(name).value = ""; });
+      applyOrder();
       place = state.order.findIndex((i) => data.pairs[i].i === wanted);
     }
     if (place < 0) return;
     state.page = Math.floor(place / state.size);
-    show();
-    at(`pair-${wanted}`).scrollIntoView({ block: "start" });
+    showPage();
+    byId(`pair-${wanted}`).scrollIntoView({ block: "start" });
   }
 
-  // Begin ------------------------------------------------------------------------------------------------------
+  // Start ------------------------------------------------------------------------------------------------------
 
   data.modes.forEach((mode, k) => {
     const option = make("option", "", mode.name);
     option.value = k;
-    at("mode").append(option);
+    byId("mode").append(option);
   });
-  at("mode").value = state.mode;
-  at("mode").addEventListener("change", () => {
-    state.mode = Number(at("mode").value);
-    if (at("sort").value) arrange(); else show();
+  byId("mode").value = state.mode;
+  byId("mode").addEventListener("change", () => {
+    state.mode = Number(byId("mode").value);
+    if (byId("sort").value) applyOrder(); else showPage();
   });
-  ["sort", "filter"].forEach((name) => at(name).addEventListener("change", arrange));
+  ["sort", "filter"].forEach((name) => byId(name).addEventListener("change", applyOrder));
   let pause = 0;
-  at("search").addEventListener("input", () => {
+  byId("search").addEventListener("input", () => {
     clearTimeout(pause);
-    pause = setTimeout(arrange, 150);
+    pause = setTimeout(applyOrder, 150);
   });
-  at("size").addEventListener("change", () => {
-    state.size = Number(at("size").value);
+  byId("size").addEventListener("change", () => {
+    state.size = Number(byId("size").value);
     state.page = 0;
-    show();
+    showPage();
   });
-  at("before").addEventListener("click", () => turn(-1));
-  at("after").addEventListener("click", () => turn(1));
-  at("theme").addEventListener("click", () => {
+  byId("previous").addEventListener("click", () => turnPage(-1));
+  byId("next").addEventListener("click", () => turnPage(1));
+  byId("theme").addEventListener("click", () => {
     const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)").matches;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : system;
     root.dataset.theme = dark ? "light" : "dark";
   });
-  window.addEventListener("hashchange", follow);
-  at("controls").hidden = false;
-  at("keys").hidden = false;
-  show();
-  follow();
+  window.addEventListener("hashchange", openLink);
+  byId("controls").hidden = false;
+  byId("keys").hidden = false;
+  showPage();
+  openLink();
 })();

@@ -1,7 +1,7 @@
-"""The report of an inspection: one HTML file that stands alone, offline, readable without scripts.
+"""The HTML report of an inspection: one self-contained file that works offline and is readable without scripts.
 
-Texts of the data reach the page in two ways only: through jinja2 with autoescape, and as JSON in a block that no
-browser runs, which the page's script reads and shows as text. A content security policy lets nothing else run or load.
+Texts of the data reach the page in two ways only: through jinja2 with autoescape, and as JSON in a block that browsers
+do not execute, which the script of the page shows as text. A content security policy blocks everything else.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tisdpo_cli.engine.inspection.report import pictures
-from tisdpo_cli.engine.inspection.results import Inspection, PairView, Token
+from tisdpo_cli.engine.inspection.report.charts import curves_chart, histogram_chart, roc_chart
+from tisdpo_cli.engine.inspection.results import VALUE_NAMES, Inspection, PairView, Token
 from tisdpo_cli.text import glyphs, visible
 
-# Pairs that are there without scripts; the script shows as many on a page.
-_STATIC = 10
-# A token longer than this is shown cut; nobody reads twenty thousand characters in one token.
-_LONGEST = 200
+_PACKAGE = "tisdpo_cli.engine.inspection.report"
+# Pairs in the page without scripts; the script shows as many per page.
+_STATIC_PAIRS = 10
+# Longer tokens are shortened: nobody reads twenty thousand characters in one token.
+_LONGEST_TOKEN = 200
 _DIGITS = 4
-_SHOWN = {"weights": "weight", "scores": "score r", "adjusted": "r after the steps"}
 
 
 def page(inspection: Inspection, stages: Sequence[Mapping[str, str]] = ()) -> str:
-    """The page.
+    """Render the report.
 
     Args:
-        inspection: the facts, with the pairs that are to be on it.
-        stages: of a pipeline, by column, to come first; none for an inspection alone.
+        inspection: results, with the pairs to show.
+        stages: of a pipeline, column to text, for a table at the top.
     """
     style, script = _asset("page.css"), _asset("page.js")
     policy = (
@@ -52,10 +52,8 @@ def page(inspection: Inspection, stages: Sequence[Mapping[str, str]] = ()) -> st
             style=Markup(style),
             script=Markup(script),
             data=Markup(_json(_data(inspection))),
-            first=inspection.views[:_STATIC],
-            shown=_SHOWN,
-            previews=inspection.previews,
-            pictures=_pictures(inspection),
+            static_views=inspection.views[:_STATIC_PAIRS],
+            charts=_charts(inspection),
             provenance=list(_flat(inspection.provenance)),
         )
     )
@@ -63,20 +61,25 @@ def page(inspection: Inspection, stages: Sequence[Mapping[str, str]] = ()) -> st
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("tisdpo_cli.engine.inspection.report", "."),
+    environment = Environment(
+        loader=PackageLoader(_PACKAGE, "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"visible": visible, "lines": _lines, "glyphs": _shown_text, "percent": lambda x: f"{x:.1%}"}
-    made.globals |= {"pieces": _pieces, "level": _level, "isnone": lambda x: x is None}
-    return made
+    environment.filters |= {
+        "visible": visible,
+        "lines": _lines,
+        "glyphs": _token_text,
+        "percent": lambda share: f"{share:.1%}",
+    }
+    environment.globals |= {"runs": _runs, "level": _level, "isnone": lambda value: value is None}
+    return environment
 
 
 def _asset(name: str) -> str:
-    return files("tisdpo_cli.engine.inspection.report").joinpath(name).read_text(encoding="utf-8")
+    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
@@ -84,81 +87,80 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that ends no script block, and holds no line end that JavaScript knows and JSON does not."""
-    made = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return made.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    """JSON that cannot end a script block and has no line end that only JavaScript knows."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _lines(text: str) -> str:
     return visible(text.strip(), keep_lines=True)
 
 
-def _shown_text(text: str) -> str:
+def _token_text(text: str) -> str:
     shown = glyphs(text)
-    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…(+{len(shown) - _LONGEST})"
+    return shown if len(shown) <= _LONGEST_TOKEN else f"{shown[:_LONGEST_TOKEN]}…(+{len(shown) - _LONGEST_TOKEN})"
 
 
-def _pictures(inspection: Inspection) -> list[tuple[str, str, Markup]]:
-    """Title, caption and picture."""
-    final = inspection.separation is None
-    what, many = ("weight", "weights") if final else ("score r", "scores r")
-    made = [
+def _charts(inspection: Inspection) -> list[tuple[str, str, Markup]]:
+    """(title, caption, SVG) of each chart."""
+    value = "weight" if inspection.separation is None else "score r"
+    charts = [
         (
-            f"How the {many} are spread",
-            "share of the tokens of each side (square-root scale); the ends hold what lies beyond",
-            pictures.histogram(inspection.scores, f"histogram of the {what} of chosen and rejected tokens"),
+            f"Distribution of {value}",
+            "share of the tokens of each side (square-root scale); the first and last bins include all values beyond",
+            histogram_chart(inspection.scores, f"histogram of {value} of chosen and rejected tokens"),
         )
     ]
     for show, sides in inspection.curves.items():
-        name = _SHOWN[show]
-        made.append(
+        name = VALUE_NAMES[show]
+        charts.append(
             (
                 f"Mean {name} by position",
                 "from the first to the last token of a response; dotted: neutral",
-                pictures.curves(sides, f"mean {name} by relative position", inspection.scales[show].neutral),
+                curves_chart(sides, f"mean {name} by relative position", inspection.scales[show].neutral),
             )
         )
-    made.append(
+    charts.append(
         (
             "Effective sample size",
             "(Σw)² / (n Σw²) of a response, share of responses (square-root scale); 100 %: all weights equal",
-            pictures.histogram(inspection.sizes, "histogram of effective sample sizes", ".0%"),
+            histogram_chart(inspection.sizes, "histogram of effective sample sizes", ".0%"),
         )
     )
     if inspection.separation is not None:
-        made.append(
+        charts.append(
             (
-                "Does Σr separate chosen from rejected?",
-                f"ROC over all responses, area {inspection.separation.auc:.3f}; "
-                f"right in {inspection.separation.accuracy:.1%} of the pairs",
-                pictures.roc(inspection.separation.roc, "ROC curve of the sum of r"),
+                "Separation of chosen and rejected by Σr",
+                f"ROC curve over all responses, area {inspection.separation.auc:.3f}; "
+                f"accuracy {inspection.separation.accuracy:.1%} over pairs",
+                roc_chart(inspection.separation.roc, "ROC curve of the sum of r"),
             )
         )
-    return made
+    return charts
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested values as (dotted name, text)."""
-    found = []
+    rows = []
     for name, inner in value.items():
         if isinstance(inner, Mapping):
-            found += _flat(inner, f"{prefix}{name}.")
+            rows += _flat(inner, f"{prefix}{name}.")
         elif inner is not None:
-            found.append((f"{prefix}{name}", visible(str(inner))))
-    return found
+            rows.append((f"{prefix}{name}", visible(str(inner))))
+    return rows
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------
 
 
 def _level(inspection: Inspection, token: Token) -> int | None:
-    """The colour of a token without scripts: by the value that the inspection shows."""
-    value = {"weights": token.weight, "scores": token.score, "adjusted": token.adjusted}[inspection.show]
+    """Colour step of a token in the page without scripts, by the value that the inspection shows."""
+    value = token.value(inspection.show)
     return None if value is None else inspection.scale.level(value)
 
 
-def _pieces(tokens: Sequence[Token]) -> list[tuple[str, list[Token]]]:
-    """Tokens in runs: (text, tokens) of a split character, and ("", [token]) of each other one."""
+def _runs(tokens: Sequence[Token]) -> list[tuple[str, list[Token]]]:
+    """Runs of tokens: (text, tokens) for a split character, ("", [token]) for each other token."""
     runs: list[tuple[str, list[Token]]] = []
     for token in tokens:
         last = runs[-1][1][-1] if runs else None
@@ -170,66 +172,68 @@ def _pieces(tokens: Sequence[Token]) -> list[tuple[str, list[Token]]]:
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:
-    """What the script shows: every token text once, and numbers as integers of 1/10000."""
-    own = [show for show in _SHOWN if show in inspection.scales]
-    modes = [{"name": _SHOWN[show], **_scale(inspection, show)} for show in own]
+    """Input of the script: every distinct token text once, and numbers as integers of 1/10000."""
+    values = [show for show in VALUE_NAMES if show in inspection.scales]
+    modes = [{"name": VALUE_NAMES[show], **_scale(inspection, show)} for show in values]
     modes += [{"name": f"weight by {name}", **_scale(inspection, name)} for name in inspection.previews]
     vocabulary: dict[tuple[int, str, str, str], int] = {}
-    pairs = [_pair(inspection, view, own, vocabulary) for view in inspection.views]
+    pairs = [_pair(inspection, view, values, vocabulary) for view in inspection.views]
     return {
         "modes": modes,
-        "mode": own.index(inspection.show),
-        "steps": "adjusted" in own,
-        "page": _STATIC,
-        "vocab": [[at, text, part, kind] for at, text, part, kind in vocabulary],
+        "mode": values.index(inspection.show),
+        "page": _STATIC_PAIRS,
+        "vocab": [[token_id, text, part, kind] for token_id, text, part, kind in vocabulary],
         "pairs": pairs,
     }
 
 
 def _scale(inspection: Inspection, name: str) -> dict[str, Any]:
-    of = inspection.scales[name]
-    return {"neutral": of.neutral, "width": of.width, "log": of.logarithmic, "ends": list(of.ends)}
+    scale = inspection.scales[name]
+    return {"neutral": scale.neutral, "width": scale.width, "log": scale.logarithmic, "ends": list(scale.ends)}
 
 
 def _pair(
-    inspection: Inspection, view: PairView, own: Sequence[str], vocabulary: dict[tuple[int, str, str, str], int]
+    inspection: Inspection, view: PairView, values: Sequence[str], vocabulary: dict[tuple[int, str, str, str], int]
 ) -> dict[str, Any]:
+    """One pair for the script.
+
+    Keys: i index, w where, p prompt, s sides; of a side t tokens, m values by mode, f flags, u unclipped weights,
+    g groups, l log-probs, s statistics.
+    """
     sides = []
     for name, tokens in (("chosen", view.chosen), ("rejected", view.rejected)):
-        values = {
-            "weights": [token.weight for token in tokens],
-            "scores": [token.score for token in tokens],
-            "adjusted": [token.adjusted for token in tokens],
-        }
-        columns = [values[show] for show in own] + [view.previews[other][name] for other in inspection.previews]
+        columns = [[token.value(show) for token in tokens] for show in values]
+        columns += [view.previews[other][name] for other in inspection.previews]
         facts = view.sides[name]
         sides.append(
             {
                 "t": [_word(token, vocabulary) for token in tokens],
-                "m": [[_whole(value) for value in column] for column in columns],
+                "m": [[_integer(value) for value in column] for column in columns],
                 "f": [token.clipped + 2 * token.masked + 4 * token.truncated for token in tokens],
-                "u": {str(t.position): _whole(t.unclipped) for t in tokens if t.clipped},
-                "g": [[run[0].position, run[-1].position + 1, text] for text, run in _pieces(tokens) if text and run],
-                "l": [
-                    [_whole(getattr(token, column)) for token in tokens] for column in ("logp_forward", "logp_reverse")
-                ]
-                if any(token.logp_forward is not None for token in tokens)
-                else None,
+                "u": {str(t.position): _integer(t.unclipped) for t in tokens if t.clipped},
+                "g": [[run[0].position, run[-1].position + 1, text] for text, run in _runs(tokens) if text and run],
+                "l": _logps(tokens),
                 "s": [
-                    _whole(facts.total_score),
-                    _whole(facts.mean_weight),
-                    _whole(facts.share_clipped),
-                    _whole(facts.effective_sample_size),
+                    _integer(facts.total_score),
+                    _integer(facts.mean_weight),
+                    _integer(facts.share_clipped),
+                    _integer(facts.effective_sample_size),
                 ],
             }
         )
     return {"i": view.index, "w": visible(view.where), "p": _lines(view.prompt), "s": sides}
 
 
+def _logps(tokens: Sequence[Token]) -> list[list[int | None]] | None:
+    if all(token.logp_forward is None for token in tokens):
+        return None
+    return [[_integer(token.logp_forward) for token in tokens], [_integer(token.logp_reverse) for token in tokens]]
+
+
 def _word(token: Token, vocabulary: dict[tuple[int, str, str, str], int]) -> int:
-    key = (token.id, _shown_text(token.text), token.bytes[: 2 * _LONGEST], token.kind)
+    key = (token.id, _token_text(token.text), token.bytes[: 2 * _LONGEST_TOKEN], token.kind)
     return vocabulary.setdefault(key, len(vocabulary))
 
 
-def _whole(value: float | None) -> int | None:
+def _integer(value: float | None) -> int | None:
     return None if value is None or not math.isfinite(value) else round(value * 10**_DIGITS)

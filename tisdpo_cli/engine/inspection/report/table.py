@@ -1,4 +1,4 @@
-"""The tokens of an inspection as a CSV file, for a notebook or a spreadsheet."""
+"""The tokens of an inspection as a CSV file, for notebooks and spreadsheets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tisdpo_cli.engine.inspection.results import Inspection, Token
 
 
 def table(inspection: Inspection) -> Iterator[str]:
-    """The lines: a header, and one line for each token of the pairs that are shown.
+    """Lines of the CSV file: a header, then one line per token of the shown pairs.
 
-    Texts are JSON strings: every character survives, and no spreadsheet takes one for a formula.
+    Texts are JSON strings, which preserves every character and keeps spreadsheets from reading one as a formula.
     """
     yield _line(["pair", "side", *(field.name for field in fields(Token))])
     for view in inspection.views:
@@ -27,9 +27,9 @@ def table(inspection: Inspection) -> Iterator[str]:
 
 
 def origin(inspection: Inspection) -> str:
-    """Where the values come from, as JSON: a CSV file has no place for that."""
-    told = {"source": inspection.source, "split": inspection.split, **inspection.provenance}
-    return json.dumps(told, indent=2, ensure_ascii=True) + "\n"
+    """Provenance of the table as JSON, for a file next to it: a CSV file has no place for metadata."""
+    provenance = {"source": inspection.source, "split": inspection.split, **inspection.provenance}
+    return json.dumps(provenance, indent=2, ensure_ascii=True) + "\n"
 
 
 def _line(values: Sequence[Any]) -> str:
