@@ -16,7 +16,7 @@ import torch
 from figures import PolicyResult, ask, best_possible, gate, read_asked, write_asked
 from stages import Sizes, World
 
-from tisdpo_cli.engine.evaluation.statistics import between
+from tisdpo_cli.engine.evaluation.statistics import interpolate
 from tisdpo_cli.model.loading import load_model
 
 # What a seed is made again with where its starting model has not learned what good is, and how often.
@@ -111,7 +111,7 @@ def lead(ours: Sequence[Point], theirs: Sequence[Point]) -> float | None:
     theirs reach the KL of none of ours.
     """
     over = [(_root(kl), reward) for kl, reward in theirs]
-    leads = [reward - there for kl, reward in ours if (there := between(over, _root(kl))) is not None]
+    leads = [reward - there for kl, reward in ours if (there := interpolate(over, _root(kl))) is not None]
     return statistics.fmean(leads) if leads else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from conftest import read_jsonl, run_here, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from tisdpo_cli.cli.evaluation_view import _PAIR_ROWS, _SAMPLE_ROWS
 from tisdpo_cli.engine.evaluation.evaluate import evaluate
 from tisdpo_cli.engine.evaluation.results import Evaluation
 from tisdpo_cli.engine.evaluation.sampling import Sampling, left_padded, pick, sample_all, uniform_draws
 from tisdpo_cli.engine.evaluation.statistics import (
-    between,
     bootstrap,
+    interpolate,
     mean,
     perplexity,
     ratio,
@@ -37,7 +39,7 @@ SMALL = {"sample_prompts": "6", "max_new_tokens": "12", "eval_pairs": "8"}
 
 def evaluated(world: Path, model: str | Path, **more: object) -> Evaluation:
     given = {"model": str(model), "ref_model": str(world / "sft"), "dataset": str(world / "data"), **SMALL, **more}
-    return evaluate(load(COMMANDS["evaluate"], {k: str(v) for k, v in given.items()}).settings, Silent())
+    return evaluate(load(COMMANDS["evaluate"].settings, {k: str(v) for k, v in given.items()}).settings, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_the_sign_test_is_the_binomial_one() -> None:
     assert 0 < sign_test(400, 1600) < 1e-100
 
 
-def test_ties_count_half_in_a_duel() -> None:
+def test_ties_count_half_in_a_win_rate() -> None:
     won = win_rate([1, 2, 3, 4], [1, 3, 2, 4])
     assert (won.wins, won.ties, won.losses, won.win_rate, won.p_value) == (1, 2, 1, 0.5, 1.0)
 
@@ -192,8 +194,8 @@ def test_small_measures() -> None:
     assert repetition([1] * 10) == pytest.approx(6 / 7)
     assert perplexity(-2 * math.log(8), 2) == pytest.approx(8)
     assert perplexity(-1e6, 1) > 1e300
-    assert between([(2.0, 1.0), (0.0, 0.0), (4.0, 5.0)], 3.0) == 3.0
-    assert between([(0.0, 0.0), (1.0, 1.0)], 2.0) is None
+    assert interpolate([(2.0, 1.0), (0.0, 0.0), (4.0, 5.0)], 3.0) == 3.0
+    assert interpolate([(0.0, 0.0), (1.0, 1.0)], 2.0) is None
 
 
 # ---------------------------------------------------------------- the engine
@@ -322,15 +324,15 @@ def load_reward_model_of(causal: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "kind", "said"),
     [
-        ("taste:short", DataError, "gave 1 numbers for 12 responses"),
+        ("taste:short", DataError, "returned 1 rewards for 12 responses"),
         ("taste:nan", DataError, "not finite"),
-        ("taste:words", DataError, "no number"),
+        ("taste:words", DataError, "reward that is not a number"),
         ("taste:broken", TisdpoError, "ValueError: no taste"),
         ("taste:absent", UsageError, "no function absent"),
-        ("no_such_module_here:f", UsageError, "cannot be imported"),
+        ("no_such_module_here:f", UsageError, "cannot import no_such_module_here"),
     ],
 )
-def test_faults_of_a_function_are_told(contrast: Path, scorer: str, function: str, kind: type, said: str) -> None:
+def test_faults_of_a_function_are_errors(contrast: Path, scorer: str, function: str, kind: type, said: str) -> None:
     with pytest.raises(kind, match=said) as caught:
         evaluated(contrast, contrast / "dpo", scorer=function)
     assert "\n" not in str(caught.value)
@@ -350,7 +352,7 @@ def test_the_view_goes_to_stdout(contrast: Path, scorer: str) -> None:
     done = ask(contrast, "--baseline", contrast / "sft", "--scorer", f"{scorer}:length")
     assert done.code == 0, done.err
     for words in (
-        "accuracy of the implicit reward",
+        "implicit reward accuracy",
         "(estimated)",
         "(exact)",
         "win rate",
@@ -359,6 +361,24 @@ def test_the_view_goes_to_stdout(contrast: Path, scorer: str) -> None:
     ):
         assert words in " ".join(done.out.split())
     assert "perplexity of the reference" in done.out
+
+
+def test_in_a_pipe_no_cell_is_broken(contrast: Path, scorer: str) -> None:
+    """However long the paths are: one line for each row of the table."""
+    models = ",".join(str(contrast / name) for name in ("dpo", "reverse"))
+    baseline = ("--baseline", contrast / "sft", "--scorer", f"{scorer}:length")
+    done = ask(contrast, "-m", models, *baseline)
+    assert done.code == 0, done.err
+    title, roles, paths, *rows = done.out.splitlines()
+    assert title.endswith("responses to 6 prompts")
+    assert roles.split() == ["model", "model", "baseline", "reference"]
+    assert paths.split() == [str(contrast / name) for name in ("dpo", "reverse", "sft", "sft")]
+    assert len(roles.rstrip()) == len(paths.rstrip()) > 120
+    table = rows[: rows.index("")]
+    assert [row.split("  ")[0] for row in table] == [label for label, _ in (*_PAIR_ROWS, *_SAMPLE_ROWS)]
+    assert {len(re.split(r" {2,}", row.strip())) for row in table} == {5}
+    assert rows[rows.index("") + 1].startswith("perplexity of the reference")
+    assert len(rows) == len(table) + 5, "a line each for the reference, two win rates and the reward at equal KL"
 
 
 def test_json_is_one_object_and_the_same_again(contrast: Path, tmp_path: Path) -> None:
@@ -372,7 +392,7 @@ def test_json_is_one_object_and_the_same_again(contrast: Path, tmp_path: Path) -
     assert (tmp_path / "0.jsonl").read_bytes() != (tmp_path / "2.jsonl").read_bytes()
 
 
-def test_samples_lie_side_by_side(contrast: Path, tmp_path: Path) -> None:
+def test_samples_are_side_by_side(contrast: Path, tmp_path: Path) -> None:
     done = ask(contrast, "--baseline", contrast / "sft", "--samples", tmp_path / "s.jsonl", "--samples-per-prompt", "2")
     assert done.code == 0, done.err
     rows = read_jsonl(tmp_path / "s.jsonl")
@@ -388,15 +408,15 @@ def test_samples_lie_side_by_side(contrast: Path, tmp_path: Path) -> None:
         (["--scorer", "f"], 2, "write module:function"),
         (["--scorer", "a:b", "--reward-model", "x"], 2, "not both"),
         (["--sample-prompts", "0", "--samples", "x.jsonl"], 2, "sample_prompts must not be 0"),
-        (["--samples", "no/such/place.jsonl"], 2, "no such directory to write into"),
-        (["--split", "validation"], 2, "no such split; there is train and test"),
+        (["--samples", "no/such/place.jsonl"], 2, "no such directory: no/such"),
+        (["--split", "validation"], 2, "no such split; available: train, test"),
         (["--max-new-tokens", "3000"], 2, "lower it to"),
         (["--baseline", "nowhere/at/all"], 2, "--baseline nowhere/at/all"),
         (["--temperature", "-1"], 2, "--temperature"),
         (["--max-length", "999999"], 2, "--max-length"),
     ],
 )
-def test_what_cannot_work_is_told_in_one_line(contrast: Path, more: list[str], code: int, said: str) -> None:
+def test_what_cannot_work_is_one_line(contrast: Path, more: list[str], code: int, said: str) -> None:
     done = ask(contrast, *more)
     assert done.code == code
     assert said in done.error
@@ -407,11 +427,11 @@ def test_what_cannot_work_is_told_in_one_line(contrast: Path, more: list[str], c
 def test_models_may_be_named_by_a_file_and_the_environment(contrast: Path, tmp_path: Path) -> None:
     config = tmp_path / "e.yaml"
     config.write_text("model: a, b\nref_model: c\ndataset: d\nmax_new_tokens: 7\n")
-    loaded = load(COMMANDS["evaluate"], {}, config=config, environ={"TISDPO_TEMPERATURE": "0.5"}).settings
+    loaded = load(COMMANDS["evaluate"].settings, {}, config=config, environ={"TISDPO_TEMPERATURE": "0.5"}).settings
     assert loaded.models() == ["a", "b"]
     assert (loaded.max_new_tokens, loaded.temperature) == (7, 0.5)
     with pytest.raises(UsageError, match="a name is empty"):
-        load(COMMANDS["evaluate"], {"model": "a,", "ref_model": "c", "dataset": "d"})
+        load(COMMANDS["evaluate"].settings, {"model": "a,", "ref_model": "c", "dataset": "d"})
 
 
 def test_models_with_other_tokenizers_are_refused(contrast: Path, tmp_path: Path) -> None:
@@ -429,6 +449,6 @@ def test_a_loaded_model_samples_what_it_samples_alone(contrast: Path) -> None:
     """The trained family with its cache: one row at a time or all at once."""
     model, tokenizer = load_model(contrast / "dpo"), load_tokenizer(contrast / "dpo")
     prompts = tokenizer.encode(["Hello there, who are you?", "Why?", "\n\nHuman: bread\n\nAssistant:"])
-    how = Sampling(tokenizer.eos, tokenizer.pad, 10)
+    sampling = Sampling(tokenizer.eos, tokenizer.pad, 10)
     draws = uniform_draws(0, [(i, 0) for i in range(3)], 10)
-    assert sample_all(model, prompts, draws, how, 1) == sample_all(model, prompts, draws, how, 3)
+    assert sample_all(model, prompts, draws, sampling, 1) == sample_all(model, prompts, draws, sampling, 3)

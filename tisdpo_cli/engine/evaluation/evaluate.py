@@ -1,13 +1,11 @@
-"""evaluate: policies held against their reference, each other, and whoever gives rewards.
+"""evaluate: compare policies with their reference, with a baseline, and by rewards.
 
-It makes facts; how they look is not its business.
+The entry point: settings stop here. It returns plain values (`results`) and knows no terminal.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +13,11 @@ import torch
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.splits import drop_untrainable, read_split
 from tisdpo_cli.engine.arguments import read_options, vocabulary_of
-from tisdpo_cli.engine.evaluation.policies import Named, PolicyResult, Prompt, Task, evaluate_policies
-from tisdpo_cli.engine.evaluation.results import Evaluation, PolicyMetrics
-from tisdpo_cli.engine.evaluation.rewards import Rewarder, model_rewarder, scorer_rewarder
+from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
+from tisdpo_cli.engine.evaluation.results import Evaluation
+from tisdpo_cli.engine.evaluation.rewards import rewards_from_function, rewards_from_model
+from tisdpo_cli.engine.evaluation.samples import reward_at_baseline_kl, samples_jsonl, with_rewards
 from tisdpo_cli.engine.evaluation.sampling import Sampling, uniform_draws
-from tisdpo_cli.engine.evaluation.statistics import between, bootstrap, win_rate
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import sha256, write_text
 from tisdpo_cli.model.directory import hash_model, locate_model
@@ -32,41 +30,46 @@ from tisdpo_cli.settings.evaluate import Evaluate
 
 
 def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
-    """Evaluate policies on the held-out pairs of a dataset and on responses of their own.
+    """Evaluate policies on held-out pairs of a dataset and on responses that they generate.
+
+    Args:
+        settings: of evaluate.
+        reporter: shows progress and notes.
 
     Raises:
-        TisdpoError: anything the user can do something about; see the subclasses in `errors`.
+        TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
-    if settings.samples is not None:
-        _check_place(Path(settings.samples).expanduser())
-    policies, reference = _policies(settings)
+    samples_path = None if settings.samples is None else Path(settings.samples).expanduser()
+    if samples_path is not None:
+        _check_writable(samples_path)
+    policies, reference = _locate_models(settings)
     files = find_splits(settings.dataset)
-    split = _split(settings, files)
-    rewarder = scorer_rewarder(settings.scorer) if settings.scorer is not None else None
+    split = _choose_split(settings.split, files)
+    reward_function = None if settings.scorer is None else rewards_from_function(settings.scorer)
     runtime = Runtime(reporter)
     if runtime.world > 1:
-        raise UsageError("evaluate runs on one process", fix="start it without a launcher")
+        raise UsageError("evaluate runs in a single process", fix="start it without a launcher")
     task = _task(settings, runtime, files[split], [*policies, reference])
-    asked, perplexities = evaluate_policies(task, policies, reference)
+    results, perplexities = evaluate_policies(task, policies, reference)
     if settings.reward_model is not None:
-        judge = locate_model(settings.reward_model, "--reward-model")
-        rewarder = model_rewarder(judge, runtime.device, settings.batch_size)
-    if rewarder is not None:
-        asked = _rewarded(task, asked, rewarder)
-    if settings.samples is not None:
-        write_text(Path(settings.samples).expanduser(), _side_by_side(task, asked))
-        reporter.note(f"written: {settings.samples}")
-    facts = [one.facts for one in asked]
+        reward_model = locate_model(settings.reward_model, "--reward-model")
+        reward_function = rewards_from_model(reward_model, runtime.device, settings.batch_size)
+    if reward_function is not None:
+        results = with_rewards(results, task.prompts, task.samples_per_prompt, reward_function, settings.seed)
+    if samples_path is not None:
+        write_text(samples_path, samples_jsonl(results, task.prompts, task.samples_per_prompt))
+        reporter.note(f"wrote {settings.samples}")
+    metrics = [result.metrics for result in results]
     return Evaluation(
         dataset=settings.dataset,
         split=split,
         pairs=len(task.pairs),
         prompts=len({prompt.row for prompt in task.prompts}),
-        policies=facts,
+        policies=metrics,
         reference_perplexity=perplexities,
-        reward_at_baseline_kl=_at_baseline_kl(facts),
+        reward_at_baseline_kl=reward_at_baseline_kl(metrics),
         provenance={
-            "models": {named.name: hash_model(named.path) for named in [*policies, reference]},
+            "models": {model.name: hash_model(model.path) for model in [*policies, reference]},
             "dataset": sha256(files[split]),
             "settings": settings.fingerprint(),
             "versions": versions(),
@@ -74,129 +77,97 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
     )
 
 
-# Checked before a model is loaded ---------------------------------------------------------------------------------
+# Settings as plain arguments -----------------------------------------------------------------------------------
 
 
-def _check_place(samples: Path) -> None:
-    if samples.is_dir() or not samples.parent.is_dir():
-        why = "is a directory" if samples.is_dir() else "there is no such directory to write into"
-        raise UsageError(why, where=f"--samples {samples}")
+def _locate_models(settings: Evaluate) -> tuple[list[PolicyRef], PolicyRef]:
+    """The models and the baseline; the reference."""
 
+    def locate(role: str, option: str, name: str) -> PolicyRef:
+        return PolicyRef(role, option, name, locate_model(name, option, settings.trust_remote_code))
 
-def _policies(settings: Evaluate) -> tuple[list[Named], Named]:
-    """The models and the baseline, and the reference."""
-
-    def named(role: str, option: str, name: str) -> Named:
-        return Named(role, option, name, locate_model(name, option, settings.trust_remote_code))
-
-    policies = [named("model", "--model", name) for name in settings.models()]
+    policies = [locate("model", "--model", name) for name in settings.models()]
     if settings.baseline is not None:
-        policies.append(named("baseline", "--baseline", settings.baseline))
-    return policies, named("reference", "--ref-model", settings.ref_model)
+        policies.append(locate("baseline", "--baseline", settings.baseline))
+    return policies, locate("reference", "--ref-model", settings.ref_model)
 
 
-def _split(settings: Evaluate, files: dict[str, Path]) -> str:
-    name = settings.split or ("test" if "test" in files else "train")
-    if name not in files:
-        raise UsageError(f"no such split; there is {' and '.join(files)}", where=f"--split {name}")
-    return name
-
-
-def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[Named]) -> Task:
-    """What is asked, checked as far as no weights are needed."""
-    tokenizer = _shared_tokenizer(settings, models)
+def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[PolicyRef]) -> EvaluationTask:
+    """The task, checked as far as possible without loading weights."""
+    trust, limit, per_prompt = settings.trust_remote_code, settings.max_new_tokens, settings.samples_per_prompt
+    tokenizer = _shared_tokenizer(models, settings.data.max_length, trust)
     split = read_split(file, read_options(settings.data), vocabulary_of(tokenizer), settings.eval_pairs)
     kept, dropped = drop_untrainable(split)
     for notice in (*tokenizer.notices, *split.notices, *dropped):
         runtime.reporter.note(notice)
-    first = {tuple(pair.prompt): pair for pair in reversed(split.encoded)}
-    asked = sorted(first.values(), key=lambda pair: pair.index)[: settings.sample_prompts]
-    _check_room(settings, max((len(pair.prompt) for pair in asked), default=0), models)
-    limit, each = settings.max_new_tokens, range(settings.samples_per_prompt)
-    prompts = [Prompt(pair.index, split.pairs[pair.index].prompt, pair.prompt) for pair in asked for _ in each]
-    keys = [(pair.index, number) for pair in asked for number in each]
-    draws = uniform_draws(settings.seed, keys, limit) if keys else torch.empty(0, limit)
-    compute = autocast_dtype(runtime.precision(settings.dtype, scoring=True))
-    how = Sampling(tokenizer.eos, tokenizer.pad, limit, settings.temperature, compute)
-    return Task(settings, runtime, tokenizer, kept, prompts, draws, how)
+    first_pairs = {tuple(pair.prompt): pair for pair in reversed(split.encoded)}
+    prompted = sorted(first_pairs.values(), key=lambda pair: pair.index)[: settings.sample_prompts]
+    _check_positions(models, max((len(pair.prompt) for pair in prompted), default=0), limit, trust)
+    prompts = [
+        Prompt(pair.index, split.pairs[pair.index].prompt, pair.prompt) for pair in prompted for _ in range(per_prompt)
+    ]
+    keys = [(pair.index, number) for pair in prompted for number in range(per_prompt)]
+    autocast = autocast_dtype(runtime.precision(settings.dtype, scoring=True))
+    return EvaluationTask(
+        runtime=runtime,
+        tokenizer=tokenizer,
+        pairs=kept,
+        prompts=prompts,
+        draws=uniform_draws(settings.seed, keys, limit) if keys else torch.empty(0, limit),
+        sampling=Sampling(tokenizer.eos, tokenizer.pad, limit, settings.temperature, autocast),
+        samples_per_prompt=per_prompt,
+        batch_size=settings.batch_size,
+        beta=settings.beta,
+        sample_reference=settings.scorer is not None or settings.reward_model is not None,
+        trust_remote_code=trust,
+    )
 
 
-def _shared_tokenizer(settings: Evaluate, models: Sequence[Named]) -> Tokenizer:
-    """The tokenizer of all models, which must be one: they are compared token by token."""
-    tokenizer = load_tokenizer(models[0].path, settings.trust_remote_code)
-    for named in models:
-        own = tokenizer if named is models[0] else load_tokenizer(named.path, settings.trust_remote_code)
+# Checks before a model is loaded -------------------------------------------------------------------------------
+
+
+def _check_writable(path: Path) -> None:
+    where = f"--samples {path}"
+    if path.is_dir():
+        raise UsageError("is a directory", where=where, fix="name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"no such directory: {path.parent}", where=where, fix="create it first")
+
+
+def _choose_split(name: str | None, files: Mapping[str, Path]) -> str:
+    """The requested split; by default `test` if it exists."""
+    split = name or ("test" if "test" in files else "train")
+    if split not in files:
+        raise UsageError(f"no such split; available: {', '.join(files)}", where=f"--split {split}")
+    return split
+
+
+def _shared_tokenizer(models: Sequence[PolicyRef], max_length: int, trust_remote_code: bool) -> Tokenizer:
+    """The tokenizer of all models, which must be the same because they are compared token by token."""
+    tokenizer = load_tokenizer(models[0].path, trust_remote_code)
+    for model in models:
+        own = tokenizer if model is models[0] else load_tokenizer(model.path, trust_remote_code)
         if own.digest != tokenizer.digest:
-            where, fix = f"{named.option} {named.name}", "compare models that share one"
-            raise ModelError(f"has another tokenizer than {models[0].name}", where=where, fix=fix)
-        check_fit(named.path, tokenizer, settings.data.max_length, settings.trust_remote_code)
+            raise ModelError(
+                f"has another tokenizer than {models[0].name}",
+                where=f"{model.option} {model.name}",
+                fix="compare models that share a tokenizer",
+            )
+        check_fit(model.path, tokenizer, max_length, trust_remote_code)
     return tokenizer
 
 
-def _check_room(settings: Evaluate, prompt: int, models: Sequence[Named]) -> None:
-    """The longest prompt and its response must fit into every model."""
-    for named in models if prompt else ():
-        positions = positions_of(named.path, settings.trust_remote_code)
-        if positions is not None and prompt + settings.max_new_tokens > positions:
+def _check_positions(
+    models: Sequence[PolicyRef], prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool
+) -> None:
+    """Check that the longest prompt and its response fit into every model; 0 prompt tokens stand for no prompt."""
+    for model in models if prompt_tokens else ():
+        positions = positions_of(model.path, trust_remote_code)
+        if positions is not None and prompt_tokens + max_new_tokens > positions:
             raise UsageError(
-                f"with a prompt of {prompt} tokens that is beyond the {positions} positions of {named.name}",
-                where=f"--max-new-tokens {settings.max_new_tokens}",
-                fix=f"lower it to {positions - prompt}" if positions > prompt else "lower --max-prompt-length",
+                f"with a prompt of {prompt_tokens} tokens this exceeds the {positions} positions of {model.name}",
+                where=f"--max-new-tokens {max_new_tokens}",
+                fix=f"lower it to {positions - prompt_tokens}"
+                if positions > prompt_tokens
+                else "lower --max-prompt-length",
             )
-
-
-# What is said of the responses ------------------------------------------------------------------------------------
-
-
-def _rewarded(task: Task, asked: Sequence[PolicyResult], rewarder: Rewarder) -> list[PolicyResult]:
-    """The same with rewards, and with the duels against the baseline."""
-    prompts = [prompt.text for prompt in task.prompts]
-    texts = [text for one in asked for text in one.answers.texts]
-    given = rewarder(prompts * len(asked), texts)
-    rewards = [given[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(asked))]
-    baseline = next((mine for one, mine in zip(asked, rewards, strict=True) if one.facts.role == "baseline"), None)
-    each = task.settings.samples_per_prompt
-    made = []
-    for one, mine in zip(asked, rewards, strict=True):
-        groups = [mine[i : i + each] for i in range(0, len(mine), each)]
-        assert one.facts.samples is not None
-        facts = replace(
-            one.facts,
-            samples=replace(one.facts.samples, reward=bootstrap(groups, task.settings.seed)),
-            against_baseline=win_rate(mine, baseline) if baseline and one.facts.role == "model" else None,
-        )
-        made.append(PolicyResult(facts, replace(one.answers, rewards=mine)))
-    return made
-
-
-def _at_baseline_kl(policies: Sequence[PolicyMetrics]) -> float | None:
-    """What the checkpoints earn at the KL of the baseline; the reference is the checkpoint before any update."""
-    points = {"baseline": list[tuple[float, float]](), "checkpoints": list[tuple[float, float]]()}
-    for policy in policies:
-        of = policy.samples
-        if of is not None and of.reward is not None and of.kl_per_response is not None:
-            kind = "baseline" if policy.role == "baseline" else "checkpoints"
-            points[kind].append((of.kl_per_response.value, of.reward.mean))
-    several = sum(policy.role == "model" for policy in policies) > 1
-    return between(points["checkpoints"], points["baseline"][0][0]) if several and points["baseline"] else None
-
-
-def _side_by_side(task: Task, asked: Sequence[PolicyResult]) -> str:
-    """One line of JSON for each prompt and number, with the responses of all policies."""
-    each = task.settings.samples_per_prompt
-    lines = []
-    for i, prompt in enumerate(task.prompts):
-        responses = [
-            {
-                "role": one.facts.role,
-                "model": one.facts.path,
-                "response": one.answers.texts[i],
-                "tokens": len(one.answers.samples[i].ids),
-                "ended": one.answers.samples[i].ended,
-                "reward": None if one.answers.rewards is None else one.answers.rewards[i],
-            }
-            for one in asked
-        ]
-        row = {"row": prompt.row, "sample": i % each, "prompt": prompt.text, "responses": responses}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)

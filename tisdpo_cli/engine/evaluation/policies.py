@@ -1,6 +1,6 @@
-"""Policies asked: their log-probs and KL on the pairs of a dataset, and responses of their own.
+"""Evaluate policies: log-probs and KL on the pairs of a dataset, and responses that they generate.
 
-One policy is in memory at a time, beside the reference. It knows no rewards but the implicit ones.
+One policy is in memory at a time, next to the reference. It knows no settings, and no rewards but the implicit ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ from tisdpo_cli.model.logprobs import TokenScorer, batch_for, compare
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Progress
 from tisdpo_cli.runs.runtime import Runtime
-from tisdpo_cli.settings.evaluate import Evaluate
 
 _KL = "policy||reference"
 
 
 @dataclass(frozen=True)
-class Named:
-    """A policy or the reference: what the user calls it, and where it is."""
+class PolicyRef:
+    """A policy or the reference, before it is loaded.
+
+    Attributes:
+        role: `model`, `baseline` or `reference`.
+        option: that names it.
+        name: as given by the user.
+        path: its directory.
+    """
 
     role: str
     option: str
@@ -42,7 +48,13 @@ class Named:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer: the first row that has it, its text, its tokens as they are cut for that row."""
+    """A prompt to respond to.
+
+    Attributes:
+        row: the first row with this prompt.
+        text: as in the dataset.
+        ids: truncated as for that row.
+    """
 
     row: int
     text: str
@@ -50,26 +62,41 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every policy is asked, the same for all.
+class EvaluationTask:
+    """What every policy is evaluated on, the same for all.
 
     Attributes:
-        prompts: each as often as it is answered.
-        drawn: [prompts, new tokens], the chance that goes into each response.
+        pairs: to compute log-probs and KL on.
+        prompts: one entry per response to generate.
+        draws: [prompts, new tokens] random numbers behind each response.
+        samples_per_prompt: consecutive entries of `prompts` with the same prompt.
+        batch_size: rows per forward pass.
+        beta: of the implicit rewards.
+        sample_reference: whether the reference generates responses too.
+        trust_remote_code: whether to run code from model repositories.
     """
 
-    settings: Evaluate
     runtime: Runtime
     tokenizer: Tokenizer
     pairs: list[EncodedPair]
     prompts: list[Prompt]
     draws: Tensor
     sampling: Sampling
+    samples_per_prompt: int
+    batch_size: int
+    beta: float
+    sample_reference: bool
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
 class Generations:
-    """The responses of a policy, one to each prompt of the task; the KL of each summed over its tokens."""
+    """Responses of a policy, one per entry of the prompts of the task.
+
+    Attributes:
+        kl: Σ KL(policy ‖ reference) over the tokens of each response.
+        rewards: of each response, if there is a reward source.
+    """
 
     samples: list[Sample]
     texts: list[str]
@@ -79,85 +106,99 @@ class Generations:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """The facts of one policy, and what it answered."""
+    """The metrics of a policy and the responses that it generated."""
 
-    facts: PolicyMetrics
-    answers: Generations
+    metrics: PolicyMetrics
+    generations: Generations
 
 
 def evaluate_policies(
-    task: Task, paths: Sequence[Named], reference: Named
+    task: EvaluationTask, policies: Sequence[PolicyRef], reference: PolicyRef
 ) -> tuple[list[PolicyResult], dict[str, float]]:
-    """Every policy on the pairs and asked for responses; and the perplexities of the reference.
+    """Evaluate policies one after the other.
 
-    Where responses are rewarded the reference answers too, last: it is the policy whose KL is 0.
+    Args:
+        task: what to evaluate on.
+        policies: models and baseline.
+        reference: of KL and implicit rewards; where it generates responses too it comes last, as the policy of KL 0.
+
+    Returns:
+        The result of each policy, and the perplexity of the reference by side of the pairs.
     """
-    ref, asked, perplexities = _load(task, reference), list[PolicyResult](), dict[str, float]()
-    rewarded = task.settings.scorer is not None or task.settings.reward_model is not None
-    rows = len(paths) * (2 * len(task.pairs) + len(task.prompts)) + rewarded * len(task.prompts)
-    with task.runtime.reporter.progress("asking all policies", rows, 0, "evaluating") as progress:
-        for named in paths:
-            policy = _load(task, named)
-            on_pairs, perplexities = _on_pairs(task, policy, ref, progress)
-            answers = _answers(task, policy, ref, progress)
-            asked.append(
-                PolicyResult(PolicyMetrics(named.role, named.name, on_pairs, _on_samples(task, answers)), answers)
-            )
-            del policy
+    reference_scorer, results, perplexities = _load(task, reference), list[PolicyResult](), dict[str, float]()
+    rows = len(policies) * (2 * len(task.pairs) + len(task.prompts)) + task.sample_reference * len(task.prompts)
+    with task.runtime.reporter.progress("evaluating", rows, 0, "responses") as progress:
+        for policy in policies:
+            scorer = _load(task, policy)
+            on_pairs, perplexities = _evaluate_pairs(task, scorer, reference_scorer, progress)
+            generations = _generate(task, scorer, reference_scorer, progress)
+            results.append(_result(task, policy, on_pairs, generations))
+            del scorer
             gc.collect()
-        if rewarded:
-            answers = _answers(task, ref, ref, progress)
-            asked.append(
-                PolicyResult(PolicyMetrics(reference.role, reference.name, None, _on_samples(task, answers)), answers)
-            )
-    return asked, perplexities
+        if task.sample_reference:
+            generations = _generate(task, reference_scorer, reference_scorer, progress)
+            results.append(_result(task, reference, None, generations))
+    return results, perplexities
 
 
-def _load(task: Task, named: Named) -> TokenScorer:
-    model = move_to_device(load_model(named.path, task.settings.trust_remote_code), task.runtime.device)
+def _result(
+    task: EvaluationTask, policy: PolicyRef, on_pairs: PairMetrics | None, generations: Generations
+) -> PolicyResult:
+    metrics = PolicyMetrics(policy.role, policy.name, on_pairs, _sample_metrics(task, generations))
+    return PolicyResult(metrics, generations)
+
+
+def _load(task: EvaluationTask, policy: PolicyRef) -> TokenScorer:
+    model = move_to_device(load_model(policy.path, task.trust_remote_code), task.runtime.device)
     model.requires_grad_(False)
     return TokenScorer(model, task.sampling.autocast)
 
 
-def _compared(
-    task: Task, policy: TokenScorer, reference: TokenScorer, rows: Sequence[tuple[list[int], list[int]]], done: Progress
+def _response_sums(
+    task: EvaluationTask,
+    policy: TokenScorer,
+    reference: TokenScorer,
+    rows: Sequence[tuple[list[int], list[int]]],
+    progress: Progress,
 ) -> list[tuple[float, float, float]]:
-    """Of each row (prompt, response): the sums over its response of log π, of log π_ref, and of KL(π ‖ π_ref)."""
+    """Sums over the response of each row (prompt, response): log π, log π_ref, KL(π ‖ π_ref)."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    found: dict[int, tuple[float, float, float]] = {}
-    for start in range(0, len(order), task.settings.batch_size):
-        some = order[start : start + task.settings.batch_size]
-        batch = batch_for(policy, [(rows[i][0], [rows[i][1]]) for i in some], task.tokenizer.pad)
+    sums: dict[int, tuple[float, float, float]] = {}
+    for start in range(0, len(order), task.batch_size):
+        indices = order[start : start + task.batch_size]
+        batch = batch_for(policy, [(rows[i][0], [rows[i][1]]) for i in indices], task.tokenizer.pad)
         with torch.inference_mode():
             compared = compare(policy, reference, batch, _KL)
             assert compared.kl is not None
-            columns = (compared.logps, compared.ref_logps, compared.kl)
-            sums = [response_sums(column, batch.response_ids, len(some)).tolist() for column in columns]
-        if not all(math.isfinite(value) for column in sums for value in column):
+            per_token = (compared.logps, compared.ref_logps, compared.kl)
+            columns = [response_sums(values, batch.response_ids, len(indices)).tolist() for values in per_token]
+        if not all(math.isfinite(value) for column in columns for value in column):
             raise RankError("a log-prob is not finite", fix="use --dtype float32")
-        found |= zip(some, zip(*sums, strict=True), strict=True)
-        done.advance(len(some), {})
-    return [found[i] for i in range(len(rows))]
+        sums |= zip(indices, zip(*columns, strict=True), strict=True)
+        progress.advance(len(indices), {})
+    return [sums[i] for i in range(len(rows))]
 
 
-def _on_pairs(
-    task: Task, policy: TokenScorer, reference: TokenScorer, done: Progress
+def _evaluate_pairs(
+    task: EvaluationTask, policy: TokenScorer, reference: TokenScorer, progress: Progress
 ) -> tuple[PairMetrics, dict[str, float]]:
-    """The policy on the pairs of the dataset, and the perplexities of the reference there."""
-    sides = {"chosen": [pair.chosen.ids for pair in task.pairs], "rejected": [pair.rejected.ids for pair in task.pairs]}
+    """Metrics of the policy on the pairs, and the perplexity of the reference by side."""
+    responses = {
+        "chosen": [pair.chosen.ids for pair in task.pairs],
+        "rejected": [pair.rejected.ids for pair in task.pairs],
+    }
     prompts = [pair.prompt for pair in task.pairs]
-    both = [*zip(prompts, sides["chosen"], strict=True), *zip(prompts, sides["rejected"], strict=True)]
-    sums = _compared(task, policy, reference, both, done)
-    tokens = {side: sum(map(len, ids)) for side, ids in sides.items()}
-    found = dict(zip(sides, (sums[: len(prompts)], sums[len(prompts) :]), strict=True))
-    beta = task.settings.beta
-    rewards = {side: [beta * (ours - theirs) for ours, theirs, _ in rows] for side, rows in found.items()}
+    rows = [row for ids in responses.values() for row in zip(prompts, ids, strict=True)]
+    sums = _response_sums(task, policy, reference, rows, progress)
+    by_side = dict(zip(responses, (sums[: len(prompts)], sums[len(prompts) :]), strict=True))
+    tokens = {side: sum(map(len, ids)) for side, ids in responses.items()}
+    rewards = {side: [task.beta * (ours - theirs) for ours, theirs, _ in rows] for side, rows in by_side.items()}
     margins = [c - r for c, r in zip(rewards["chosen"], rewards["rejected"], strict=True)]
     means = {side: math.fsum(values) / len(values) for side, values in rewards.items()}
-    kl = {side: math.fsum(k for _, _, k in rows) / tokens[side] for side, rows in found.items()}
-    ours = {side: perplexity(math.fsum(p for p, _, _ in rows), tokens[side]) for side, rows in found.items()}
-    theirs = {side: perplexity(math.fsum(p for _, p, _ in rows), tokens[side]) for side, rows in found.items()}
-    on_pairs = PairMetrics(
+    kl = {side: math.fsum(k for _, _, k in rows) / tokens[side] for side, rows in by_side.items()}
+    ours = {side: perplexity(math.fsum(p for p, _, _ in rows), tokens[side]) for side, rows in by_side.items()}
+    theirs = {side: perplexity(math.fsum(p for _, p, _ in rows), tokens[side]) for side, rows in by_side.items()}
+    metrics = PairMetrics(
         accuracy=sum(m > 0 for m in margins) / len(margins),
         ties=sum(m == 0 for m in margins) / len(margins),
         margin=mean(margins),
@@ -165,32 +206,31 @@ def _on_pairs(
         **{f"kl_{side}": value for side, value in kl.items()},
         **{f"perplexity_{side}": value for side, value in ours.items()},
     )
-    return on_pairs, theirs
+    return metrics, theirs
 
 
-def _answers(task: Task, policy: TokenScorer, reference: TokenScorer, done: Progress) -> Generations:
-    """Responses of a policy to all prompts, the same chance for every policy."""
+def _generate(task: EvaluationTask, policy: TokenScorer, reference: TokenScorer, progress: Progress) -> Generations:
+    """Responses of a policy to all prompts, from the same random numbers for every policy."""
     prompts = [prompt.ids for prompt in task.prompts]
-    size = task.settings.batch_size
-    samples = sample_all(policy.model, prompts, task.draws, task.sampling, size) if prompts else []
-    rows = [(ids, said.scored(task.tokenizer.eos)) for ids, said in zip(prompts, samples, strict=True)]
-    kl = [total for _, _, total in _compared(task, policy, reference, rows, done)]
-    texts = [task.tokenizer.text(said.ids) for said in samples]
+    samples = sample_all(policy.model, prompts, task.draws, task.sampling, task.batch_size) if prompts else []
+    rows = [(ids, sample.scored(task.tokenizer.eos)) for ids, sample in zip(prompts, samples, strict=True)]
+    kl = [total for _, _, total in _response_sums(task, policy, reference, rows, progress)]
+    texts = [task.tokenizer.text(sample.ids) for sample in samples]
     return Generations(samples, texts, kl)
 
 
-def _on_samples(task: Task, answers: Generations) -> SampleMetrics | None:
-    samples = answers.samples
+def _sample_metrics(task: EvaluationTask, generations: Generations) -> SampleMetrics | None:
+    samples = generations.samples
     if not samples:
         return None
-    n, own = len(samples), task.sampling.temperature == 1
-    counts = [len(said.scored(task.tokenizer.eos)) for said in samples]
+    n, on_policy = len(samples), task.sampling.temperature == 1
+    counts = [len(sample.scored(task.tokenizer.eos)) for sample in samples]
     return SampleMetrics(
         samples=n,
-        length=sum(len(said.ids) for said in samples) / n,
-        ended=sum(said.ended for said in samples) / n,
-        repetition=math.fsum(repetition(said.ids) for said in samples) / n,
-        kl_per_token=ratio(answers.kl, counts) if own else None,
-        kl_per_response=mean(answers.kl) if own else None,
+        length=sum(len(sample.ids) for sample in samples) / n,
+        ended=sum(sample.ended for sample in samples) / n,
+        repetition=math.fsum(repetition(sample.ids) for sample in samples) / n,
+        kl_per_token=ratio(generations.kl, counts) if on_policy else None,
+        kl_per_response=mean(generations.kl) if on_policy else None,
         reward=None,
     )

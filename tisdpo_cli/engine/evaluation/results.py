@@ -1,6 +1,7 @@
-"""What `evaluate` finds, as plain values: one model of the facts feeds the terminal and JSON.
+"""Results of evaluate as plain values: one model behind the terminal view and JSON.
 
-Rewards of a preference are β log π/π_ref, in nats; those of responses are in the units of whoever gives them.
+Rewards of preference pairs are implicit, β log π/π_ref in nats; rewards of samples have the unit of their source. The
+field names are the keys of `evaluate --json`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MeanWithError:
-    """A mean that samples give, and its standard error (None where one sample says nothing about it)."""
+    """A sample mean and its standard error, which is None for a single sample."""
 
     value: float
     standard_error: float | None
@@ -19,7 +20,7 @@ class MeanWithError:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with a bootstrap confidence interval of 95 %."""
+    """A mean with its 95 % bootstrap confidence interval."""
 
     mean: float
     low: float
@@ -28,11 +29,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Responses of a policy against those of another one to the same prompts.
+    """Responses of one policy compared with those of another to the same prompts.
 
     Attributes:
-        win_rate: with ties counted half.
-        p_value: of the exact two-sided sign test, ties left out.
+        win_rate: share of wins; ties count half.
+        p_value: of the exact two-sided sign test, without ties.
     """
 
     wins: int
@@ -44,12 +45,13 @@ class WinRate:
 
 @dataclass(frozen=True)
 class PairMetrics:
-    """A policy on the responses of the dataset. Margins and rewards are implicit ones.
+    """A policy on the preference pairs of the dataset. Rewards and margins are implicit.
 
     Attributes:
         accuracy: share of pairs whose chosen response has the higher reward.
-        ties: share of pairs with equal rewards; no success.
-        kl_chosen: mean over the tokens of KL(policy ‖ reference), exact over the vocabulary.
+        ties: share of pairs with equal rewards; they do not count as correct.
+        margin: reward of chosen minus reward of rejected.
+        kl_chosen: mean over tokens of KL(policy ‖ reference), exact over the vocabulary.
         perplexity_chosen: exp of the mean negative log-prob of a token.
     """
 
@@ -66,16 +68,16 @@ class PairMetrics:
 
 @dataclass(frozen=True)
 class SampleMetrics:
-    """A policy on responses of its own.
+    """A policy on responses that it generated.
 
     Attributes:
-        length: mean tokens, the EOS not counted.
-        ended: share that the model ended itself, within the limit of new tokens.
-        repetition: mean share of the 4-grams of a response that stood in it before.
-        kl_per_token: of KL(policy ‖ reference), estimated: exact over the vocabulary at each position, positions
-            sampled. None where the temperature is not 1, so that the samples are not the policy's.
-        kl_per_response: the same for whole responses, up to the limit of new tokens.
-        reward: mean reward, where something gives rewards.
+        length: mean number of tokens, without the EOS.
+        ended: share of responses that end with an EOS within the limit of new tokens.
+        repetition: mean share of repeated 4-grams in a response.
+        kl_per_token: estimate of KL(policy ‖ reference): exact over the vocabulary at each position, positions sampled.
+            None if the temperature is not 1, because the samples are then not from the policy.
+        kl_per_response: the same, summed over a response, up to the limit of new tokens.
+        reward: mean reward, or None without a reward source.
     """
 
     samples: int
@@ -89,13 +91,14 @@ class SampleMetrics:
 
 @dataclass(frozen=True)
 class PolicyMetrics:
-    """Everything about one policy.
+    """All metrics of one policy.
 
     Attributes:
         role: `model`, `baseline` or `reference`.
-        pairs: None for the reference, which is 0 there by definition.
-        samples: None where none were asked for.
-        against_baseline: where there are a baseline and rewards.
+        path: as given by the user.
+        pairs: None for the reference, whose implicit rewards are 0 by definition.
+        samples: None without sampled responses.
+        against_baseline: None without a baseline or without rewards.
     """
 
     role: str
@@ -107,16 +110,16 @@ class PolicyMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Everything that evaluate reports.
 
     Attributes:
-        pairs: held-out pairs that were read.
-        prompts: distinct prompts that were answered.
-        policies: the models as they were given, then baseline and reference where they were sampled.
+        pairs: number of evaluated pairs.
+        prompts: number of distinct prompts with generated responses.
+        policies: the models in the given order, then the baseline, then the reference if it was sampled.
         reference_perplexity: of the reference, by side of the pairs.
-        reward_at_baseline_kl: what the checkpoints earn where their KL is the baseline's, between the two next to it;
-            None without several checkpoints, a baseline and rewards, or where no two lie around it.
-        provenance: what it was made from.
+        reward_at_baseline_kl: reward of the checkpoints at the KL of the baseline, interpolated between the two closest
+            ones. None without several checkpoints, a baseline and rewards, or if the KL is out of their range.
+        provenance: models, data, settings, versions.
     """
 
     dataset: str
@@ -129,5 +132,5 @@ class Evaluation:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON."""
+        """Plain values for JSON."""
         return asdict(self)

@@ -1,6 +1,6 @@
-"""Rewards of responses: from a sequence classification model, or from a function of the user's own.
+"""Rewards of responses, from a sequence classification model or from a Python function of the user.
 
-It knows texts and numbers, and nothing of where the responses come from.
+It knows texts and numbers, not where the responses come from.
 """
 
 from __future__ import annotations
@@ -18,70 +18,76 @@ from torch import nn
 from tisdpo_cli.errors import DataError, ModelError, TisdpoError, UsageError
 from tisdpo_cli.model.loading import load_reward_model, move_to_device
 
-# Prompts and responses, side by side, to one number each; larger is better.
-Rewarder = Callable[[Sequence[str], Sequence[str]], list[float]]
+# Prompts and their responses to one reward per response; higher is better.
+RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
-def scorer_rewarder(name: str) -> Rewarder:
-    """Rewards by `module:function`, called once with the lists of prompts and responses.
+def rewards_from_function(name: str) -> RewardFunction:
+    """Rewards from `module:function`, called once with the lists of prompts and responses.
 
-    The module is looked for where Python looks, and in the current directory.
+    Modules are imported from the Python path and from the current directory.
 
     Raises:
-        UsageFault: there is no such module or function.
+        UsageError: the module or function does not exist.
     """
     module_name, _, function_name = name.partition(":")
-    function = getattr(_imported(module_name, name), function_name, None)
+    function = getattr(_import_module(module_name, name), function_name, None)
     if not callable(function):
         raise UsageError(f"{module_name} has no function {function_name}", where=f"--scorer {name}")
 
     def rewards(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         try:
-            given = list(function(list(prompts), list(responses)))
+            values = list(function(list(prompts), list(responses)))
         except Exception as fault:
-            said = f"{type(fault).__name__}: {fault}".splitlines()[0]
-            raise TisdpoError(f"the function has failed: {said}", where=f"--scorer {name}") from fault
-        return _checked(given, len(responses), f"--scorer {name}")
+            message = f"{type(fault).__name__}: {fault}".splitlines()[0]
+            raise TisdpoError(f"the function failed: {message}", where=f"--scorer {name}") from fault
+        return _checked(values, len(responses), f"--scorer {name}")
 
     return rewards
 
 
-def _imported(module: str, name: str) -> Any:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+def _import_module(module: str, name: str) -> Any:
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
     try:
         return importlib.import_module(module)
     except Exception as fault:
-        said = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        fix = "write module:function, of a module here or on PYTHONPATH"
-        raise UsageError(f"cannot be imported: {said}", where=f"--scorer {name}", fix=fix) from fault
+        message = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        fix = "write module:function with a module in this directory or on PYTHONPATH"
+        raise UsageError(f"cannot import {module}: {message}", where=f"--scorer {name}", fix=fix) from fault
     finally:
-        sys.path.remove(here)
+        sys.path.remove(directory)
 
 
-def _checked(given: list[Any], count: int, where: str) -> list[float]:
-    if len(given) != count:
-        raise DataError(f"gave {len(given)} numbers for {count} responses", where=where)
+def _checked(values: list[Any], count: int, where: str) -> list[float]:
+    if len(values) != count:
+        raise DataError(f"returned {len(values)} rewards for {count} responses", where=where)
     try:
-        numbers = [float(value) for value in given]
+        rewards = [float(value) for value in values]
     except (TypeError, ValueError) as fault:
-        raise DataError("gave something that is no number", where=where) from fault
-    if not all(map(math.isfinite, numbers)):
-        raise DataError("gave a number that is not finite", where=where)
-    return numbers
+        raise DataError("returned a reward that is not a number", where=where) from fault
+    if not all(map(math.isfinite, rewards)):
+        raise DataError("returned a reward that is not finite", where=where)
+    return rewards
 
 
-def model_rewarder(path: Path, device: torch.device, batch_size: int) -> Rewarder:
-    """Rewards by a model that reads prompt and response as one text, with the special tokens its tokenizer adds.
+def rewards_from_model(path: Path, device: torch.device, batch_size: int) -> RewardFunction:
+    """Rewards from a model that reads prompt and response as one text, with the special tokens its tokenizer adds.
 
-    A text longer than the model can read loses its start.
+    Texts longer than the model supports lose their start.
+
+    Args:
+        path: directory of a sequence classification model with one output.
+        device: to run it on.
+        batch_size: rows per forward pass.
 
     Raises:
-        ModelError: it cannot be loaded, or is no such model.
+        ModelError: the model cannot be loaded, or has another kind of output.
     """
     model, tokenizer = load_reward_model(path)
     model = move_to_device(model, device).requires_grad_(False)
-    # Texts of equal length go together, so that nothing is padding: an EOS that ends a text is read as one.
+    # Batches hold texts of equal length only, so nothing is padded, and an EOS at the end of a text is read as one
+    # even where it is also the padding token.
     configs: list[Any] = [model.config, model.config.get_text_config()]  # type: ignore[operator, union-attr]
     for config in configs:
         config.pad_token_id = -1
@@ -92,18 +98,18 @@ def model_rewarder(path: Path, device: torch.device, batch_size: int) -> Rewarde
     def rewards(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         rows = tokenizer(texts, return_attention_mask=False, verbose=False, **limit)["input_ids"]
-        found: dict[int, float] = {}
-        for batch in _of_equal_length(rows, batch_size):
-            found |= zip(batch, _read(model, [rows[i] for i in batch], device), strict=True)
-        given = [found[i] for i in range(len(rows))]
-        if not all(map(math.isfinite, given)):
-            raise ModelError("gave a reward that is not finite", where=str(path))
-        return given
+        by_row: dict[int, float] = {}
+        for batch in _batches_of_equal_length(rows, batch_size):
+            by_row |= zip(batch, _logits(model, [rows[i] for i in batch], device), strict=True)
+        values = [by_row[i] for i in range(len(rows))]
+        if not all(map(math.isfinite, values)):
+            raise ModelError("returned a reward that is not finite", where=str(path))
+        return values
 
     return rewards
 
 
-def _of_equal_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+def _batches_of_equal_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(i)
@@ -111,6 +117,6 @@ def _of_equal_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[lis
 
 
 @torch.inference_mode()
-def _read(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> list[float]:
+def _logits(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> list[float]:
     logits = model(input_ids=torch.tensor(rows, device=device)).logits
     return logits.float()[:, 0].tolist()

@@ -1,8 +1,8 @@
-"""Responses sampled from a causal language model, in batches with left padding and a cache.
+"""Responses sampled from a causal language model, in batches with left padding and a KV cache.
 
-Chance comes from outside: what is drawn for a response depends on the seed, its prompt and its number alone, so that
-the batch it lies in changes nothing. It knows no rewards, no files and no settings. Legend: R rows, T positions,
-N new tokens at most, V vocabulary.
+Random numbers come from outside: those of a response depend only on the seed, its prompt and its number, so the batch
+has no influence. It knows no rewards, files or settings. Legend: R rows, T positions, N maximum new tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Sample:
     """One sampled response.
 
     Attributes:
-        ids: its tokens, without the EOS.
-        ended: whether the model ended it, and not the limit of new tokens.
+        ids: token ids without the EOS.
+        ended: whether it ends with an EOS; otherwise it reached the limit of new tokens.
     """
 
     ids: list[int]
     ended: bool
 
     def scored(self, eos: int) -> list[int]:
-        """The tokens that the model chose: with the EOS where it ended the response."""
+        """All sampled tokens: the response, with its EOS if it has one."""
         return [*self.ids, eos] if self.ended else self.ids
 
 
@@ -41,11 +41,11 @@ class Sampling:
     """How responses are sampled.
 
     Attributes:
-        eos: the token that ends a response.
-        pad: what fills rows up; it may be the EOS, for rows are known by length.
-        new_tokens: N, the EOS included.
-        temperature: of the softmax; 0 takes the most probable token.
-        autocast: the dtype to compute in, or None for the weights' own.
+        eos: id of the token that ends a response.
+        pad: id that pads rows; may be the EOS, because padding is known by length.
+        new_tokens: N, including the EOS.
+        temperature: 0 is greedy.
+        autocast: dtype to compute in, or None for the dtype of the weights.
     """
 
     eos: int
@@ -56,7 +56,13 @@ class Sampling:
 
 
 def uniform_draws(seed: int, keys: Sequence[tuple[int, int]], count: int) -> Tensor:
-    """Uniform numbers [R, count] in float64, each row by the seed, a prompt and the number of a response to it."""
+    """Uniform random numbers [R, count] in float64.
+
+    Args:
+        seed: of the run.
+        keys: prompt and response number of each row; a row depends only on its key and the seed.
+        count: numbers per row.
+    """
     return torch.stack([torch.rand(count, generator=_generator(seed, *key), dtype=torch.float64) for key in keys])
 
 
@@ -69,49 +75,50 @@ def sample_all(
     model: nn.Module,
     prompts: Sequence[Ids],
     draws: Tensor,
-    how: Sampling,
+    sampling: Sampling,
     batch_size: int,
-    done: Callable[[int], None] = lambda _rows: None,
+    on_rows_done: Callable[[int], None] = lambda _rows: None,
 ) -> list[Sample]:
-    """A response to each prompt; batches are made of prompts of like length.
+    """Sample one response to each prompt, in batches of prompts of similar length.
 
     Args:
         model: a transformers causal LM.
-        prompts: R prompts of one token or more.
-        drawn: [R, N], from `uniform_draws`.
-        how: when to end, and the temperature.
-        batch_size: rows at a time.
-        done: is told how many rows are ready.
+        prompts: R prompts of at least one token.
+        draws: [R, N], from `uniform_draws`.
+        sampling: limit, temperature and special tokens.
+        batch_size: rows per batch.
+        on_rows_done: called after each batch with its number of rows.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found: dict[int, Sample] = {}
+    samples: dict[int, Sample] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        found |= zip(rows, sample(model, [prompts[i] for i in rows], draws[rows], how), strict=True)
-        done(len(rows))
-    return [found[i] for i in range(len(prompts))]
+        samples |= zip(rows, sample(model, [prompts[i] for i in rows], draws[rows], sampling), strict=True)
+        on_rows_done(len(rows))
+    return [samples[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
-def sample(model: nn.Module, prompts: Sequence[Ids], draws: Tensor, how: Sampling) -> list[Sample]:
-    """A response to each prompt of one batch; arguments as in `sample_all`."""
+def sample(model: nn.Module, prompts: Sequence[Ids], draws: Tensor, sampling: Sampling) -> list[Sample]:
+    """Sample one response to each prompt of one batch; arguments as in `sample_all`."""
     device = next(model.parameters()).device
-    input_ids, mask = (made.to(device) for made in left_padded(prompts, how.pad))
+    input_ids, mask = (tensor.to(device) for tensor in left_padded(prompts, sampling.pad))
     draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    step, chosen = _Step(model, mask, how.autocast), []
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for t in range(how.new_tokens):
-        tokens = pick(step(input_ids), draws[:, t], how.temperature)
-        chosen.append(tokens)
-        going &= tokens != how.eos
-        if not going.any():
+    decoder = _Decoder(model, mask, sampling.autocast)
+    columns: list[Tensor] = []
+    unfinished = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for t in range(sampling.new_tokens):
+        tokens = pick(decoder.next_logits(input_ids), draws[:, t], sampling.temperature)
+        columns.append(tokens)
+        unfinished &= tokens != sampling.eos
+        if not unfinished.any():
             break
         input_ids = tokens[:, None]
-    return [_until(row, how.eos) for row in torch.stack(chosen, 1).tolist()]
+    return [_until_eos(row, sampling.eos) for row in torch.stack(columns, 1).tolist()]
 
 
 def left_padded(prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts [R, T] filled up on the left, and the mask [R, T] that is 1 on their tokens.
+    """Prompts padded on the left [R, T], and the mask [R, T] that is 1 on their tokens.
 
     >>> left_padded([[5, 6], [7]], pad=7)[1].tolist()
     [[1, 1], [0, 1]]
@@ -125,40 +132,47 @@ def left_padded(prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-class _Step:
-    """The logits [R, V] of the next tokens, from those that are new since the last call."""
+class _Decoder:
+    """A model with its KV cache during the generation of one batch."""
 
     def __init__(self, model: nn.Module, mask: Tensor, autocast: torch.dtype | None) -> None:
         self.model, self.mask, self.autocast = model, mask, autocast
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self.taken = set(inspect.signature(model.forward).parameters)
-        # What the cache is called depends on the version of transformers.
-        self.cached = "cache" if "cache" in self.taken else "past_key_values"
+        self.parameters = set(inspect.signature(model.forward).parameters)
+        # The name of the cache depends on the version of transformers.
+        self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
         self.cache: Any = None
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def next_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [R, V] of the next token, from the token ids [R, …] since the last call."""
         if self.cache is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
             self.positions = self.positions[:, -1:] + 1
-        # Families without a place for positions count them by the mask.
-        offered = {"position_ids": self.positions, "logits_to_keep": 1}
-        more = {name: value for name, value in offered.items() if name in self.taken} | {self.cached: self.cache}
-        device = input_ids.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            made = self.model(input_ids=input_ids, attention_mask=self.mask, use_cache=True, **more)
-        self.cache = getattr(made, self.cached)
-        return made.logits[:, -1]
+        # Model families without position_ids derive positions from the mask.
+        optional = {"position_ids": self.positions, "logits_to_keep": 1}
+        kwargs = {name: value for name, value in optional.items() if name in self.parameters}
+        kwargs[self.cache_name] = self.cache
+        with torch.autocast(input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            outputs = self.model(input_ids=input_ids, attention_mask=self.mask, use_cache=True, **kwargs)
+        self.cache = getattr(outputs, self.cache_name)
+        return outputs.logits[:, -1]
 
 
 def pick(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    """Tokens [R] where the cumulated probabilities of logits [R, V] pass the numbers drawn [R]."""
+    """Tokens [R] by inverse transform sampling.
+
+    Args:
+        logits: [R, V].
+        draws: [R] uniform random numbers.
+        temperature: 0 picks the most likely token.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulated = (logits.to(draws.dtype) / temperature).softmax(-1).cumsum(-1)
-    # On the right: a token of probability 0 is never reached.
-    found = torch.searchsorted(cumulated, (draws * cumulated[:, -1])[:, None], right=True)[:, 0]
-    return found.clamp(max=logits.shape[-1] - 1)
+    cumulative = (logits.to(draws.dtype) / temperature).softmax(-1).cumsum(-1)
+    # right=True never reaches a token of probability 0.
+    tokens = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-def _until(ids: list[int], eos: int) -> Sample:
+def _until_eos(ids: list[int], eos: int) -> Sample:
     return Sample(ids[: ids.index(eos)], True) if eos in ids else Sample(ids, False)

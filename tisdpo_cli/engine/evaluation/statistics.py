@@ -11,7 +11,8 @@ import torch
 from tisdpo_cli.engine.evaluation.results import Interval, MeanWithError, WinRate
 
 _RESAMPLES = 2000
-_GRAM = 4
+_NGRAM = 4
+# Close to the largest argument of exp in float64.
 _LARGEST_EXPONENT = 700.0
 
 
@@ -25,7 +26,7 @@ def mean(values: Sequence[float]) -> MeanWithError:
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> MeanWithError:
-    """Σ sums / Σ counts over responses, a mean per token say; its standard error takes a response as the unit.
+    """Σ sums / Σ counts over responses, such as a mean per token, with a standard error over responses.
 
     >>> ratio([2.0, 6.0], [2, 2])
     MeanWithError(value=2.0, standard_error=1.0)
@@ -39,21 +40,21 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> MeanWithError:
 
 
 def bootstrap(groups: Sequence[Sequence[float]], seed: int) -> Interval:
-    """The mean of group means, with the percentile interval of 95 %; groups are drawn anew, not what is in them.
+    """The mean of group means with its 95 % percentile interval; groups are resampled, not their members.
 
     Args:
         groups: rewards of the responses to each prompt.
-        seed: of what is drawn.
+        seed: of the resampling.
     """
     means = torch.tensor([math.fsum(group) / len(group) for group in groups], dtype=torch.float64)
-    chance = torch.Generator().manual_seed(seed)
-    draws = [means[torch.randint(len(means), means.shape, generator=chance)].mean() for _ in range(_RESAMPLES)]
-    low, high = torch.stack(draws).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    resampled = [means[torch.randint(len(means), means.shape, generator=generator)].mean() for _ in range(_RESAMPLES)]
+    low, high = torch.stack(resampled).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(float(means.mean()), low, high)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> WinRate:
-    """Rewards of two policies for the same prompts, one against one.
+    """Compare rewards of two policies prompt by prompt.
 
     >>> win_rate([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     WinRate(wins=2, ties=1, losses=0, win_rate=0.8333333333333334, p_value=0.5)
@@ -65,7 +66,7 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> WinRate:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """How likely a split as uneven as this, or more so, is where both sides are alike: exact, two-sided.
+    """p-value of the exact two-sided sign test: how likely a split at least this uneven is for equal policies.
 
     >>> sign_test(5, 0)
     0.0625
@@ -76,28 +77,27 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """The share of the 4-grams of a response that stood in it before; 0 where it has none.
+    """Share of the 4-grams of a response that repeat an earlier one; 0 without 4-grams.
 
     >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
     0.2
     """
-    grams = [tuple(ids[i : i + _GRAM]) for i in range(len(ids) - _GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    ngrams = [tuple(ids[i : i + _NGRAM]) for i in range(len(ids) - _NGRAM + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def perplexity(total_logp: float, tokens: int) -> float:
-    """exp of the mean negative log-prob of a token, as far as floats reach."""
+    """exp of the mean negative log-prob of a token, capped to stay finite."""
     return math.exp(min(-total_logp / max(1, tokens), _LARGEST_EXPONENT))
 
 
-def between(points: Sequence[tuple[float, float]], at: float) -> float | None:
-    """The height at a place, on straight lines between points (place, height); None beyond them.
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """Linear interpolation at x between points (x, y); None outside their range.
 
-    >>> between([(0.0, 0.0), (2.0, 4.0)], 1.0)
+    >>> interpolate([(0.0, 0.0), (2.0, 4.0)], 1.0)
     2.0
     """
-    ordered = sorted(points)
-    for (x0, y0), (x1, y1) in pairwise(ordered):
-        if x0 <= at <= x1:
-            return y0 + (y1 - y0) * ((at - x0) / (x1 - x0) if x1 > x0 else 0.0)
+    for (x0, y0), (x1, y1) in pairwise(sorted(points)):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x1 > x0 else 0.0)
     return None
