@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tisdpo_cli
+from tisdpo_cli.settings.commands import COMMANDS
 
 ROOT = Path(tisdpo_cli.__file__).parent
 PACKAGE = "tisdpo_cli"
@@ -178,6 +182,46 @@ def test_parts_that_need_no_tensors_import_no_torch(part: str) -> None:
     assert found == {}
 
 
+# Settings stop at the engine's door: the entry points, and what turns settings into plain arguments for them.
+DOORS = {
+    "engine/arguments.py",
+    "engine/pipeline.py",
+    "engine/evaluation/evaluate.py",
+    "engine/inspection/inspect_weights.py",
+    "engine/scoring/estimate.py",
+    "engine/training/arguments.py",
+    "engine/training/preference.py",
+    "engine/training/sft.py",
+}
+
+
+def test_settings_stop_at_the_door_of_the_engine() -> None:
+    inside = {
+        str(path.relative_to(ROOT))
+        for path in files_of("engine")
+        for item in imports_of(path)
+        if part_of(item.name) == "settings"
+    }
+    assert inside == DOORS
+
+
+def test_the_entry_points_of_the_engine_are_loaded_when_used() -> None:
+    code = (
+        "import sys, tisdpo_cli.engine as engine\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert all(callable(getattr(engine, name)) for name in engine.__all__)\n"
+        "print(*engine.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["estimate", "evaluate", "inspect_weights", "run", "train_pairs", "train_sft"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_entry_point(name: str) -> None:
+    module, _, function = COMMANDS[name].run.partition(":")
+    assert callable(getattr(importlib.import_module(f"{PACKAGE}.{module}"), function))
+
+
 def test_the_command_line_imports_the_engine_inside_function_bodies_only() -> None:
     early = [
         f"{path.name}:{item.line} imports {item.name}"
@@ -226,3 +270,52 @@ def test_everything_public_says_what_it_is(path: Path) -> None:
     inherited = {"get_field_value", "settings_customise_sources"}
     silent = [node for node in public(module) if not ast.get_docstring(node) and node.name not in inherited]
     assert [f"{path.name}:{node.lineno} {node.name}" for node in silent] == []
+
+
+# Size and map -------------------------------------------------------------------------------------------------------
+
+REPOSITORY = ROOT.parent
+LONGEST_FILE, LONGEST_FUNCTION = 350, 80
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION]
+    assert long == []
+
+
+@pytest.mark.skipif(not (REPOSITORY / "README.md").is_file(), reason="not in a checkout")
+def test_every_file_of_the_package_is_on_the_map_of_rooms() -> None:
+    guide = (REPOSITORY / "examples" / "guides" / "contributing.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", guide))
+    present = {str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py"}
+    assert present - named == set(), "not on the map"
+    mapped = {name for name in named if not name.startswith(("tests/", "examples/"))}
+    assert mapped - {str(path.relative_to(ROOT)) for path in FILES} == set(), "on the map, but not there"
+
+
+# Names of packages that differ from the name of their import.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+
+
+@pytest.mark.skipif(not (REPOSITORY / "pyproject.toml").is_file(), reason="not in a checkout")
+def test_the_declared_dependencies_are_those_imported() -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[(.*?)^\]", text, re.M | re.S)
+    assert block is not None
+    declared = {
+        re.split(r"[<>=\[]", entry)[0].lower().replace("-", "_") for entry in re.findall(r'"([^"]+)"', block[1])
+    }
+    # flash-attn is used where it is installed.
+    imported = {
+        DISTRIBUTIONS.get(first, first).lower()
+        for path in FILES
+        for item in imports_of(path)
+        if (first := item.name.split(".")[0]) != PACKAGE and first not in sys.stdlib_module_names
+    }
+    assert imported == declared

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import Tisdpo, read_jsonl, run_here, write_jsonl
 from safetensors.torch import load_file
+from tisdpo_cli.cli.faults import explain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.errors import Interrupted
@@ -56,7 +56,7 @@ def run(command: str, world: Path, out: Path, listener: Silent | None = None, **
         name: value if isinstance(value, bool) else str(value) for name, value in given.items() if value is not None
     }
     engine = train_sft if command == "train-sft" else train_pairs
-    return engine(load(COMMANDS[command], flags).settings, listener or Silent())
+    return engine(load(COMMANDS[command].settings, flags).settings, listener or Silent())
 
 
 def fault_of(
@@ -146,7 +146,8 @@ def test_the_run_is_recorded_last(world: Path, dpo: Path) -> None:
 
 
 def test_the_settings_are_written_down_and_read_back(world: Path, dpo: Path, tmp_path: Path) -> None:
-    again = load(COMMANDS["train-dpo"], {"output_dir": str(tmp_path / "out")}, config=dpo / "config.yaml").settings
+    flags = {"output_dir": str(tmp_path / "out")}
+    again = load(COMMANDS["train-dpo"].settings, flags, config=dpo / "config.yaml").settings
     train_pairs(again, Silent())
     assert model_bytes(tmp_path / "out") == model_bytes(dpo)
     written = read_yaml(dpo / "config.yaml")
@@ -266,7 +267,8 @@ def test_a_warm_up_longer_than_the_run_is_told(world: Path, tmp_path: Path) -> N
 def test_reverse_says_once_what_chosen_means(world: Path, tmp_path: Path) -> None:
     listener = Listener()
     run("train-reverse", world, tmp_path / "out", listener)
-    assert len([line for line in listener.said if "in all metrics, 'chosen' is the dataset's rejected response" in line]) == 1
+    meaning = "in all metrics, 'chosen' is the dataset's rejected response"
+    assert len([line for line in listener.said if meaning in line]) == 1
 
 
 # ---------------------------------------------------------------- the same training

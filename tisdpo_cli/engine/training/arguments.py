@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
-from tisdpo_cli.engine.training.trainer import Schedule
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from torch import nn
 
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
+from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Schedule, Task, Trainer
+from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Task, Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import reporting_write_errors
 from tisdpo_cli.model.layout import make_scorer

@@ -11,24 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate
+from tisdpo_cli.engine.training.optimizer import (
+    Schedule,
+    make_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from tisdpo_cli.engine.training.profiling import profiled
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
 from tisdpo_cli.runs.outputs import MetricsFile, differences, read_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
-
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "rmsprop": torch.optim.RMSprop,
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
 
 
 class Task(Protocol):
@@ -54,18 +54,6 @@ class Task(Protocol):
 
     def where(self, example: int) -> str:
         """FILE:LINE of an example."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Optimizer and learning-rate schedule."""
-
-    optimizer: str
-    learning_rate: float
-    lr_scheduler: Literal["constant", "linear", "cosine"]
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -109,11 +97,7 @@ class Trainer:
         )
         self.scorer = runtime.accelerator.prepare_model(scorer)
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
-        # Fused: fewest kernels on a GPU. On a CPU it saves 2 % of an update and changes the last bits.
-        fused = {"fused": True} if runtime.device.type == "cuda" and schedule.optimizer != "rmsprop" else {}
-        self.optimizer = OPTIMIZERS[schedule.optimizer](
-            self.scorer.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, **fused
-        )
+        self.optimizer = make_optimizer(self.scorer, schedule)
         self.step = 0
         # Metrics of the first update, whose backward pass gives the loss of step 0 too; and the seconds it took.
         self._ahead: tuple[Tensor, float] | None = None
@@ -302,7 +286,7 @@ class Trainer:
 
     def _save(self, checkpoints: CheckpointConfig) -> None:
         self._check_weights()
-        tensors = {"model": _weights(self.model), "optimizer": _optimizer_tensors(self.optimizer)}
+        tensors = {"model": model_tensors(self.model), "optimizer": optimizer_tensors(self.optimizer)}
         save_checkpoint(checkpoints.directory, self.step, tensors, checkpoints.created_by, checkpoints.keep)
 
     def _resume(self, checkpoints: CheckpointConfig) -> bool:
@@ -313,9 +297,9 @@ class Trainer:
         if checkpoint.step > self.plan.updates:
             raise UsageError(f"beyond the {self.plan.updates} steps of this run", where=str(checkpoint.path))
         weights = checkpoint.tensors("model")
-        for name, tensor in _weights(self.model).items():
+        for name, tensor in model_tensors(self.model).items():
             tensor.data.copy_(weights[name])
-        _restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
+        restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
         self.step = checkpoint.step
         self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} steps done")
         return True
@@ -339,28 +323,3 @@ class Trainer:
 def _write(file: MetricsFile | None, record: Mapping[str, Any]) -> None:
     if file is not None:
         file.write(record)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, each tied one once."""
-    saved = model.state_dict()
-    buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
-    return {**dict(model.named_parameters()), **buffers}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
