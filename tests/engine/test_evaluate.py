@@ -430,7 +430,7 @@ def test_models_may_be_named_by_a_file_and_the_environment(contrast: Path, tmp_p
     loaded = load(COMMANDS["evaluate"].settings, {}, config=config, environ={"TISDPO_TEMPERATURE": "0.5"}).settings
     assert loaded.models() == ["a", "b"]
     assert (loaded.max_new_tokens, loaded.temperature) == (7, 0.5)
-    with pytest.raises(UsageError, match="a name is empty"):
+    with pytest.raises(UsageError, match="a name in the list is empty"):
         load(COMMANDS["evaluate"].settings, {"model": "a,", "ref_model": "c", "dataset": "d"})
 
 

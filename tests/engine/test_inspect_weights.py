@@ -385,7 +385,7 @@ def test_datasets_of_other_responses_are_not_compared(scored, contrast: Path) ->
         (("--compare", "exp:nu=1"), "no parameter nu"),
         (("--compare", "exp:mu"), "param=number"),
         (("--previews", "exp nonsense"), "unknown transform 'nonsense'"),
-        (("--compare", "exp", "--weights-are", "final"), "holds no scores that another transform"),
+        (("--compare", "exp", "--weights-are", "final"), "has no scores for another transform"),
         (("--min-spread", "-1"), "greater than or equal to 0"),
     ],
 )
