@@ -120,10 +120,11 @@ ARROWS = {
     "engine": {"settings", "data", "model", "runs", "method", "reporter", "errors", "files", "text"},
     "cli": {"settings", "engine", "data", "model", "runs", "reporter", "errors", "files", "text", "__version__"},
 }
+_RECIPE_NAMES = ("PRESETS", "EosWeight", "Recipe", "final_recipe", "resolve_recipe")
 # What the settings may read of the maths: its registries, and what resolves names and parameters.
 REGISTRIES = {
-    *(f"{PACKAGE}.method.recipe.{name}" for name in ("PRESETS", "EosWeight", "Recipe", "final_recipe", "recipe")),
-    *(f"{PACKAGE}.method.objectives.{name}" for name in ("OBJECTIVES", "Loss", "loss")),
+    *(f"{PACKAGE}.method.recipe.{name}" for name in _RECIPE_NAMES),
+    *(f"{PACKAGE}.method.objectives.{name}" for name in ("OBJECTIVES", "Loss", "resolve_loss")),
     *(f"{PACKAGE}.method.prompt_templates.{name}" for name in ("TEMPLATES", "template_text")),
     f"{PACKAGE}.method.transforms.TRANSFORMS",
     f"{PACKAGE}.method.steps.STEPS",

@@ -97,7 +97,7 @@ def test_scores_have_any_shape():
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_weights_are_those_of_the_program(name, eos_weight, side):
     scores = torch.tensor(SCORES)
-    how = recipe.recipe(name, eos_weight=eos_weight or "score", steps={"dead_zone": 0.2, "decay": 0.9})
+    how = recipe.resolve_recipe(name, eos_weight=eos_weight or "score", steps={"dead_zone": 0.2, "decay": 0.9})
     stream = RandomStream(3, 5, side)
     if eos_weight is None:
         expected = recipe.response_weights(scores, None, 7, False, how, stream)
@@ -182,7 +182,7 @@ CASES = {
 def test_losses_are_those_of_the_program(name, batch):
     logps, ref_logps, mask, weights = batch
     kl = torch.rand(6, 5, requires_grad=True)
-    objective = objectives.loss(name, 0.3, CASES[name])
+    objective = objectives.resolve_loss(name, 0.3, CASES[name])
     takes = objective.objective.takes_weights
     policy, reference, flat, ids = unpadded(logps, ref_logps, mask, weights if takes else torch.ones(6, 5))
     expected = objectives.pair_losses(policy, reference, kl[mask.bool()], flat, ids, 3, objective)

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tisdpo_cli.method.objectives import Loss, PairLosses, pair_losses
-from tisdpo_cli.method.objectives import loss as resolve_loss
+from tisdpo_cli.method.objectives import Loss, PairLosses, pair_losses, resolve_loss
 from tisdpo_cli.method.params import Value
-from tisdpo_cli.method.recipe import EosWeight, response_weights
-from tisdpo_cli.method.recipe import recipe as resolve_recipe
+from tisdpo_cli.method.recipe import EosWeight, resolve_recipe, response_weights
 from tisdpo_cli.method.steps import Context
 from tisdpo_cli.method.transforms import RandomStream, Side
 

@@ -14,13 +14,13 @@ import oracle
 import pytest
 import torch
 from conftest import Listener, largest_file, pair_rows, read_jsonl, write_jsonl
+from tisdpo_cli.cli.faults import explain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tisdpo_cli.cli.faults import explain
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.errors import Interrupted
-from tisdpo_cli.method.recipe import recipe, response_weights
+from tisdpo_cli.method.recipe import resolve_recipe, response_weights
 from tisdpo_cli.method.transforms import RandomStream
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.runs.stage import StageResult
@@ -114,7 +114,7 @@ def test_signs_by_meaning(contrast: Path) -> None:
             if likes[liked] < dislikes[liked] + 1e-3:
                 continue
             assert row[f"{side}_weight"][liked] < 0
-            weights = response_weights(r, None, len(ids), False, recipe("rank_based"), RandomStream(side=side))
+            weights = response_weights(r, None, len(ids), False, resolve_recipe("rank_based"), RandomStream(side=side))
             assert weights[liked] > 1 if side == "chosen" else weights[liked] < 1
             assert weights[liked] == (weights.max() if side == "chosen" else weights.min())
             seen[side] += 1

@@ -16,12 +16,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate, make_plan, microbatching
+from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
 from tisdpo_cli.engine.training.preference import _check_step0
 from tisdpo_cli.engine.training.sft import EncodedExample, SftTask
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Schedule, Trainer
+from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
 from tisdpo_cli.errors import TrainingError, UsageError
-from tisdpo_cli.method.objectives import loss
+from tisdpo_cli.method.objectives import resolve_loss
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.runs.outputs import read_metrics
@@ -59,7 +60,7 @@ def swapped(pairs):
     return [WeightedPair(pair.tokens.swapped(), pair.weights and pair.weights[::-1]) for pair in pairs]
 
 
-DPO = loss("dpo", BETA)
+DPO = resolve_loss("dpo", BETA)
 
 
 def task_of(pairs, reference, how=DPO):
@@ -161,7 +162,9 @@ OBJECTIVES = [
 @pytest.mark.parametrize(("name", "params", "weighted"), OBJECTIVES)
 def test_an_update_under_every_objective_agrees_with_the_oracle(tmp_path, name, params, weighted):
     pairs = make_pairs(6, weighted)
-    gradient, metrics = gradient_of_update(tmp_path, pairs, range(6), Microbatching(micro=4), loss(name, BETA, params))
+    gradient, metrics = gradient_of_update(
+        tmp_path, pairs, range(6), Microbatching(micro=4), resolve_loss(name, BETA, params)
+    )
     expected, value, rewards = oracle_gradient(pairs, name, **params)
     assert (gradient - expected).norm() <= BOUND * expected.norm()
     assert metrics["loss"] == pytest.approx(value, rel=BOUND)
@@ -174,7 +177,7 @@ def test_divergences_in_the_metrics_are_sums_over_responses(tmp_path):
     for name, params, which in (("dpo", {"alpha": 0.5}, 0), ("tdpo1", {}, 1)):
         plain = pairs if which == 0 else [WeightedPair(pair.tokens) for pair in pairs]
         _, metrics = gradient_of_update(
-            tmp_path / name, plain, range(5), Microbatching(micro=2), loss(name, BETA, params)
+            tmp_path / name, plain, range(5), Microbatching(micro=2), resolve_loss(name, BETA, params)
         )
         policy, reference = tiny_model(1).double(), tiny_model(0).double()
         sums = {
@@ -191,7 +194,7 @@ def test_divergences_in_the_metrics_are_sums_over_responses(tmp_path):
 
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])
 def test_microbatches_change_nothing_where_distributions_are_compared(tmp_path, name):
-    pairs, how = make_pairs(8), loss(name, BETA, {"alpha": 0.7})
+    pairs, how = make_pairs(8), resolve_loss(name, BETA, {"alpha": 0.7})
     whole, expected = gradient_of_update(tmp_path, pairs, range(8), Microbatching(micro=8), how)
     gradient, metrics = gradient_of_update(tmp_path / "x", pairs, [5, 0, 7, 2, 1, 6, 3, 4], Microbatching(micro=3), how)
     assert (gradient - whole).norm() <= BOUND * whole.norm()
@@ -365,11 +368,11 @@ def test_ln_2_before_the_first_update_is_fine():
 
 
 def test_every_objective_has_its_own_value_before_the_first_update():
-    _check_step0(25.0, loss("ipo", BETA), True, Silent())
-    _check_step0(LN2, loss("tdpo2", BETA), True, Silent())
-    _check_step0(3.0, loss("dpo", BETA, {"reference_free": True}), True, Silent())
+    _check_step0(25.0, resolve_loss("ipo", BETA), True, Silent())
+    _check_step0(LN2, resolve_loss("tdpo2", BETA), True, Silent())
+    _check_step0(3.0, resolve_loss("dpo", BETA, {"reference_free": True}), True, Silent())
     with pytest.raises(TrainingError, match="1/"):
-        _check_step0(24.9, loss("ipo", BETA), True, Silent())
+        _check_step0(24.9, resolve_loss("ipo", BETA), True, Silent())
 
 
 # ---------------------------------------------------------------- learning rate and clipping

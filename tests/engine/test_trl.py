@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tisdpo_cli.data.tokens import Limits, encode_pairs
 from tisdpo_cli.engine.arguments import vocabulary_of
 from tisdpo_cli.engine.training.batching import Microbatching, Plan
+from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, Schedule, Trainer
-from tisdpo_cli.method.objectives import loss
+from tisdpo_cli.engine.training.trainer import CheckpointConfig, Trainer
+from tisdpo_cli.method.objectives import resolve_loss
 from tisdpo_cli.model.loading import make_model
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer, describe_tokenizer, make_tokenizer
@@ -146,7 +147,7 @@ def test_the_first_updates_of_dpo_equal_those_of_trl(make, tmp_path):
     order = [i for step in range(UPDATES) for i in plan.batch(step)]
     ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
 
-    records = train_here(case, ours, pairs, plan, tmp_path, loss("dpo", BETA))
+    records = train_here(case, ours, pairs, plan, tmp_path, resolve_loss("dpo", BETA))
     trainer = trl_trainer(case, theirs, [ROWS[i] for i in order], tmp_path / "trl")
     for row, i in zip(trainer.train_dataset, order, strict=True):
         assert row["prompt_ids"] == pairs[i].prompt
@@ -174,9 +175,9 @@ def test_the_first_updates_of_dpo_equal_those_of_trl(make, tmp_path):
 @pytest.mark.parametrize(
     ("how", "batch", "rate", "start", "method"),
     [
-        (loss("ipo", BETA, {"length_normalize": True}), BATCH, 1e-3, 25.0, {"loss_type": ["ipo"]}),
+        (resolve_loss("ipo", BETA, {"length_normalize": True}), BATCH, 1e-3, 25.0, {"loss_type": ["ipo"]}),
         (
-            loss("dpo", BETA, {"label_smoothing": 0.2}), 1, 0.5, math.log(2),
+            resolve_loss("dpo", BETA, {"label_smoothing": 0.2}), 1, 0.5, math.log(2),
             {"loss_type": ["aot"], "label_smoothing": 0.2},
         ),
     ],

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tisdpo_cli.method import objectives
-from tisdpo_cli.method.objectives import OBJECTIVES, loss, pair_losses, response_sums
+from tisdpo_cli.method.objectives import OBJECTIVES, pair_losses, resolve_loss, response_sums
 
 BETA = 0.1
 
@@ -52,7 +52,7 @@ def random_pairs(seed, count, dtype=torch.float32):
 def losses_of(batch, how=None, beta=BETA, **changed):
     """`pair_losses` of a batch, with some of it changed."""
     b = SimpleNamespace(**{**vars(batch), **changed})
-    return pair_losses(b.logps, b.ref_logps, b.kl, b.weights, b.response_ids, b.count, how or loss("dpo", beta))
+    return pair_losses(b.logps, b.ref_logps, b.kl, b.weights, b.response_ids, b.count, how or resolve_loss("dpo", beta))
 
 
 def as_oracle_pairs(batch):
@@ -159,7 +159,7 @@ def test_worked_example():
     logps = (ref_logps + m).requires_grad_()
     weights = torch.tensor([1.0, 2.0, 0.0, 2.0, 1.0, 1.0])
     response_ids = torch.tensor([0, 0, 1, 2, 3, 3])
-    result = pair_losses(logps, ref_logps, None, weights, response_ids, 2, loss("dpo", 0.5))
+    result = pair_losses(logps, ref_logps, None, weights, response_ids, 2, resolve_loss("dpo", 0.5))
     assert result.losses.tolist() == pytest.approx([0.31326, 1.70141], abs=1e-5)
     assert result.rewards.chosen.tolist() == pytest.approx([0.25, 0.25])
     assert result.rewards.rejected.tolist() == pytest.approx([-0.5, 1.5])
@@ -195,7 +195,7 @@ def test_swapping_a_pair_negates_its_margins():
 
 @pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
 def test_pairs_do_not_touch_each_other(name, params):
-    batch, how = random_pairs(5, 3), loss(name, BETA, params)
+    batch, how = random_pairs(5, 3), resolve_loss(name, BETA, params)
     alone = [
         losses_of(
             SimpleNamespace(
@@ -240,7 +240,7 @@ def test_rewards_carry_no_gradient():
 def test_far_margins_stay_finite(u, expected):
     logps = torch.tensor([u, 0.0], requires_grad=True)
     one = torch.ones(2)
-    value = pair_losses(logps, torch.zeros(2), None, one, torch.tensor([0, 1]), 1, loss("dpo", BETA)).losses
+    value = pair_losses(logps, torch.zeros(2), None, one, torch.tensor([0, 1]), 1, resolve_loss("dpo", BETA)).losses
     value.sum().backward()
     assert value.item() == pytest.approx(expected)
     assert logps.grad[0].item() == pytest.approx(-BETA if expected else 0.0)
@@ -263,7 +263,7 @@ def test_every_objective_agrees_with_the_oracle(name, params, seed):
     batch = batch_for(name, seed, 3)
     logps, kl = (values.clone().requires_grad_() for values in (batch.logps, batch.kl))
     exact_logps, exact_kl = (values.double().requires_grad_() for values in (batch.logps, batch.kl))
-    got = losses_of(batch, loss(name, BETA, params), logps=logps, kl=kl).losses
+    got = losses_of(batch, resolve_loss(name, BETA, params), logps=logps, kl=kl).losses
     pairs = as_oracle_pairs(SimpleNamespace(**{**vars(batch), "logps": exact_logps, "kl": exact_kl}))
     expected = torch.stack([oracle.OBJECTIVES[name](pair, BETA, **params) for pair in pairs])
     # IPO squares a difference of sums, which has fewer digits than they.
@@ -282,7 +282,7 @@ def test_every_objective_agrees_with_the_oracle(name, params, seed):
 def test_every_gradient_agrees_with_finite_differences(name, params):
     """By log-probs and divergences; by those of the chosen responses not in tdpo2, which stops that gradient."""
     batch = batch_for(name, 3, 2, torch.float64)
-    how, chosen = loss(name, BETA, params), batch.response_ids < batch.count
+    how, chosen = resolve_loss(name, BETA, params), batch.response_ids < batch.count
 
     def mean_loss(logps, chosen_kl, rejected_kl):
         kl = torch.cat([chosen_kl, rejected_kl])
@@ -302,7 +302,9 @@ def one_pair(name, params, beta):
     """
     logps, ref_logps = torch.tensor([-1.0, -2.0, -5.0]), torch.tensor([-2.0, -4.0, -4.0])
     kl, response_ids = torch.tensor([0.25, 0.5, 2.0]), torch.tensor([0, 0, 1])
-    return pair_losses(logps, ref_logps, kl, torch.ones(3), response_ids, 1, loss(name, beta, params)).losses.item()
+    return pair_losses(
+        logps, ref_logps, kl, torch.ones(3), response_ids, 1, resolve_loss(name, beta, params)
+    ).losses.item()
 
 
 @pytest.mark.parametrize(
@@ -361,7 +363,7 @@ def test_token_weights_by_hand(name, params, value, by_logps, by_kl):
     logps, ref_logps = torch.tensor([-1.0, -2.0, -5.0], requires_grad=True), torch.tensor([-2.0, -4.0, -4.0])
     kl = torch.tensor([0.25, 0.5, 2.0], requires_grad=True)
     weights, response_ids = torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0, 0, 1])
-    losses = pair_losses(logps, ref_logps, kl, weights, response_ids, 1, loss(name, 0.5, params)).losses
+    losses = pair_losses(logps, ref_logps, kl, weights, response_ids, 1, resolve_loss(name, 0.5, params)).losses
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([value], rel=1e-5)
     assert logps.grad.tolist() == pytest.approx(by_logps, rel=1e-5)
@@ -388,7 +390,7 @@ def test_gradients_of_tdpo_by_hand(name, alpha, by_logps, by_kl):
     """The pair of `one_pair`: u = 4, K of the rejected minus K of the chosen response 2 - 0.75 = 1.25, beta 0.5."""
     logps, ref_logps = torch.tensor([-1.0, -2.0, -5.0], requires_grad=True), torch.tensor([-2.0, -4.0, -4.0])
     kl, response_ids = torch.tensor([0.25, 0.5, 2.0], requires_grad=True), torch.tensor([0, 0, 1])
-    how = loss(name, 0.5, {} if alpha is None else {"alpha": alpha})
+    how = resolve_loss(name, 0.5, {} if alpha is None else {"alpha": alpha})
     pair_losses(logps, ref_logps, kl, torch.ones(3), response_ids, 1, how).losses.sum().backward()
     assert logps.grad.tolist() == pytest.approx(by_logps, rel=1e-5)
     assert kl.grad.tolist() == pytest.approx(by_kl, rel=1e-5)
@@ -398,7 +400,7 @@ def test_gradients_of_tdpo_by_hand(name, alpha, by_logps, by_kl):
 def test_unit_weights_are_ipo_to_the_last_bit(normalize):
     batch = random_pairs(12, 4)
     ours, plain = batch.logps.clone().requires_grad_(), batch.logps.clone().requires_grad_()
-    how = loss("ipo", BETA, {"length_normalize": normalize})
+    how = resolve_loss("ipo", BETA, {"length_normalize": normalize})
     losses = losses_of(batch, how, logps=ours, weights=torch.ones_like(ours)).losses
     expected = []
     for b in range(batch.count):
@@ -418,8 +420,8 @@ def test_unit_weights_are_ipo_to_the_last_bit(normalize):
 @pytest.mark.parametrize("params", [{}, {"alpha": 0.5}, {"reference_free": True}], ids=str)
 def test_label_smoothing_mixes_in_the_swapped_pair(params):
     batch, smoothing = random_pairs(13, 4), 0.3
-    smoothed = losses_of(batch, loss("dpo", BETA, {**params, "label_smoothing": smoothing})).losses
-    how = loss("dpo", BETA, params)
+    smoothed = losses_of(batch, resolve_loss("dpo", BETA, {**params, "label_smoothing": smoothing})).losses
+    how = resolve_loss("dpo", BETA, params)
     right = losses_of(batch, how).losses
     wrong = losses_of(batch, how, response_ids=(batch.response_ids + batch.count) % (2 * batch.count)).losses
     assert torch.allclose(smoothed, (1 - smoothing) * right + smoothing * wrong, rtol=1e-6)
@@ -428,7 +430,9 @@ def test_label_smoothing_mixes_in_the_swapped_pair(params):
 @pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
 def test_rewards_are_the_same_whatever_the_objective(name, params):
     batch = batch_for(name, 14, 3)
-    for got, expected in zip(losses_of(batch, loss(name, BETA, params)).rewards, losses_of(batch).rewards, strict=True):
+    for got, expected in zip(
+        losses_of(batch, resolve_loss(name, BETA, params)).rewards, losses_of(batch).rewards, strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -437,7 +441,7 @@ def test_rewards_are_the_same_whatever_the_objective(name, params):
 def test_far_margins_stay_finite_and_exact(name, params, u):
     logps, kl = torch.tensor([u, 0.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
     ref_logps, response_ids, one = torch.zeros(2), torch.tensor([0, 1]), torch.ones(2)
-    result = pair_losses(logps, ref_logps, kl, one, response_ids, 1, loss(name, BETA, params)).losses
+    result = pair_losses(logps, ref_logps, kl, one, response_ids, 1, resolve_loss(name, BETA, params)).losses
     result.sum().backward()
     batch = SimpleNamespace(
         logps=logps.detach(), ref_logps=ref_logps, weights=one, kl=kl.detach(), response_ids=response_ids, count=1
@@ -454,7 +458,7 @@ def test_tdpo2_at_alpha_1_has_the_value_of_tdpo1_and_another_gradient():
     values = []
     for name, params in (("tdpo1", {}), ("tdpo2", {"alpha": 1.0})):
         logps, kl = batch.logps.clone().requires_grad_(), batch.kl.clone().requires_grad_()
-        result = losses_of(batch, loss(name, BETA, params), logps=logps, kl=kl).losses
+        result = losses_of(batch, resolve_loss(name, BETA, params), logps=logps, kl=kl).losses
         result.sum().backward()
         values.append(result.detach())
         gradients.append((logps.grad, kl.grad))
@@ -471,7 +475,7 @@ def test_without_smoothing_and_penalty_dpo_is_the_same_to_the_last_bit():
 
     def value_and_gradient(params):
         logps = batch.logps.clone().requires_grad_()
-        losses = losses_of(batch, loss("dpo", BETA, params), logps=logps).losses
+        losses = losses_of(batch, resolve_loss("dpo", BETA, params), logps=logps).losses
         losses.sum().backward()
         return losses.detach(), logps.grad
 
@@ -483,7 +487,7 @@ def test_without_smoothing_and_penalty_dpo_is_the_same_to_the_last_bit():
 @pytest.mark.parametrize(("name", "params"), [case for case in CASES if OBJECTIVES[case[0]].takes_weights])
 def test_token_weights_count(name, params):
     batch = random_pairs(9, 2)
-    how = loss(name, BETA, params)
+    how = resolve_loss(name, BETA, params)
     doubled = losses_of(batch, how, weights=2 * batch.weights).losses
     assert not torch.allclose(losses_of(batch, how).losses, doubled)
     # A token of weight 0 might as well not be there, but for the number of tokens.
@@ -495,7 +499,7 @@ def test_token_weights_count(name, params):
 
 def test_metrics_of_the_divergence_carry_no_weights_and_no_gradient():
     batch = random_pairs(10, 2)
-    result = losses_of(batch, loss("dpo", BETA, {"alpha": 1.0}), kl=batch.kl.clone().requires_grad_())
+    result = losses_of(batch, resolve_loss("dpo", BETA, {"alpha": 1.0}), kl=batch.kl.clone().requires_grad_())
     assert torch.allclose(result.kl, response_sums(batch.kl, batch.response_ids, 4))
     assert not result.kl.requires_grad
     assert losses_of(batch, kl=None).kl is None
@@ -513,45 +517,45 @@ def test_metrics_of_the_divergence_carry_no_weights_and_no_gradient():
     ],
 )
 def test_the_value_at_the_start(name, params, expected):
-    value = loss(name, BETA, params).at_the_start()
+    value = resolve_loss(name, BETA, params).start_value()
     assert value == expected if expected is None else value == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 @pytest.mark.parametrize(("name", "params"), CASES, ids=IDS)
 def test_the_value_at_the_start_is_that_of_pairs_that_have_not_moved(name, params, beta):
-    batch, how = batch_for(name, 15, 3), loss(name, beta, params)
+    batch, how = batch_for(name, 15, 3), resolve_loss(name, beta, params)
     losses = losses_of(batch, how, logps=batch.ref_logps, kl=torch.zeros_like(batch.kl)).losses
     if "reference_free" in params:
-        assert how.at_the_start() is None
+        assert how.start_value() is None
     else:
-        assert losses.tolist() == pytest.approx([how.at_the_start()] * 3, rel=1e-6)
+        assert losses.tolist() == pytest.approx([how.start_value()] * 3, rel=1e-6)
 
 
 def test_ipo_starts_at_its_target_squared():
     """(1 / (2 * 0.05))^2 = 100, (1 / (2 * 2))^2 = 0.0625; normalised or not."""
     for params in ({}, {"length_normalize": True}):
-        assert loss("ipo", 0.05, params).at_the_start() == pytest.approx(100)
-        assert loss("ipo", 2.0, params).at_the_start() == pytest.approx(0.0625)
+        assert resolve_loss("ipo", 0.05, params).start_value() == pytest.approx(100)
+        assert resolve_loss("ipo", 2.0, params).start_value() == pytest.approx(0.0625)
 
 
 def test_what_is_not_given_has_its_default():
-    assert loss("dpo", BETA).params == {"alpha": 0.0, "label_smoothing": 0.0, "reference_free": False}
-    assert loss("ipo", BETA).params == {"length_normalize": False}
-    assert loss("tdpo1", BETA).params == {}
-    assert loss("tdpo2", BETA).params == {"alpha": 0.5}
-    assert loss("dpo", BETA, {"alpha": 1.0}).params["label_smoothing"] == 0.0
+    assert resolve_loss("dpo", BETA).params == {"alpha": 0.0, "label_smoothing": 0.0, "reference_free": False}
+    assert resolve_loss("ipo", BETA).params == {"length_normalize": False}
+    assert resolve_loss("tdpo1", BETA).params == {}
+    assert resolve_loss("tdpo2", BETA).params == {"alpha": 0.5}
+    assert resolve_loss("dpo", BETA, {"alpha": 1.0}).params["label_smoothing"] == 0.0
 
 
 def test_an_objective_is_described_by_what_is_not_default():
-    assert loss("dpo", 0.1).describe() == "dpo (β 0.1)"
-    assert loss("dpo", 0.5, {"alpha": 0.25, "label_smoothing": 0.0}).describe() == "dpo (β 0.5, alpha 0.25)"
-    assert loss("ipo", 0.1, {"length_normalize": True}).describe() == "ipo (β 0.1, length_normalize)"
+    assert resolve_loss("dpo", 0.1).describe() == "dpo (β 0.1)"
+    assert resolve_loss("dpo", 0.5, {"alpha": 0.25, "label_smoothing": 0.0}).describe() == "dpo (β 0.5, alpha 0.25)"
+    assert resolve_loss("ipo", 0.1, {"length_normalize": True}).describe() == "ipo (β 0.1, length_normalize)"
 
 
 def test_objectives_say_what_they_need():
     def needs(name, **params):
-        return loss(name, BETA, params).needs
+        return resolve_loss(name, BETA, params).needs
 
     assert needs("dpo") == needs("ipo") == (True, None)
     assert needs("dpo", alpha=0.1) == (True, "policy||reference")
@@ -586,7 +590,7 @@ def test_objectives_say_what_they_need():
 )
 def test_parameters_that_make_no_sense_are_refused(name, params, word):
     with pytest.raises(ValueError, match=word):
-        loss(name, BETA, params)
+        resolve_loss(name, BETA, params)
 
 
 def test_the_examples_in_the_docstrings_hold():

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from tisdpo_cli.method.recipe import PRESETS, recipe, transform_scores
+from tisdpo_cli.method.recipe import PRESETS, resolve_recipe, transform_scores
 from tisdpo_cli.method.transforms import RandomStream
 
 SIDES = ("chosen", "rejected")
@@ -114,7 +114,7 @@ def agreed(stored, side, method, parameters):
 @pytest.mark.parametrize("method", DEFINITIONS)
 @pytest.mark.parametrize("preset", PRESETS_AND_NONE)
 def test_every_method_under_every_preset_agrees(preset, method, side, decimals):
-    how, parameters = recipe(method, preset), PRESETS_AND_NONE[preset][method]
+    how, parameters = resolve_recipe(method, preset), PRESETS_AND_NONE[preset][method]
     for count in range(1, 61):
         stored = untied(count, count, decimals)
         expected = agreed(stored, side, method, parameters)
@@ -128,15 +128,15 @@ def test_a_preset_alone_sets_its_method(preset):
         stored = untied(9, count)
         for side in SIDES:
             expected = agreed(stored, side, method, THEIR_PRESETS[preset][method])
-            assert ours(stored, side, recipe(None, preset)) == pytest.approx(expected, rel=2e-6, abs=2e-6)
+            assert ours(stored, side, resolve_recipe(None, preset)) == pytest.approx(expected, rel=2e-6, abs=2e-6)
     assert set(PRESETS) == set(THEIR_PRESETS)
 
 
 @pytest.mark.parametrize("preset", THEIR_PRESETS)
 def test_presets_hold_the_same_numbers_for_every_method(preset):
     for method, parameters in THEIR_PRESETS[preset].items():
-        assert recipe(method, preset).params == parameters
-    assert recipe(None, preset).transform == THEIR_METHODS[preset]
+        assert resolve_recipe(method, preset).params == parameters
+    assert resolve_recipe(None, preset).transform == THEIR_METHODS[preset]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -145,28 +145,28 @@ def test_whole_percentages_keep_as_many_tokens(count, side):
     stored = untied(2, count)
     for percent in range(1, 101):
         expected = agreed(stored, side, "binary", {"top_percent": percent})
-        assert ours(stored, side, recipe("binary", given={"top_percent": float(percent)})) == expected
+        assert ours(stored, side, resolve_recipe("binary", params={"top_percent": float(percent)})) == expected
 
 
 def test_a_top_that_holds_no_token_holds_one_here():
     """Half of one token is none there, and the response would weigh nothing at all."""
     assert theirs([0.3], "chosen", "binary", {"top_percent": 50}) == [0.0]
-    assert ours([0.3], "chosen", recipe("binary", "aggressive")) == [1.0]
-    assert ours([0.3, 0.1, -0.2], "chosen", recipe("binary", given={"top_percent": 20.0})) == [0.0, 0.0, 1.0]
-    assert ours([0.3, 0.1, -0.2], "rejected", recipe("binary", given={"top_percent": 20.0})) == [1.0, 0.0, 0.0]
+    assert ours([0.3], "chosen", resolve_recipe("binary", "aggressive")) == [1.0]
+    assert ours([0.3, 0.1, -0.2], "chosen", resolve_recipe("binary", params={"top_percent": 20.0})) == [0.0, 0.0, 1.0]
+    assert ours([0.3, 0.1, -0.2], "rejected", resolve_recipe("binary", params={"top_percent": 20.0})) == [1.0, 0.0, 0.0]
 
 
 def test_the_sides_by_hand():
     """−r = [-2, 0.5] in both columns: r is 2 and −0.5. Chosen, s = r; rejected, s = −r, the file's own numbers."""
     stored = [-2.0, 0.5]
-    assert ours(stored, "chosen", recipe("origin")) == [2.0, -0.5]
-    assert ours(stored, "rejected", recipe("origin")) == [-2.0, 0.5]
-    assert ours(stored, "chosen", recipe("threshold")) == [1.0, -0.5]
-    assert ours(stored, "rejected", recipe("threshold")) == [-1.0, 0.5]
-    assert ours(stored, "chosen", recipe("rank_based")) == pytest.approx([1.3, 0.7], rel=2e-6)
-    assert ours(stored, "rejected", recipe("rank_based")) == pytest.approx([0.7, 1.3], rel=2e-6)
-    assert ours(stored, "chosen", recipe("threshold_and_scale")) == pytest.approx([1.3, 0.9], rel=2e-6)
-    assert ours(stored, "rejected", recipe("threshold_and_scale")) == pytest.approx([0.7, 1.1], rel=2e-6)
+    assert ours(stored, "chosen", resolve_recipe("origin")) == [2.0, -0.5]
+    assert ours(stored, "rejected", resolve_recipe("origin")) == [-2.0, 0.5]
+    assert ours(stored, "chosen", resolve_recipe("threshold")) == [1.0, -0.5]
+    assert ours(stored, "rejected", resolve_recipe("threshold")) == [-1.0, 0.5]
+    assert ours(stored, "chosen", resolve_recipe("rank_based")) == pytest.approx([1.3, 0.7], rel=2e-6)
+    assert ours(stored, "rejected", resolve_recipe("rank_based")) == pytest.approx([0.7, 1.3], rel=2e-6)
+    assert ours(stored, "chosen", resolve_recipe("threshold_and_scale")) == pytest.approx([1.3, 0.9], rel=2e-6)
+    assert ours(stored, "rejected", resolve_recipe("threshold_and_scale")) == pytest.approx([0.7, 1.1], rel=2e-6)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -174,7 +174,7 @@ def test_the_sides_by_hand():
 def test_random_weights_keep_to_the_range_of_the_preset_and_can_be_drawn_again(preset, side):
     """The numbers themselves are drawn anew in every run there."""
     low, high = {"aggressive": (0.5, 1.5), "named_params": (0.6, 1.4)}.get(preset, (0.7, 1.3))
-    how, stored = recipe("random", preset), untied(1, 200)
+    how, stored = resolve_recipe("random", preset), untied(1, 200)
     draws = ours(stored, side, how)
     assert low <= min(draws) < low + 0.05
     assert high - 0.05 < max(draws) <= high

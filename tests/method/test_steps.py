@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tisdpo_cli.data import tokens
 from tisdpo_cli.method import params, prompt_templates, steps
-from tisdpo_cli.method.recipe import recipe, response_weights
+from tisdpo_cli.method.recipe import resolve_recipe, response_weights
 from tisdpo_cli.method.steps import STEPS, Centers, Context, apply_steps, centers_of, spans_of
 from tisdpo_cli.method.transforms import TRANSFORMS, RandomStream
 from tisdpo_cli.model.tokenizer import describe_tokenizer, make_tokenizer
@@ -140,7 +140,7 @@ def test_without_steps_the_scores_are_the_same_bits(name):
     scores = torch.tensor([*random_scores(7, 30), -0.0, 0.0, 1e-42, -3e38])
     assert apply_steps(scores, {}, Context()) is scores
     assert apply_steps(scores, {}, Context(CENTERS, [0] * 34)) is scores
-    how, stream, eos = recipe(name), RandomStream(1, 2, "rejected"), torch.tensor([0.5])
+    how, stream, eos = resolve_recipe(name), RandomStream(1, 2, "rejected"), torch.tensor([0.5])
     assert not how.steps
     bare = response_weights(scores, eos, 34, True, how, stream)
     beside = response_weights(scores, eos, 34, True, how, stream, Context(CENTERS, [0] * 34))
@@ -219,7 +219,7 @@ def test_steps_change_no_scores_and_want_no_gradient(wanted):
 
 
 def test_a_step_without_what_it_needs_says_so():
-    for wanted, word in (({"center": "dataset"}, "means"), ({"spans": "word"}, "span")):
+    for wanted, word in (({"center": "dataset"}, "mean scores"), ({"spans": "word"}, "span")):
         with pytest.raises(ValueError, match=word):
             apply_steps(torch.zeros(2), wanted, Context())
 
@@ -244,12 +244,12 @@ def test_a_step_without_what_it_needs_says_so():
 )
 def test_values_that_make_no_sense_are_refused_by_name(given, told):
     with pytest.raises(ValueError, match=re.escape(told)):
-        recipe("exp", steps=given)
+        resolve_recipe("exp", steps=given)
 
 
 def test_one_bad_step_among_good_ones_is_refused():
     with pytest.raises(ValueError, match="decay"):
-        recipe("exp", steps={"center": "dataset", "spans": "word", "dead_zone": 0.5, "decay": 1.0})
+        resolve_recipe("exp", steps={"center": "dataset", "spans": "word", "dead_zone": 0.5, "decay": 1.0})
 
 
 # ---------------------------------------------------------------- the cut and the EOS
@@ -257,7 +257,7 @@ def test_one_bad_step_among_good_ones_is_refused():
 
 def weights_of(scores, wanted, spans, *, eos=None, eos_weight="score", kept=None, side="chosen", name="origin"):
     """Weights after steps; `origin` shows the scores themselves on the chosen side."""
-    how = recipe(name, steps=wanted, eos_weight=eos_weight)
+    how = resolve_recipe(name, steps=wanted, eos_weight=eos_weight)
     eos_score = None if eos is None else torch.tensor([eos])
     kept = len(scores) if kept is None else kept
     arguments = (torch.tensor(scores), eos_score, kept, eos is not None, how, RandomStream(0, 0, side))
@@ -583,12 +583,12 @@ def test_the_examples_in_the_docstrings_hold(module):
 
 
 def test_a_template_has_one_place_for_the_prompt():
-    assert prompt_templates.around("normal") == ("", "")
-    assert prompt_templates.around("say {} now") == ("say ", " now")
-    before, after_it = prompt_templates.around("harmless")
+    assert prompt_templates.split_template("normal") == ("", "")
+    assert prompt_templates.split_template("say {} now") == ("say ", " now")
+    before, after_it = prompt_templates.split_template("harmless")
     assert before
     assert not after_it
-    assert prompt_templates.around("harmful")[0] != before
+    assert prompt_templates.split_template("harmful")[0] != before
     for wrong in ("no place", "{} twice {}", "", "harmles"):
         with pytest.raises(ValueError, match="exactly once"):
-            prompt_templates.around(wrong)
+            prompt_templates.split_template(wrong)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tisdpo_cli.method.params import Param
-from tisdpo_cli.method.recipe import PRESETS, clipped, final_recipe, recipe, response_weights
+from tisdpo_cli.method.recipe import PRESETS, clipped, final_recipe, resolve_recipe, response_weights
 from tisdpo_cli.method.steps import Centers, Context
 from tisdpo_cli.method.transforms import TRANSFORMS, RandomStream, Transform
 
@@ -53,7 +53,7 @@ def weigh(how, scores, side="chosen", *, eos=None, kept=None, has_eos=False, see
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("name", "params"), VARIANTS)
 def test_transforms_agree_with_the_oracle(name, params, side, tied):
-    how = recipe(name, given=params)
+    how = resolve_recipe(name, params=params)
     for seed, count in enumerate((1, 2, 3, 10, 101)):
         scores = random_scores(seed, count, tied)
         assert weigh(how, scores, side) == pytest.approx(oracle.transform(name, scores, side, **params), **CLOSE)
@@ -81,24 +81,24 @@ def test_worked_examples():
         ("origin", "rejected"): [2, 0, -1, -3],
     }
     for (name, side), weights in expected.items():
-        assert weigh(recipe(name), r, side) == pytest.approx(weights, **CLOSE), (name, side)
-    half = recipe("binary", given={"top_percent": 50.0})
+        assert weigh(resolve_recipe(name), r, side) == pytest.approx(weights, **CLOSE), (name, side)
+    half = resolve_recipe("binary", params={"top_percent": 50.0})
     assert weigh(half, r, "chosen") == [0, 0, 1, 1]
     assert weigh(half, r, "rejected") == [1, 1, 0, 0]
 
 
 def test_exp_is_the_default_transform():
-    assert recipe(None) == recipe("exp")
+    assert resolve_recipe(None) == resolve_recipe("exp")
 
 
 def test_a_lone_token_gets_weight_one_by_rank():
-    assert weigh(recipe("rank_based", given={"min_scale": 0.1, "max_scale": 0.5}), [7.0]) == [1.0]
+    assert weigh(resolve_recipe("rank_based", params={"min_scale": 0.1, "max_scale": 0.5}), [7.0]) == [1.0]
 
 
 def test_binary_counts_in_decimals():
     """29 % of 100 tokens are 29 and 18.4 % of 375 are 69, though floats give 28.99… and 68.99…."""
     for count, percent, kept in ((100, 29.0, 29), (375, 18.4, 69), (5, 1.0, 1), (3, 100.0, 3)):
-        weights = weigh(recipe("binary", given={"top_percent": percent}), [float(t) for t in range(count)])
+        weights = weigh(resolve_recipe("binary", params={"top_percent": percent}), [float(t) for t in range(count)])
         assert weights == [0.0] * (count - kept) + [1.0] * kept
 
 
@@ -107,7 +107,7 @@ def test_binary_counts_in_decimals():
 def test_equal_scores_get_equal_weights(name, side):
     given = {"top_percent": 40.0} if name == "binary" else {}
     scores = [0.5, -0.25, 0.5, 0.0, -0.0, 0.5, -0.25, 3.0, 3.0]
-    weights = weigh(recipe(name, given=given), scores, side)
+    weights = weigh(resolve_recipe(name, params=given), scores, side)
     for (r, w), (other, v) in itertools.combinations(zip(scores, weights, strict=True), 2):
         assert r != other or w == v
 
@@ -116,24 +116,24 @@ def test_equal_scores_get_equal_weights(name, side):
 def test_a_token_that_carries_the_preference_weighs_more_than_one(name):
     """A large r does so in a chosen response, a very negative r in a rejected one."""
     scores = [2.0, 0.01, 0.0, -0.01, -2.0]
-    chosen, rejected = (weigh(recipe(name), scores, side) for side in SIDES)
+    chosen, rejected = (weigh(resolve_recipe(name), scores, side) for side in SIDES)
     assert chosen[0] > 1 > chosen[-1]
     assert rejected[-1] > 1 > rejected[0]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_an_empty_response_has_no_weights(name):
-    assert weigh(recipe(name), []) == []
+    assert weigh(resolve_recipe(name), []) == []
 
 
 def test_scores_outside_the_clamp_are_counted():
     """exp clamps r to [-0.5, 1.5] on both sides; threshold clamps the signed score to [-1, 1]; ranks clamp nothing."""
     r = torch.tensor([-1.2, -0.6, 0.0, 1.5, 1.6])
     for side in SIDES:
-        assert clipped(r, side, recipe("exp")).tolist() == [True, True, False, False, True]
-        assert clipped(r, side, recipe("threshold")).tolist() == [True, False, False, True, True]
-        assert not clipped(r, side, recipe("rank_based")).any()
-    lopsided = recipe("threshold", given={"lower_threshold": -1.55, "upper_threshold": 0.0})
+        assert clipped(r, side, resolve_recipe("exp")).tolist() == [True, True, False, False, True]
+        assert clipped(r, side, resolve_recipe("threshold")).tolist() == [True, False, False, True, True]
+        assert not clipped(r, side, resolve_recipe("rank_based")).any()
+    lopsided = resolve_recipe("threshold", params={"lower_threshold": -1.55, "upper_threshold": 0.0})
     assert clipped(r, "chosen", lopsided).tolist() == [False, False, False, True, True]
     assert clipped(r, "rejected", lopsided).tolist() == [True, True, False, False, True]
 
@@ -142,7 +142,7 @@ def test_scores_outside_the_clamp_are_counted():
 
 
 def test_random_is_the_same_every_time_and_differs_by_seed_row_and_side():
-    how = recipe("random")
+    how = resolve_recipe("random")
     scores = [0.0] * 8
     first = weigh(how, scores, "chosen", seed=1, row=12)
     torch.manual_seed(99)
@@ -155,12 +155,12 @@ def test_random_is_the_same_every_time_and_differs_by_seed_row_and_side():
 
 def test_random_is_pinned():
     """The same on every machine and in every version, so that a run can be made again."""
-    weights = weigh(recipe("random"), [0.0] * 3, "rejected", seed=7, row=3)
+    weights = weigh(resolve_recipe("random"), [0.0] * 3, "rejected", seed=7, row=3)
     assert weights == pytest.approx([0.7563619, 1.2225614, 0.8397679], abs=1e-6)
 
 
 def test_random_fills_its_range_evenly():
-    how = recipe("random", given={"min_val": -0.5, "max_val": 2.0})
+    how = resolve_recipe("random", params={"min_val": -0.5, "max_val": 2.0})
     weights = torch.tensor(weigh(how, [0.0] * 20_000))
     assert weights.min() >= -0.5
     assert weights.max() <= 2.0
@@ -177,7 +177,7 @@ def test_random_fills_its_range_evenly():
 @pytest.mark.parametrize("eos_weight", ["zero", "one", "score"])
 @pytest.mark.parametrize("name", ["exp", "rank_based", "threshold_and_scale"])
 def test_response_weights_agree_with_the_oracle(name, eos_weight, normalize, side):
-    how = recipe(name, normalize=normalize, eos_weight=eos_weight)
+    how = resolve_recipe(name, normalize=normalize, eos_weight=eos_weight)
     for seed, count in enumerate((1, 2, 7, 40)):
         scores = random_scores(seed, count, tied=bool(seed % 2))
         for kept, has_eos in ((count, True), (count, False), (count - 1, False), (0, False)):
@@ -195,8 +195,8 @@ def test_the_cut_comes_after_the_transform_and_before_the_normalisation():
     As one token more, an EOS of score 9 has the highest rank, 1.3, and 1.3 / 0.8 = 1.625. The others stay.
     """
     scores = [0.0, 1.0, 2.0, 3.0]
-    assert weigh(recipe("rank_based"), scores, kept=2) == pytest.approx([0.7, 0.9], **CLOSE)
-    normalised = recipe("rank_based", normalize="mean")
+    assert weigh(resolve_recipe("rank_based"), scores, kept=2) == pytest.approx([0.7, 0.9], **CLOSE)
+    normalised = resolve_recipe("rank_based", normalize="mean")
     assert weigh(normalised, scores, kept=2) == pytest.approx([0.875, 1.125], **CLOSE)
     with_eos = weigh(normalised, scores, kept=2, eos=9.0, has_eos=True)
     assert with_eos == pytest.approx([0.875, 1.125, 1.625], **CLOSE)
@@ -204,37 +204,37 @@ def test_the_cut_comes_after_the_transform_and_before_the_normalisation():
 
 @pytest.mark.parametrize("name", ["exp", "rank_based", "threshold_and_scale", "random"])
 def test_normalised_weights_have_mean_one(name):
-    weights = weigh(recipe(name, normalize="mean"), random_scores(3, 30), "rejected", kept=17)
+    weights = weigh(resolve_recipe(name, normalize="mean"), random_scores(3, 30), "rejected", kept=17)
     assert sum(weights) / 17 == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(("eos_weight", "expected"), [("zero", 0.0), ("one", 1.0)])
 def test_a_fixed_eos_weight_is_not_normalised(eos_weight, expected):
-    how = recipe("exp", normalize="mean", eos_weight=eos_weight)
+    how = resolve_recipe("exp", normalize="mean", eos_weight=eos_weight)
     assert weigh(how, [1.0, 1.5], has_eos=True)[-1] == expected
 
 
 def test_a_cut_response_has_no_eos_weight():
-    assert len(weigh(recipe("exp"), [1.0, 1.5], eos=0.1, kept=2, has_eos=False)) == 2
+    assert len(weigh(resolve_recipe("exp"), [1.0, 1.5], eos=0.1, kept=2, has_eos=False)) == 2
 
 
 def test_an_empty_response_still_has_its_eos():
     """The EOS alone is weighed as a response of one token: e^0.5 by exp, 1 by rank."""
     for name, weight in (("exp", math.exp(0.5)), ("rank_based", 1.0)):
-        assert weigh(recipe(name, normalize="mean"), [], eos=0.5, has_eos=True) == pytest.approx([weight])
+        assert weigh(resolve_recipe(name, normalize="mean"), [], eos=0.5, has_eos=True) == pytest.approx([weight])
 
 
 def test_the_score_of_the_eos_must_be_there_to_be_used():
-    with pytest.raises(ValueError, match="EOS needs its score"):
-        weigh(recipe("exp", eos_weight="score"), [1.0], has_eos=True)
-    assert weigh(recipe("exp", eos_weight="zero"), [0.0], has_eos=True) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="needs the score of the EOS"):
+        weigh(resolve_recipe("exp", eos_weight="score"), [1.0], has_eos=True)
+    assert weigh(resolve_recipe("exp", eos_weight="zero"), [0.0], has_eos=True) == [1.0, 0.0]
 
 
 def test_weighing_changes_no_scores_and_wants_no_gradient():
     scores, eos = torch.tensor(random_scores(1, 6)), torch.tensor([0.5])
     before = scores.clone()
     for name in TRANSFORMS:
-        weights = response_weights(scores, eos, 6, True, recipe(name), RandomStream())
+        weights = response_weights(scores, eos, 6, True, resolve_recipe(name), RandomStream())
         assert weights.dtype == torch.float32
         assert not weights.requires_grad
         weights.zero_()
@@ -265,7 +265,7 @@ WIDE, NARROW = {"min_scale": 0.5, "max_scale": 1.5}, {"min_scale": 0.6, "max_sca
 )
 def test_presets_have_the_numbers_of_the_design(preset, transform, params):
     chosen = {"default": "binary"}.get(preset, "threshold_and_scale")
-    how = recipe(transform, preset)
+    how = resolve_recipe(transform, preset)
     assert how.transform == (transform or chosen)
     assert how.params == params
 
@@ -285,14 +285,14 @@ def test_defaults_have_the_numbers_of_the_design():
 
 
 def test_the_default_preset_is_plain_dpo():
-    assert weigh(recipe(None, "default"), random_scores(0, 9), "rejected") == [1.0] * 9
+    assert weigh(resolve_recipe(None, "default"), random_scores(0, 9), "rejected") == [1.0] * 9
 
 
 def test_what_is_given_wins_over_the_preset_and_the_preset_over_the_default():
-    how = recipe(None, "aggressive", {"max_val": 3.0})
+    how = resolve_recipe(None, "aggressive", {"max_val": 3.0})
     assert how.params == {"min_val": -2, "max_val": 3, **WIDE}
     # A transform that the preset says nothing about has its own defaults.
-    assert recipe("exp", "aggressive").params == recipe("exp").params
+    assert resolve_recipe("exp", "aggressive").params == resolve_recipe("exp").params
 
 
 @pytest.mark.parametrize(
@@ -300,23 +300,23 @@ def test_what_is_given_wins_over_the_preset_and_the_preset_over_the_default():
     [
         ({"transform": "rank"}, ["'rank'", "rank_based"]),
         ({"transform": None, "preset": "bold"}, ["'bold'", "aggressive"]),
-        ({"transform": "rank_based", "given": {"mu": 1.0}}, ["rank_based", "mu", "min_scale"]),
-        ({"transform": "origin", "given": {"k": 1.0}}, ["origin", "k"]),
-        ({"transform": "exp", "given": {"L": 2.0, "U": 1.0}}, ["L", "U"]),
-        ({"transform": "exp", "given": {"U": -1.0}}, ["L", "U"]),
-        ({"transform": "exp", "given": {"k": 0.0}}, ["k", "above 0"]),
-        ({"transform": "rank_based", "given": {"min_scale": 1.4}}, ["min_scale", "max_scale"]),
-        ({"transform": "threshold", "given": {"lower_threshold": 2.0}}, ["lower_threshold", "upper_threshold"]),
-        ({"transform": "threshold_and_scale", "given": {"max_val": -2.0}}, ["min_val", "max_val"]),
-        ({"transform": "random", "given": {"min_val": 1.4}}, ["min_val", "max_val"]),
-        ({"transform": "binary", "given": {"top_percent": 0.0}}, ["top_percent", "above 0"]),
-        ({"transform": "binary", "given": {"top_percent": -5.0}}, ["top_percent", "above 0"]),
-        ({"transform": "binary", "given": {"top_percent": 100.5}}, ["top_percent", "at most 100"]),
+        ({"transform": "rank_based", "params": {"mu": 1.0}}, ["rank_based", "mu", "min_scale"]),
+        ({"transform": "origin", "params": {"k": 1.0}}, ["origin", "k"]),
+        ({"transform": "exp", "params": {"L": 2.0, "U": 1.0}}, ["L", "U"]),
+        ({"transform": "exp", "params": {"U": -1.0}}, ["L", "U"]),
+        ({"transform": "exp", "params": {"k": 0.0}}, ["k", "above 0"]),
+        ({"transform": "rank_based", "params": {"min_scale": 1.4}}, ["min_scale", "max_scale"]),
+        ({"transform": "threshold", "params": {"lower_threshold": 2.0}}, ["lower_threshold", "upper_threshold"]),
+        ({"transform": "threshold_and_scale", "params": {"max_val": -2.0}}, ["min_val", "max_val"]),
+        ({"transform": "random", "params": {"min_val": 1.4}}, ["min_val", "max_val"]),
+        ({"transform": "binary", "params": {"top_percent": 0.0}}, ["top_percent", "above 0"]),
+        ({"transform": "binary", "params": {"top_percent": -5.0}}, ["top_percent", "above 0"]),
+        ({"transform": "binary", "params": {"top_percent": 100.5}}, ["top_percent", "at most 100"]),
     ],
 )
 def test_faults_name_what_is_wrong(arguments, named):
     with pytest.raises(ValueError, match=re.escape(named[0])) as fault:
-        recipe(**arguments)
+        resolve_recipe(**arguments)
     for word in named:
         assert word in str(fault.value)
 
@@ -335,14 +335,14 @@ def test_faults_name_what_is_wrong(arguments, named):
 )
 def test_normalisation_is_refused_where_weights_can_be_zero_or_negative(name, given):
     with pytest.raises(ValueError, match=f"normalize.*{name}"):
-        recipe(name, given=given, normalize="mean")
+        resolve_recipe(name, params=given, normalize="mean")
 
 
 @pytest.mark.parametrize(
     ("name", "given"), [("exp", {}), ("rank_based", {}), ("random", {}), ("threshold", {"lower_threshold": 0.1})]
 )
 def test_normalisation_is_allowed_where_all_weights_are_positive(name, given):
-    assert recipe(name, given=given, normalize="mean").normalize == "mean"
+    assert resolve_recipe(name, params=given, normalize="mean").normalize == "mean"
 
 
 def test_a_new_transform_is_one_entry(monkeypatch):
@@ -351,15 +351,15 @@ def test_a_new_transform_is_one_entry(monkeypatch):
 
     entry = Transform(scaled, "a multiple of the signed score", {"factor": Param(2.0, "factor", above=0.0)})
     monkeypatch.setitem(TRANSFORMS, "scaled", entry)
-    assert weigh(recipe("scaled"), [1.0, -3.0], "rejected", eos=0.5, has_eos=True) == [-2.0, 6.0, -1.0]
-    assert weigh(recipe("scaled", "aggressive", {"factor": 4.0}), [1.0]) == [4.0]
-    assert "scaled (factor 2)" in recipe("scaled").describe()
+    assert weigh(resolve_recipe("scaled"), [1.0, -3.0], "rejected", eos=0.5, has_eos=True) == [-2.0, 6.0, -1.0]
+    assert weigh(resolve_recipe("scaled", "aggressive", {"factor": 4.0}), [1.0]) == [4.0]
+    assert "scaled (factor 2)" in resolve_recipe("scaled").describe()
     with pytest.raises(ValueError, match="factor of transform scaled must be above 0"):
-        recipe("scaled", given={"factor": -1.0})
+        resolve_recipe("scaled", params={"factor": -1.0})
     with pytest.raises(ValueError, match="normalize"):
-        recipe("scaled", normalize="mean")
+        resolve_recipe("scaled", normalize="mean")
     with pytest.raises(ValueError, match=r"choose from .*scaled"):
-        recipe("unknown")
+        resolve_recipe("unknown")
 
 
 # ---------------------------------------------------------------- weights from elsewhere
@@ -395,7 +395,7 @@ def test_final_weights_of_an_empty_response():
 
 
 def test_the_final_weight_of_an_eos_must_be_there_to_be_used():
-    with pytest.raises(ValueError, match="EOS needs its score"):
+    with pytest.raises(ValueError, match="needs the score of the EOS"):
         weigh(final_recipe("score"), [1.0], has_eos=True)
 
 
@@ -406,9 +406,9 @@ def test_final_weights_are_no_transform_that_can_be_asked_for():
     assert how.normalize == "none"
     assert how.describe() == "ready weights, EOS one"
     assert how.transform not in TRANSFORMS
-    assert not any(recipe(name).final for name in TRANSFORMS)
+    assert not any(resolve_recipe(name).final for name in TRANSFORMS)
     with pytest.raises(ValueError, match="unknown transform"):
-        recipe(how.transform)
+        resolve_recipe(how.transform)
 
 
 # ---------------------------------------------------------------- steps in a recipe
@@ -420,8 +420,8 @@ def test_a_recipe_tells_its_steps_in_their_order():
     told = "center dataset → spans clause → dead_zone 0.25 → decay 0.9 → rank_based (min_scale 0.7, max_scale 1.3)"
     for order in itertools.permutations(steps):
         given = {name: steps[name] for name in order}
-        how = recipe("rank_based", steps=given, normalize="mean", eos_weight="one")
-        assert how == recipe("rank_based", steps=steps, normalize="mean", eos_weight="one")
+        how = resolve_recipe("rank_based", steps=given, normalize="mean", eos_weight="one")
+        assert how == resolve_recipe("rank_based", steps=steps, normalize="mean", eos_weight="one")
         assert how.describe() == f"{told}, mean 1, EOS one"
 
 
@@ -437,7 +437,7 @@ def test_a_recipe_tells_its_steps_in_their_order():
     ],
 )  # fmt: skip
 def test_a_recipe_tells_what_it_does_and_nothing_else(arguments, told):
-    assert recipe(**arguments).describe() == told
+    assert resolve_recipe(**arguments).describe() == told
 
 
 def test_steps_come_before_the_transform_and_its_normalisation():
@@ -449,7 +449,7 @@ def test_steps_come_before_the_transform_and_its_normalisation():
     scores, steps = torch.tensor([3.0, -1.0, 0.5]), {"center": "dataset", "dead_zone": 1.0}
 
     def after(side, transform, **more):
-        how = recipe(transform, steps=steps, **more)
+        how = resolve_recipe(transform, steps=steps, **more)
         return response_weights(scores, None, 3, False, how, RandomStream(0, 0, side), context).tolist()
 
     assert after("chosen", "rank_based") == pytest.approx([1.3, 0.7, 1.0], **CLOSE)
@@ -468,9 +468,9 @@ def test_random_draws_the_same_numbers_whatever_the_steps():
     context = Context(Centers(0.5, (), 0.1), [0, 0, 1])
     every = {"center": "dataset", "spans": "word", "dead_zone": 0.2, "decay": 0.5}
     pinned = [0.7563619, 1.2225614, 0.8397679]
-    draws = weigh(recipe("random"), [0.0] * 4, "rejected", seed=7, row=3)
+    draws = weigh(resolve_recipe("random"), [0.0] * 4, "rejected", seed=7, row=3)
     for steps in ({}, {"decay": 0.5}, every):
-        how = recipe("random", steps=steps)
+        how = resolve_recipe("random", steps=steps)
         weights = response_weights(scores, torch.tensor([2.0]), 3, True, how, stream, context)
         assert weights[:3].tolist() == pytest.approx(pinned, abs=1e-6)
         assert weights.tolist() == draws

@@ -1,10 +1,10 @@
-"""The preference objectives as pure maths on per-token log-probs. They know no model, no batch layout, no device.
+"""Preference objectives on per-token log-probs. Knows no model, no batch layout and no device.
 
-Shapes: B pairs, N scored tokens of a microbatch, all responses one after the other. `response_ids` [N] names the
-response of each token: pair b has its chosen response at b and its rejected response at B + b.
+Shapes: B pairs, N scored tokens of a microbatch, concatenated response after response. `response_ids` [N] maps each
+token to its response: b for the chosen response of pair b, B + b for the rejected one.
 
-Torch is imported by what computes and not by this module, so that the settings can read names, parameters and
-defaults from here: a new objective is one function and one entry in `OBJECTIVES`, and nothing else.
+A new objective is one function and one entry in `OBJECTIVES`. This module never imports torch at the top, so that the
+settings can read names, parameters and defaults without loading it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from tisdpo_cli.method.params import Param, Value, describe_params, resolve_para
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Which KL divergence between the distributions at each position an objective reads.
+# The KL divergence that an objective reads at each position.
 Divergence = Literal["policy||reference", "reference||policy"]
 
 
 class Side(NamedTuple):
-    """Sums over the tokens of one response of each pair, all [B], in nats, every token times its weight w_t.
+    """Weighted sums over the tokens of one response of each pair, all [B], in nats.
 
     Attributes:
         log_ratios: Σ w_t m_t, `m_t = log π_θ(y_t|·) − log π_ref(y_t|·)`.
         logps: Σ w_t log π_θ(y_t|·).
-        kl: Σ w_t KL_t, zero where the objective reads none.
-        tokens: the number of tokens, without weights.
+        kl: Σ w_t KL_t, zero if the objective needs no divergence.
+        tokens: number of tokens, unweighted.
     """
 
     log_ratios: Tensor
@@ -39,7 +39,7 @@ class Side(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """β Σ_t m_t of both responses (unweighted), and the same with token weights. All [B], detached."""
+    """β Σ_t m_t of both responses, unweighted and weighted. All [B], detached."""
 
     chosen: Tensor
     rejected: Tensor
@@ -48,7 +48,7 @@ class Rewards(NamedTuple):
 
 
 class PairLosses(NamedTuple):
-    """The loss of each pair [B] (with gradient), its rewards, and Σ_t KL_t of all 2B responses where computed."""
+    """The loss of each pair [B] with gradient, its rewards, and Σ_t KL_t of all 2B responses if computed."""
 
     losses: Tensor
     rewards: Rewards
@@ -59,11 +59,11 @@ Function = Callable[[Side, Side, float, Mapping[str, Any]], "Tensor"]
 
 
 class Requirements(NamedTuple):
-    """What an objective reads under given parameters, beside the log-probs of the policy.
+    """What an objective needs under given parameters, besides the log-probs of the policy.
 
     Attributes:
-        reference: the reference's log-probs of the tokens. (The metrics `rewards/*` always have them.)
-        divergence: which KL divergence to the reference's whole distribution, or None.
+        reference: the log-probs under the reference model. (The metrics `rewards/*` always need them.)
+        divergence: the KL divergence to the reference's full distribution, or None.
     """
 
     reference: bool = True
@@ -75,12 +75,12 @@ class Objective:
     """One objective.
 
     Attributes:
-        function: (chosen, rejected, β, parameters) to the loss of each pair [B].
-        help: its formula in a few words.
-        params: its parameters by name.
-        needs: what it reads, under given parameters.
-        takes_weights: whether token weights have a meaning in it.
-        start: its value where the policy is the reference, as a formula.
+        function: maps (chosen, rejected, β, parameters) to the loss of each pair [B].
+        help: formula.
+        params: parameters by name.
+        needs: what it needs under given parameters.
+        takes_weights: whether it can use token weights.
+        start: formula of its value if the policy equals the reference.
     """
 
     function: Function
@@ -98,7 +98,7 @@ def _minus_log_sigmoid(z: Tensor) -> Tensor:
 
 
 def _dpo(chosen: Side, rejected: Side, beta: float, p: Mapping[str, Any]) -> Tensor:
-    """TIS-DPO, with η where α > 0; DPO (Rafailov et al. 2023, Eq. 7) with unit weights; ε as in cDPO (Mitchell)."""
+    """TIS-DPO, with η if α > 0; with unit weights DPO (Rafailov et al. 2023, Eq. 7); ε as in cDPO (Mitchell)."""
     u = chosen.logps - rejected.logps if p["reference_free"] else chosen.log_ratios - rejected.log_ratios
     if p["alpha"]:
         u = u - p["alpha"] * (chosen.kl - rejected.kl)
@@ -108,7 +108,7 @@ def _dpo(chosen: Side, rejected: Side, beta: float, p: Mapping[str, Any]) -> Ten
 
 
 def _ipo(chosen: Side, rejected: Side, beta: float, p: Mapping[str, Any]) -> Tensor:
-    """IPO, Eq. 17 of Azar et al. 2023; per-token means as in TRL where asked for."""
+    """IPO (Azar et al. 2023, Eq. 17); `length_normalize` takes per-token means as TRL does."""
     if p["length_normalize"]:
         u = chosen.log_ratios / chosen.tokens - rejected.log_ratios / rejected.tokens
     else:
@@ -117,12 +117,12 @@ def _ipo(chosen: Side, rejected: Side, beta: float, p: Mapping[str, Any]) -> Ten
 
 
 def _tdpo1(chosen: Side, rejected: Side, beta: float, _p: Mapping[str, Any]) -> Tensor:
-    """TDPO₁ of Zeng et al. 2024."""
+    """TDPO₁ (Zeng et al. 2024)."""
     return _minus_log_sigmoid(beta * (chosen.log_ratios - rejected.log_ratios - (rejected.kl - chosen.kl)))
 
 
 def _tdpo2(chosen: Side, rejected: Side, beta: float, p: Mapping[str, Any]) -> Tensor:
-    """TDPO₂ of Zeng et al. 2024; the KL of the chosen response gets no gradient."""
+    """TDPO₂ (Zeng et al. 2024); the KL of the chosen response gets no gradient."""
     margin = rejected.kl - chosen.kl.detach()
     return _minus_log_sigmoid(beta * (chosen.log_ratios - rejected.log_ratios - p["alpha"] * margin))
 
@@ -142,14 +142,14 @@ OBJECTIVES: dict[str, Objective] = {
         {
             "alpha": Param(0.0, "weight α of the KL term", at_least=0.0),
             "label_smoothing": Param(0.0, "probability ε that a label is wrong", at_least=0.0, under=0.5),
-            "reference_free": Param(False, "leave the reference out of the loss"),
+            "reference_free": Param(False, "drop the reference model from the loss"),
         },
         needs=_dpo_needs,
     ),
     "ipo": Objective(
         _ipo,
         "(u − 1/(2β))²",
-        {"length_normalize": Param(False, "means over tokens instead of sums")},
+        {"length_normalize": Param(False, "average log-ratios over tokens instead of summing them")},
         start="1/(2β)²",
     ),
     "tdpo1": Objective(_tdpo1, "−log σ(β(u − (K_l − K_w)))", needs=_tdpo_needs, takes_weights=False),
@@ -165,7 +165,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class Loss:
-    """An objective with its β and all its parameters. Make it with `loss`."""
+    """An objective with β and all its parameters, as resolved by `resolve_loss`."""
 
     name: str
     beta: float
@@ -178,11 +178,11 @@ class Loss:
 
     @property
     def needs(self) -> Requirements:
-        """What it reads."""
+        """What it needs besides the log-probs of the policy."""
         return self.objective.needs(self.params)
 
-    def at_the_start(self) -> float | None:
-        """Its value where the policy is the reference; None where it does not compare with the reference."""
+    def start_value(self) -> float | None:
+        """Return the loss if the policy equals the reference, or None if it does not use the reference."""
         import torch
 
         if not self.needs.reference:
@@ -192,24 +192,29 @@ class Loss:
         return float(self.objective.function(side, side, self.beta, self.params))
 
     def describe(self) -> str:
-        """`dpo (β 0.1, alpha 0.5)`: what is not 0 is told beside β."""
-        told = describe_params({name: value for name, value in self.params.items() if value})
-        return f"{self.name} (β {self.beta:g}{', ' + told if told else ''})"
+        """`dpo (β 0.1, alpha 0.5)`: β and the parameters that are not 0."""
+        params = describe_params({name: value for name, value in self.params.items() if value})
+        return f"{self.name} (β {self.beta:g}{', ' + params if params else ''})"
 
 
-def loss(name: str, beta: float, given: Mapping[str, Value] | None = None) -> Loss:
-    """Resolve an objective and its parameters: those given, over its defaults.
+def resolve_loss(name: str, beta: float, params: Mapping[str, Value] | None = None) -> Loss:
+    """Look up an objective and complete its parameters with its defaults.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        beta: KL penalty coefficient β.
+        params: values that override the defaults.
 
     Raises:
         ValueError: an unknown name, a parameter that the objective does not have, a value out of bounds, or
-            parameters that contradict each other.
+            conflicting parameters.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"unknown loss {name!r}; choose from {', '.join(OBJECTIVES)}")
-    params = resolve_params(f"loss {name}", OBJECTIVES[name].params, given or {})
-    if params.get("reference_free") and params.get("alpha"):
-        raise ValueError("reference_free leaves the reference out of the loss, and alpha needs it: give one of them")
-    return Loss(name, beta, params)
+    resolved = resolve_params(f"loss {name}", OBJECTIVES[name].params, params or {})
+    if resolved.get("reference_free") and resolved.get("alpha"):
+        raise ValueError("reference_free and alpha conflict: alpha needs the reference; set only one of them")
+    return Loss(name, beta, resolved)
 
 
 def response_sums(values: Tensor, response_ids: Tensor, responses: int) -> Tensor:
@@ -218,25 +223,25 @@ def response_sums(values: Tensor, response_ids: Tensor, responses: int) -> Tenso
 
 
 def pair_losses(
-    logps: Tensor, ref_logps: Tensor, kl: Tensor | None, weights: Tensor, response_ids: Tensor, pairs: int, how: Loss
+    logps: Tensor, ref_logps: Tensor, kl: Tensor | None, weights: Tensor, response_ids: Tensor, pairs: int, loss: Loss
 ) -> PairLosses:
-    """The loss of B pairs under an objective, with token weights. With all weights 1, dpo is DPO to the last bit.
+    """Compute the loss of B pairs with token weights. With unit weights, dpo is DPO to the last bit.
 
     >>> import torch
     >>> policy, reference = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -2.0, -2.0])
     >>> response_ids, weights = torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0, 0.5])
-    >>> how = loss("dpo", beta=0.4)  # u = 2 · 1 + 1 · 0 − 0.5 · (−1) = 2.5, and log(1 + e^−1) = 0.3133
-    >>> round(pair_losses(policy, reference, None, weights, response_ids, 1, how).losses.item(), 4)
+    >>> loss = resolve_loss("dpo", beta=0.4)  # u = 2 · 1 + 1 · 0 − 0.5 · (−1) = 2.5, and log(1 + e^−1) = 0.3133
+    >>> round(pair_losses(policy, reference, None, weights, response_ids, 1, loss).losses.item(), 4)
     0.3133
 
     Args:
         logps: [N] float32 log-probs of the response tokens under the policy, in nats.
-        ref_logps: [N] the same under the reference, without gradient.
-        kl: [N] the divergence that the objective needs at the position of each token, with gradient, or None.
+        ref_logps: [N] log-probs under the reference, without gradient.
+        kl: [N] divergence that the objective needs at each token, with gradient, or None.
         weights: [N] token weights, without gradient.
-        owner: [N] int64, the response of each token, in [0, 2B).
-        pairs: B; given, so that no device has to be asked for it.
-        how: the objective with its parameters.
+        response_ids: [N] int64, the response of each token, in [0, 2B).
+        pairs: B, an argument so that no device synchronizes to find it.
+        loss: objective with its parameters.
     """
     log_ratios = logps - ref_logps
 
@@ -251,7 +256,9 @@ def pair_losses(
         Side(weighted[side], weighted_logps[side], penalty[side], tokens[side])
         for side in (slice(0, pairs), slice(pairs, None))
     )
-    losses = how.objective.function(chosen, rejected, how.beta, how.params)
-    plain, scaled = (how.beta * total.detach() for total in (sums(log_ratios), weighted))
-    rewards = Rewards(plain[:pairs], plain[pairs:], scaled[:pairs], scaled[pairs:])
+    losses = loss.objective.function(chosen, rejected, loss.beta, loss.params)
+    unweighted_rewards, weighted_rewards = (loss.beta * total.detach() for total in (sums(log_ratios), weighted))
+    rewards = Rewards(
+        unweighted_rewards[:pairs], unweighted_rewards[pairs:], weighted_rewards[:pairs], weighted_rewards[pairs:]
+    )
     return PairLosses(losses, rewards, None if kl is None else sums(kl.detach()))

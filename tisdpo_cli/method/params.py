@@ -1,7 +1,7 @@
-"""Parameters of a method that has a name: their defaults, bounds and help, for every registry of the program.
+"""Parameters of registry entries: their defaults, bounds and help texts.
 
-Pure data. The registries (objectives, steps, transforms) are dictionaries of entries with such parameters; the
-settings make options of them, so that a new entry has its options, checks and help at once.
+Pure data. Objectives, steps and transforms are dictionaries of entries with such parameters. The settings turn these
+into options, so that a new entry gets its options, checks and help for free.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ Value = float | bool | str
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its default, what it means, and what its value must keep to.
+    """A parameter: its default, help text and bounds.
 
     Attributes:
-        default: also says the type: a number, a flag, or one of `choices`. None where it is off unless given.
-        above: the value must be greater than this.
-        at_least: … or equal to this.
-        under: the value must be less than this.
-        at_most: … or equal to this.
-        below: the name of another parameter of the same entry that must be greater.
-        choices: the values it may have, where it is no number.
+        default: a number, a flag or one of `choices`, which sets the type; None if it is off by default.
+        help: description.
+        above: exclusive lower bound.
+        at_least: inclusive lower bound.
+        under: exclusive upper bound.
+        at_most: inclusive upper bound.
+        below: name of another parameter of the same entry that must be greater.
+        choices: allowed values, if it is not a number.
     """
 
     default: Value | None
@@ -38,32 +39,35 @@ class Param:
     choices: tuple[str, ...] = ()
 
 
-def resolve_params(what: str, params: Mapping[str, Param], given: Mapping[str, Value]) -> dict[str, Value]:
-    """Values of all parameters of an entry: those given, over the defaults.
+def resolve_params(entry: str, params: Mapping[str, Param], overrides: Mapping[str, Value]) -> dict[str, Value]:
+    """Complete the parameters of an entry with their defaults, and check them.
 
     Args:
-        what: the entry's name in messages, `transform exp`.
-        params: its parameters.
-        given: values by name.
+        entry: the entry's name in messages, such as `transform exp`.
+        params: the entry's parameters.
+        overrides: values that replace the defaults, by name.
+
+    Returns:
+        The value of every parameter that has one, by name.
 
     Raises:
         ValueError: a name that the entry does not have, or a value out of bounds.
     """
-    strangers = [name for name in given if name not in params]
-    if strangers:
-        has = ", ".join(params) or "none"
-        raise ValueError(f"{what} has no parameter {', '.join(strangers)} (it has: {has})")
-    values = {name: given.get(name, param.default) for name, param in params.items()}
-    known = {name: value for name, value in values.items() if value is not None}
-    for name, value in known.items():
-        fault = bounds_problem(params[name], value, known)
-        if fault:
-            raise ValueError(f"{name} of {what} must be {fault}")
-    return known
+    unknown = [name for name in overrides if name not in params]
+    if unknown:
+        known = ", ".join(params) or "none"
+        raise ValueError(f"{entry} has no parameter {', '.join(unknown)} (it has: {known})")
+    values = {name: overrides.get(name, param.default) for name, param in params.items()}
+    resolved = {name: value for name, value in values.items() if value is not None}
+    for name, value in resolved.items():
+        problem = bounds_problem(params[name], value, resolved)
+        if problem:
+            raise ValueError(f"{name} of {entry} must be {problem}")
+    return resolved
 
 
 def bounds_problem(param: Param, value: Value, others: Mapping[str, Value]) -> str | None:
-    """What a value must be and is not, or None: `above 0, not -1`."""
+    """Return which bound a value violates, such as `above 0, not -1`, or None."""
     if param.choices:
         return None if value in param.choices else f"one of {', '.join(param.choices)}, not {value}"
     number = float(value)
@@ -84,11 +88,11 @@ def bounds_problem(param: Param, value: Value, others: Mapping[str, Value]) -> s
 
 
 def describe_params(values: Mapping[str, Value]) -> str:
-    """`min_scale 0.7, max_scale 1.3`; a flag that is set by its name alone."""
-    said = []
+    """Describe values as `min_scale 0.7, max_scale 1.3`; a flag that is set appears as its name."""
+    words = []
     for name, value in values.items():
         if isinstance(value, bool):
-            said += [name] if value else []
+            words += [name] if value else []
         else:
-            said.append(f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}")
-    return ", ".join(said)
+            words.append(f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}")
+    return ", ".join(words)

@@ -1,11 +1,12 @@
-"""Prompt templates for contrastive models that are one model under two prompts: a built-in pair, and the user's own.
+"""Prompt templates for contrastive models that are one model under two prompts: built-in ones and the user's own.
 
-Pure text; it knows no tokenizer.
+Pure text. Knows no tokenizer.
 """
 
 from __future__ import annotations
 
-PLACE = "{}"
+# Where a template puts the prompt.
+PLACEHOLDER = "{}"
 TEMPLATES: dict[str, str] = {
     "normal": "{}",
     "harmless": "What follows was written by an assistant that is honest and kind, and that never does any harm.\n\n{}",
@@ -14,22 +15,22 @@ TEMPLATES: dict[str, str] = {
 
 
 def template_text(template: str) -> str:
-    """The text of a template given by its built-in name or by itself.
+    """Return the text of a template, given by its built-in name or as text.
 
     Raises:
-        ValueError: it is no built-in name and does not hold `{}` exactly once.
+        ValueError: neither a built-in name nor text with exactly one `{}`.
     """
     text = TEMPLATES.get(template, template)
-    if text.count(PLACE) != 1:
-        raise ValueError(f"a template is {', '.join(TEMPLATES)}, or text with {PLACE} exactly once for the prompt")
+    if text.count(PLACEHOLDER) != 1:
+        raise ValueError(f"a template is {', '.join(TEMPLATES)}, or text that contains {PLACEHOLDER} exactly once")
     return text
 
 
-def around(template: str) -> tuple[str, str]:
-    """What stands before and after the prompt.
+def split_template(template: str) -> tuple[str, str]:
+    """Split a template into the text before and after the prompt.
 
-    >>> around("Be kind. {}!")
+    >>> split_template("Be kind. {}!")
     ('Be kind. ', '!')
     """
-    before, _, after = template_text(template).partition(PLACE)
+    before, _, after = template_text(template).partition(PLACEHOLDER)
     return before, after

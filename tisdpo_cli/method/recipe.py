@@ -1,7 +1,7 @@
-"""A recipe: how the scores of one response become its token weights.
+"""A recipe: everything that turns the scores of one response into its token weights.
 
-Steps, a transform with its parameters or a preset, normalisation, and the weight of the EOS. Pure maths on one response
-at a time; like `transforms` it never imports torch itself, so that the settings can read the presets.
+Steps, a transform with its parameters, normalization and the EOS weight. Pure maths on one response at a time. Like
+`transforms` it never imports torch, so that the settings can read the presets without loading it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EosWeight = Literal["zero", "one", "score"]
 _NARROW = {"min_scale": 0.6, "max_scale": 1.4}
 _WIDE = {"min_scale": 0.5, "max_scale": 1.5}
 
-# A preset is a transform and the parameters it gives to every transform that it says something about.
+# A preset: its transform, and its parameters for each transform.
 PRESETS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
     "default": ("binary", {"binary": {"top_percent": 100.0}}),
     "aggressive": (
@@ -50,7 +50,7 @@ PRESETS: dict[str, tuple[str, dict[str, dict[str, float]]]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, a transform with all its parameters, and what happens after it. Make it with `recipe`."""
+    """Steps, a transform with all its parameters, normalization and EOS weight, as resolved by `resolve_recipe`."""
 
     transform: str
     params: Mapping[str, Any]
@@ -60,66 +60,74 @@ class Recipe:
 
     @property
     def entry(self) -> Transform:
-        """The transform."""
+        """The transform's entry in the registry."""
         return FINAL if self.final else TRANSFORMS[self.transform]
 
     @property
     def final(self) -> bool:
-        """Whether what is read are weights already."""
+        """Whether the input already consists of final weights."""
         return self.transform == FINAL_NAME
 
     def idle_steps(self) -> str | None:
-        """Why its steps change no weight, or None where they do, or where there are none."""
+        """Return why the steps have no effect, or None if they have one or there are none."""
         if not self.steps or self.entry.reads_scores(self.params):
             return None
         return f"{', '.join(self.steps)} would change nothing: {self.name()} does not read the scores"
 
     def name(self) -> str:
-        """The transform alone: `rank_based (min_scale 0.7, max_scale 1.3)`."""
+        """Describe the transform only: `rank_based (min_scale 0.7, max_scale 1.3)`."""
         params = describe_params(self.params)
         return f"{self.transform} ({params})" if params else self.transform
 
     def describe(self) -> str:
-        """`center dataset → rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
+        """Describe all of it: `center dataset → rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
         steps = [describe_params({name: self.steps[name]}) for name in STEPS if name in self.steps]
-        normalised = ", mean 1" if self.normalize == "mean" else ""
-        return f"{' → '.join([*steps, self.name()])}{normalised}, EOS {self.eos_weight}"
+        normalization = ", mean 1" if self.normalize == "mean" else ""
+        return f"{' → '.join([*steps, self.name()])}{normalization}, EOS {self.eos_weight}"
 
 
-# Weights that come from elsewhere are taken as they are.
+# Final weights from elsewhere are used unchanged.
 FINAL_NAME = "ready weights"
-FINAL = Transform(lambda weights, _side, _params, _stream: weights, "as they are")
+FINAL = Transform(lambda weights, _side, _params, _stream: weights, "unchanged")
 
 
 def final_recipe(eos_weight: EosWeight) -> Recipe:
-    """For a file that holds weights: nothing is made of them, only the EOS may be set."""
+    """The recipe for a file of final weights, which sets the EOS weight and nothing else."""
     return Recipe(FINAL_NAME, {}, eos_weight=eos_weight)
 
 
-def recipe(
+def resolve_recipe(
     transform: str | None,
     preset: str | None = None,
-    given: Mapping[str, Value] | None = None,
+    params: Mapping[str, Value] | None = None,
     normalize: Literal["none", "mean"] = "none",
     eos_weight: EosWeight = "score",
     steps: Mapping[str, Value] | None = None,
 ) -> Recipe:
-    """Resolve names and parameters: those given, over the preset's, over the transform's defaults.
+    """Look up a transform or preset and complete its parameters.
+
+    Args:
+        transform: a key of `TRANSFORMS`; the preset's, or `exp`, where None.
+        preset: a key of `PRESETS`.
+        params: values that override those of the preset, which override the defaults of the transform.
+        normalize: `mean` divides the weights by their mean.
+        eos_weight: weight of the EOS.
+        steps: values of the steps to apply, by their keys in `STEPS`.
 
     Raises:
-        ValueError: an unknown name, a parameter that the transform does not have, a value out of range, or a
-            normalisation that the transform does not allow.
+        ValueError: an unknown name, a parameter that the transform does not have, a value out of bounds, or a
+            normalization that the transform does not allow.
     """
     preset_transform, preset_params = _preset(preset)
     name = transform or preset_transform or "exp"
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}; choose from {', '.join(TRANSFORMS)}")
     entry = TRANSFORMS[name]
-    params = resolve_params(f"transform {name}", entry.params, {**preset_params.get(name, {}), **(given or {})})
-    if normalize == "mean" and not entry.positive(params):
-        raise ValueError(f"normalize mean needs weights above zero, which transform {name} does not promise here")
-    wanted = resolve_params("the steps", {key: step.param for key, step in STEPS.items()}, steps or {})
-    return Recipe(name, params, normalize, eos_weight, wanted)
+    resolved = resolve_params(f"transform {name}", entry.params, {**preset_params.get(name, {}), **(params or {})})
+    if normalize == "mean" and not entry.positive(resolved):
+        raise ValueError(f"normalize mean needs positive weights, which transform {name} does not guarantee here")
+    resolved_steps = resolve_params("the steps", {key: step.param for key, step in STEPS.items()}, steps or {})
+    return Recipe(name, resolved, normalize, eos_weight, resolved_steps)
 
 
 def _preset(preset: str | None) -> tuple[str | None, dict[str, dict[str, float]]]:
@@ -130,32 +138,32 @@ def _preset(preset: str | None) -> tuple[str | None, dict[str, dict[str, float]]
     return PRESETS[preset]
 
 
-def transform_scores(scores: Tensor, side: Side, how: Recipe, stream: RandomStream, clip: bool = True) -> Tensor:
-    """Weights [n] of n tokens of one response from their scores r [n] (float32) after the steps, in their order.
+def transform_scores(scores: Tensor, side: Side, recipe: Recipe, stream: RandomStream, clip: bool = True) -> Tensor:
+    """Weights [n] of the tokens of one response from their scores r [n] (float32), after the steps.
 
-    With `clip` off, what they would be if the transform did not clamp.
+    With `clip` off, the transform does not clamp the scores.
     """
     if scores.numel() == 0:
         return scores.clone()
-    if clip and how.entry.clamp is not None:
-        scores = scores.clamp(*_ends(side, how))
-    return how.entry.function(scores, side, how.params, stream)
+    if clip and recipe.entry.clamp is not None:
+        scores = scores.clamp(*_clamp_range(side, recipe))
+    return recipe.entry.function(scores, side, recipe.params, stream)
 
 
-def clipped(scores: Tensor, side: Side, how: Recipe) -> Tensor:
-    """Which scores [n], after the steps, lie outside the range that the transform clamps to; none without a clamp."""
-    if how.entry.clamp is None:
+def clipped(scores: Tensor, side: Side, recipe: Recipe) -> Tensor:
+    """Mask [n] of the scores, after the steps, outside the transform's clamp range; all False if it has none."""
+    if recipe.entry.clamp is None:
         return scores.isnan()
-    low, high = _ends(side, how)
+    low, high = _clamp_range(side, recipe)
     return (scores < low) | (scores > high)
 
 
-def _ends(side: Side, how: Recipe) -> tuple[float, float]:
-    """The range of r that the transform clamps to; for a rejected response mirrored, where it clamps signed scores."""
-    assert how.entry.clamp is not None
-    low, high, what = how.entry.clamp
-    first, last = how.params[low], how.params[high]
-    return (-last, -first) if what == "signed" and side == "rejected" else (first, last)
+def _clamp_range(side: Side, recipe: Recipe) -> tuple[float, float]:
+    """The clamp range of r, mirrored for a rejected response if the transform clamps signed scores."""
+    assert recipe.entry.clamp is not None
+    low_name, high_name, clamped = recipe.entry.clamp
+    low, high = recipe.params[low_name], recipe.params[high_name]
+    return (-high, -low) if clamped == "signed" and side == "rejected" else (low, high)
 
 
 def response_weights(
@@ -163,41 +171,42 @@ def response_weights(
     eos_score: Tensor | None,
     kept: int,
     has_eos: bool,
-    how: Recipe,
+    recipe: Recipe,
     stream: RandomStream,
     context: Context = Context(),  # noqa: B008 (it is frozen)
 ) -> Tensor:
-    """Weights of one response as it is trained: [kept] tokens, and the EOS where the response has one.
+    """Compute the weights of one response for training: [kept] tokens, plus the EOS if the response has one.
 
-    The order is: steps and transform on all scored tokens of the uncut response without the EOS, cut, normalise, set
-    the EOS. With `score` the EOS is weighed as one more token of the uncut response; it leaves the others as they are.
+    The order is: steps and transform on all scored tokens of the untruncated response without the EOS; truncate;
+    normalize; set the EOS. With `score` the EOS is one more token of the untruncated response, and does not change the
+    weights of the others.
 
     Args:
-        scores: [n] float32 scores r of the uncut response without its EOS, n ≥ kept.
-        eos_score: [1] score of the EOS; needed where has_eos and the EOS is weighed by its score.
-        kept: tokens of the response that are trained, the EOS not counted.
-        has_eos: whether the response still ends with its EOS.
-        how: steps, transform, normalisation, and the treatment of the EOS.
-        stream: names the response, for its side and for random transforms.
-        context: what the steps need beside the scores.
+        scores: [n] float32 scores r of the untruncated response without its EOS, n ≥ kept.
+        eos_score: [1] score of the EOS; required if has_eos and the recipe's EOS weight is `score`.
+        kept: number of tokens left after truncation, without the EOS.
+        has_eos: whether the truncated response still ends with its EOS.
+        recipe: steps, transform, normalization and EOS weight.
+        stream: the response's side and random stream.
+        context: what the steps need besides the scores.
     """
 
-    def weighed(r: Tensor) -> Tensor:
-        return transform_scores(apply_steps(r, how.steps, context), stream.side, how, stream)
+    def weigh(r: Tensor) -> Tensor:
+        return transform_scores(apply_steps(r, recipe.steps, context), stream.side, recipe, stream)
 
-    weights = weighed(scores)[:kept]
-    divisor = weights.mean() if how.normalize == "mean" and kept else scores.new_ones(())
-    weights = weights / divisor if how.normalize == "mean" else weights
+    weights = weigh(scores)[:kept]
+    divisor = weights.mean() if recipe.normalize == "mean" and kept else scores.new_ones(())
+    weights = weights / divisor if recipe.normalize == "mean" else weights
     if not has_eos:
         return weights
-    if how.eos_weight == "score":
+    if recipe.eos_weight == "score":
         if eos_score is None:
-            raise ValueError("the weight of the EOS needs its score")
+            raise ValueError("EOS weight 'score' needs the score of the EOS")
         joined = scores.new_zeros(scores.numel() + 1)
         joined[:-1], joined[-1:] = scores, eos_score
-        eos = weighed(joined)[-1:] / divisor
+        eos = weigh(joined)[-1:] / divisor
     else:
-        eos = scores.new_full((1,), 1.0 if how.eos_weight == "one" else 0.0)
+        eos = scores.new_full((1,), 1.0 if recipe.eos_weight == "one" else 0.0)
     extended = scores.new_zeros(kept + 1)
     extended[:-1], extended[-1:] = weights, eos
     return extended

@@ -1,8 +1,8 @@
-"""From token scores r_t to token weights w_t: steps, every transform, the presets, normalisation and the EOS.
+"""Transforms from token scores r_t to token weights w_t.
 
-Pure maths on one response at a time; it knows no file, no sign convention of a file and no model. It never
-imports torch itself (it works on the tensors it is given), so that the settings can read names, parameters and
-defaults from here: a new transform is one function and one entry in `TRANSFORMS`, and nothing else.
+Pure maths on one response at a time. Knows no file, no file's sign convention and no model. A new transform is one
+function and one entry in `TRANSFORMS`. This module never imports torch at the top, so that the settings can read names,
+parameters and defaults without loading it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Side = Literal["chosen", "rejected"]
 
 @dataclass(frozen=True)
 class RandomStream:
-    """Where a random transform draws from: the same numbers on every machine and rank."""
+    """Source of random draws for one response: the same numbers on every machine and rank."""
 
     seed: int = 0
     row: int = 0
     side: Side = "chosen"
 
     def derived_seed(self) -> int:
-        """A 63-bit seed that depends on all three parts."""
+        """Return a 63-bit seed that depends on seed, row and side."""
         digest = hashlib.sha256(f"{self.seed}/{self.row}/{self.side}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
@@ -39,16 +39,16 @@ Function = Callable[["Tensor", Side, Mapping[str, Any], RandomStream], "Tensor"]
 
 @dataclass(frozen=True)
 class Transform:
-    """One way from scores to weights.
+    """One transform.
 
     Attributes:
-        function: takes the scores r [n] of a response, clamped where the transform clamps, its side, the parameters
-            and a random stream.
-        params: its parameters by name.
-        clamp: the names of the parameters that clamp, where some do, and what they clamp.
-        positive: whether all its weights are above zero under given parameters, so that a mean of 1 can be
-            asked for.
-        reads_scores: whether its weights depend on the scores under given parameters, so that steps have a meaning.
+        function: maps the scores r [n] of a response (already clamped), its side, the parameters and a random stream
+            to weights [n].
+        help: description.
+        params: parameters by name.
+        clamp: names of the lower and upper clamp parameters, and whether they clamp r or the signed score; or None.
+        positive: whether all weights are positive under given parameters, so that `normalize mean` is allowed.
+        reads_scores: whether the weights depend on the scores under given parameters, so that steps have an effect.
     """
 
     function: Function
@@ -60,7 +60,7 @@ class Transform:
 
 
 def signed(scores: Tensor, side: Side) -> Tensor:
-    """s = r for a chosen response and −r for a rejected one: large means that the token carries the preference."""
+    """Return s = r for a chosen response, −r for a rejected one; a large s means the token carries the preference."""
     return scores if side == "chosen" else -scores
 
 
@@ -71,9 +71,10 @@ def _exp(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor
 def _rank_based(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor:
     if r.numel() == 1:
         return r.new_ones(1)
-    _values, group, sizes = signed(r, side).unique(sorted=True, return_inverse=True, return_counts=True)
+    # Tied scores share their mean rank, counted from 0.
+    _values, tie, sizes = signed(r, side).unique(sorted=True, return_inverse=True, return_counts=True)
     mean_rank = sizes.cumsum(0) - (sizes + 1) / 2
-    fraction = mean_rank[group].to(r.dtype) / (r.numel() - 1)
+    fraction = mean_rank[tie].to(r.dtype) / (r.numel() - 1)
     return p["min_scale"] + (p["max_scale"] - p["min_scale"]) * fraction
 
 
@@ -84,9 +85,9 @@ def _threshold_and_scale(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomS
 
 def _binary(r: Tensor, side: Side, p: Mapping[str, Any], _: RandomStream) -> Tensor:
     s = signed(r, side)
-    # Rounded before the floor: 18.4 % of 375 tokens is 69, and 68.99… in floating point.
-    kept = max(1, int(round(s.numel() * p["top_percent"] / 100, 9)))
-    return (s >= s.topk(kept).values[-1]).to(r.dtype)
+    # Rounded before the floor: 18.4 % of 375 tokens is 69, but 68.99… in floating point.
+    count = max(1, int(round(s.numel() * p["top_percent"] / 100, 9)))
+    return (s >= s.topk(count).values[-1]).to(r.dtype)
 
 
 def _random(r: Tensor, _side: Side, p: Mapping[str, Any], stream: RandomStream) -> Tensor:
@@ -118,7 +119,7 @@ def _values(low: float, high: float) -> dict[str, Param]:
 TRANSFORMS: dict[str, Transform] = {
     "exp": Transform(
         _exp,
-        "k·exp(±μ·clamp(r, L, U)), the paper's",
+        "k·exp(±μ·clamp(r, L, U)), as in the paper (Eq. 19)",
         {
             "k": Param(1.0, "factor of exp", above=0.0),
             "mu": Param(1.0, "slope μ of exp"),

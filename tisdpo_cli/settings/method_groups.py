@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import create_model, model_validator
 
-from tisdpo_cli.method.objectives import OBJECTIVES, Loss, loss
+from tisdpo_cli.method.objectives import OBJECTIVES, Loss, resolve_loss
 from tisdpo_cli.method.params import Param
-from tisdpo_cli.method.recipe import PRESETS, EosWeight, Recipe, final_recipe, recipe
+from tisdpo_cli.method.recipe import PRESETS, EosWeight, Recipe, final_recipe, resolve_recipe
 from tisdpo_cli.method.steps import STEPS
 from tisdpo_cli.method.transforms import TRANSFORMS
 from tisdpo_cli.settings.fields import FiniteFloat, Group, PositiveFloat, setting
@@ -81,7 +81,7 @@ class MethodChoice(Group):
 
     def objective(self) -> Loss:
         """The objective with its parameters."""
-        return loss(self.loss, self.beta, _given(self, _uses(_OBJECTIVE_PARAMS)))
+        return resolve_loss(self.loss, self.beta, _given(self, _uses(_OBJECTIVE_PARAMS)))
 
     def in_force(self) -> dict[str, Any]:
         """The objective with all of its own parameters."""
@@ -139,7 +139,7 @@ class WeightChoice(Group):
         eos: EosWeight = ("score" if eos_scores else "zero") if self.eos_weight == "auto" else self.eos_weight
         if self.weights_are == "final":
             return final_recipe(eos)
-        return recipe(self.transform, self.preset, self.params(), self.normalize, eos, self.steps())
+        return resolve_recipe(self.transform, self.preset, self.params(), self.normalize, eos, self.steps())
 
     def in_force(self) -> dict[str, Any]:
         """The transform with all its parameters, from preset and defaults too."""
@@ -167,7 +167,7 @@ class WeightChoice(Group):
                 raise ValueError(f"{spec}: write {part!r} as param=number") from None
         transform, preset = (None, name) if name in PRESETS else (name, None)
         eos = self.recipe(eos_scores).eos_weight
-        return recipe(transform, preset, given, eos_weight=eos, steps=self.steps())
+        return resolve_recipe(transform, preset, given, eos_weight=eos, steps=self.steps())
 
     @model_validator(mode="after")
     def _makes_a_recipe(self) -> WeightChoice:

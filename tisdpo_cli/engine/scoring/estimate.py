@@ -19,7 +19,7 @@ from tisdpo_cli.engine.arguments import output_request, read_options, vocabulary
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
 from tisdpo_cli.errors import ModelError
-from tisdpo_cli.method.prompt_templates import around
+from tisdpo_cli.method.prompt_templates import split_template
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
@@ -148,7 +148,7 @@ def _sides(estimation: _Estimation, tokenizer: Tokenizer) -> list[Side]:
     sides = []
     max_length, trust = estimation.options.limits.max_length, estimation.scoring.trust_remote_code
     for name, template in estimation.templates.items():
-        before, after = tokenizer.encode(list(around(template)), markers=True)
+        before, after = tokenizer.encode(list(split_template(template)), markers=True)
         side = Side(name, estimation.paths.get(name) or estimation.paths["model"], TemplateTokens(before, after))
         check_fit(side.path, tokenizer, max_length, trust, len(side.template))
         sides.append(side)

@@ -280,7 +280,7 @@ def _same_start(output: Output) -> bool:
 
 def _check_step0(value: float, loss: Loss, same_start: bool, reporter: Reporter) -> None:
     """Before the first update the margins are 0 and the loss is known, or something is wrong with the models."""
-    expected = loss.at_the_start()
+    expected = loss.start_value()
     if expected is None or not same_start:
         reason = "the loss does not use the reference" if expected is None else "policy and reference differ"
         reporter.note(f"step-0 loss {value:.4f} ({reason})")
