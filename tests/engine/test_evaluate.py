@@ -1,4 +1,4 @@
-"""evaluate: what it finds against enumeration over a toy vocabulary, against itself, and through the program."""
+"""evaluate: its metrics against enumeration over a toy vocabulary, against itself, and through the program."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluated(world: Path, model: str | Path, **more: object) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A function of the user's own: longer responses are better."""
+    """A reward function of the user: longer responses are better."""
     folder = tmp_path_factory.mktemp("scorer")
     (folder / "taste.py").write_text(
         "def length(prompts, responses):\n    assert len(prompts) == len(responses)\n"
@@ -66,16 +66,16 @@ EOS, LIMIT = 0, 4
 
 @pytest.fixture(scope="module")
 def toys() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """Two models over five tokens that are far enough from each other."""
-    made = []
+    """Two clearly different models over five tokens."""
+    models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=32, initializer_range=0.5, eos_token_id=EOS, bos_token_id=None,
         )  # fmt: skip
-        made.append(LlamaForCausalLM(config).eval())
-    return made[0], made[1]
+        models.append(LlamaForCausalLM(config).eval())
+    return models[0], models[1]
 
 
 def responses() -> list[list[int]]:
@@ -90,15 +90,15 @@ def logp(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> flo
     return sum(float(logits[0, len(prompt) - 1 + t, token]) for t, token in enumerate(response))
 
 
-def test_samples_come_as_often_as_they_should(toys) -> None:
+def test_samples_have_the_probabilities_of_the_model(toys) -> None:
     """Shares of whole responses against their probabilities, within five standard errors each."""
     model, prompt, n = toys[0], [3, 1, 4], 4000
     exact = {tuple(r): math.exp(logp(model, prompt, r)) for r in responses()}
     assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
     draws = uniform_draws(7, [(0, k) for k in range(n)], LIMIT)
-    said = sample_all(model, [prompt] * n, draws, Sampling(EOS, EOS, LIMIT), 512)
-    found = [tuple(s.scored(EOS)) for s in said]
-    assert all(s.ended == (s.scored(EOS)[-1] == EOS) for s in said)
+    samples = sample_all(model, [prompt] * n, draws, Sampling(EOS, EOS, LIMIT), 512)
+    found = [tuple(s.scored(EOS)) for s in samples]
+    assert all(s.ended == (s.scored(EOS)[-1] == EOS) for s in samples)
     for response, p in exact.items():
         assert abs(found.count(response) / n - p) <= 5 * math.sqrt(p * (1 - p) / n) + 2 / n
 
@@ -112,13 +112,13 @@ def test_the_kl_of_responses_agrees_with_enumeration(toys) -> None:
     ours = {tuple(r): logp(policy, prompt, r) for r in responses()}
     exact = sum(math.exp(p) * (p - logp(reference, prompt, list(r))) for r, p in ours.items())
     tokens = sum(math.exp(p) * len(r) for r, p in ours.items())
-    said = sample_all(
+    samples = sample_all(
         policy, [prompt] * n, uniform_draws(0, [(0, k) for k in range(n)], LIMIT), Sampling(EOS, EOS, LIMIT), n
     )
-    batch = collate([(prompt, [s.scored(EOS)]) for s in said], EOS, packed=False)
+    batch = collate([(prompt, [s.scored(EOS)]) for s in samples], EOS, packed=False)
     kl = compare(TokenScorer(policy), TokenScorer(reference), batch, "policy||reference").kl
     sums = torch.zeros(n).index_add(0, batch.response_ids, kl.detach()).tolist()
-    per_response, per_token = mean(sums), ratio(sums, [len(s.scored(EOS)) for s in said])
+    per_response, per_token = mean(sums), ratio(sums, [len(s.scored(EOS)) for s in samples])
     assert exact > 0.3
     assert abs(per_response.value - exact) <= 4 * per_response.standard_error
     assert abs(per_token.value - exact / tokens) <= 4 * per_token.standard_error
@@ -130,12 +130,12 @@ def test_the_kl_of_responses_agrees_with_enumeration(toys) -> None:
 def test_padding_and_batches_change_nothing(toys, pad: int, temperature: float) -> None:
     prompts = [[1], [2, 3, EOS, 4], [4, 4], [EOS, EOS, 1, 2, 3, 1]] * 3
     draws = uniform_draws(3, [(i, 0) for i in range(len(prompts))], 6)
-    made = [sample_all(toys[0], prompts, draws, Sampling(EOS, pad, 6, temperature), size) for size in (1, 3, 12)]
-    assert made[0] == made[1] == made[2]
-    assert len({tuple(s.ids) for s in made[0]}) > 1
+    sampled = [sample_all(toys[0], prompts, draws, Sampling(EOS, pad, 6, temperature), size) for size in (1, 3, 12)]
+    assert sampled[0] == sampled[1] == sampled[2]
+    assert len({tuple(s.ids) for s in sampled[0]}) > 1
 
 
-def test_a_seed_gives_the_same_chances_and_another_one_others() -> None:
+def test_a_seed_determines_the_random_numbers() -> None:
     keys = [(0, 0), (0, 1), (5, 0)]
     first = uniform_draws(1, keys, 8)
     assert torch.equal(first, uniform_draws(1, keys, 8))
@@ -177,19 +177,19 @@ def test_an_error_of_one_sample_is_unknown() -> None:
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
-    chance = torch.Generator().manual_seed(0)
-    draws = torch.randn(60, 40, generator=chance, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(60, 40, generator=generator, dtype=torch.float64)
     covered = 0
     for row in draws:
-        made = bootstrap([[value] for value in row.tolist()], 0)
-        assert made.low < made.mean < made.high
-        covered += made.low <= 0 <= made.high
+        interval = bootstrap([[value] for value in row.tolist()], 0)
+        assert interval.low < interval.mean < interval.high
+        covered += interval.low <= 0 <= interval.high
     assert 51 <= covered <= 60
     one = bootstrap([[1.0, 3.0]] * 5, 0)
     assert (one.mean, one.low, one.high) == (2.0, 2.0, 2.0)
 
 
-def test_small_measures() -> None:
+def test_small_statistics() -> None:
     assert repetition([1, 2, 3]) == 0.0
     assert repetition([1] * 10) == pytest.approx(6 / 7)
     assert perplexity(-2 * math.log(8), 2) == pytest.approx(8)
@@ -226,8 +226,8 @@ def test_held_out_figures_are_those_of_the_training(contrast: Path) -> None:
 
 
 def test_the_batch_size_changes_nothing(contrast: Path, scorer: str) -> None:
-    made = [evaluated(contrast, contrast / "dpo", scorer=f"{scorer}:length", batch_size=size) for size in (1, 5)]
-    one, five = (found.policies[0] for found in made)
+    evaluations = [evaluated(contrast, contrast / "dpo", scorer=f"{scorer}:length", batch_size=size) for size in (1, 5)]
+    one, five = (found.policies[0] for found in evaluations)
     assert one.samples.reward == five.samples.reward
     assert one.samples.length == five.samples.length
     assert one.samples.kl_per_token.value == pytest.approx(five.samples.kl_per_token.value, rel=1e-4)
@@ -235,7 +235,7 @@ def test_the_batch_size_changes_nothing(contrast: Path, scorer: str) -> None:
     assert one.pairs.perplexity_chosen == pytest.approx(five.pairs.perplexity_chosen, rel=1e-5)
 
 
-def test_several_checkpoints_are_held_against_the_kl_of_the_baseline(contrast: Path, scorer: str) -> None:
+def test_several_checkpoints_are_compared_at_the_kl_of_the_baseline(contrast: Path, scorer: str) -> None:
     names = ",".join(str(contrast / name) for name in ("dpo", "reverse"))
     found = evaluated(contrast, names, baseline=contrast / "sft", scorer=f"{scorer}:length")
     assert [p.role for p in found.policies] == ["model", "model", "baseline", "reference"]
@@ -284,10 +284,10 @@ def test_a_reward_model_reads_prompt_and_response(contrast: Path, judge: Path, t
     model, backend = load_reward_model(judge)
     given = []
     for row in read_jsonl(path):
-        for said in row["responses"]:
-            ids = backend(row["prompt"] + said["response"])["input_ids"][-64:]
+        for response in row["responses"]:
+            ids = backend(row["prompt"] + response["response"])["input_ids"][-64:]
             expected = float(model(input_ids=torch.tensor([ids])).logits[0, 0].detach())
-            assert said["reward"] == pytest.approx(expected, abs=1e-5)
+            assert response["reward"] == pytest.approx(expected, abs=1e-5)
         given.append(row["responses"][0]["reward"])
     reward = found.policies[0].samples.reward
     assert reward.mean == pytest.approx(sum(given) / len(given))
@@ -322,7 +322,7 @@ def load_reward_model_of(causal: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "kind", "said"),
+    ("function", "kind", "message"),
     [
         ("taste:short", DataError, "returned 1 rewards for 12 responses"),
         ("taste:nan", DataError, "not finite"),
@@ -332,8 +332,8 @@ def load_reward_model_of(causal: Path, tmp_path: Path) -> None:
         ("no_such_module_here:f", UsageError, "cannot import no_such_module_here"),
     ],
 )
-def test_faults_of_a_function_are_errors(contrast: Path, scorer: str, function: str, kind: type, said: str) -> None:
-    with pytest.raises(kind, match=said) as caught:
+def test_faults_of_a_function_are_errors(contrast: Path, scorer: str, function: str, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
         evaluated(contrast, contrast / "dpo", scorer=function)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == (2 if kind is UsageError else 1)
@@ -397,13 +397,13 @@ def test_samples_are_side_by_side(contrast: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     rows = read_jsonl(tmp_path / "s.jsonl")
     assert [row["sample"] for row in rows] == [0, 1] * 6
-    assert [said["role"] for said in rows[0]["responses"]] == ["model", "baseline"]
-    assert all(said["tokens"] <= 12 and said["reward"] is None for row in rows for said in row["responses"])
+    assert [response["role"] for response in rows[0]["responses"]] == ["model", "baseline"]
+    assert all(r["tokens"] <= 12 and r["reward"] is None for row in rows for r in row["responses"])
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".partial-")]
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("more", "code", "message"),
     [
         (["--scorer", "f"], 2, "write module:function"),
         (["--scorer", "a:b", "--reward-model", "x"], 2, "not both"),
@@ -416,10 +416,10 @@ def test_samples_are_side_by_side(contrast: Path, tmp_path: Path) -> None:
         (["--max-length", "999999"], 2, "--max-length"),
     ],
 )
-def test_what_cannot_work_is_one_line(contrast: Path, more: list[str], code: int, said: str) -> None:
+def test_what_cannot_work_is_one_line(contrast: Path, more: list[str], code: int, message: str) -> None:
     done = ask(contrast, *more)
     assert done.code == code
-    assert said in done.error
+    assert message in done.error
     assert done.error.startswith("error: ")
     assert done.out == ""
 
@@ -445,7 +445,7 @@ def test_models_with_other_tokenizers_are_refused(contrast: Path, tmp_path: Path
     assert (done.code, "another tokenizer" in done.error) == (1, True)
 
 
-def test_a_loaded_model_samples_what_it_samples_alone(contrast: Path) -> None:
+def test_a_loaded_model_samples_the_same_alone_and_in_a_batch(contrast: Path) -> None:
     """The trained family with its cache: one row at a time or all at once."""
     model, tokenizer = load_model(contrast / "dpo"), load_tokenizer(contrast / "dpo")
     prompts = tokenizer.encode(["Hello there, who are you?", "Why?", "\n\nHuman: bread\n\nAssistant:"])

@@ -1,4 +1,4 @@
-"""The facts that inspect-weights finds: against plain re-derivations, on scores made for the purpose."""
+"""inspect-weights: its results against plain re-derivations, on synthetic scores."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Score = Callable[[int, str, int, int, int], "float | None"]
 
 @pytest.fixture
 def scored(world: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a scored dataset of the world's texts, with scores by a function."""
+    """Create a scored dataset of the texts of `world`, with scores from a function."""
     tokenizer = load_tokenizer(world / "sft")
 
     def make(score: Score, name: str = "scored", eos: float | None = 0.0, rows: int = 24) -> Path:
-        made = []
+        scored_rows = []
         for i, row in enumerate(pair_rows(rows)):
             for side in SIDES:
                 ids = tokenizer.encode([row[side]])[0]
@@ -42,8 +42,8 @@ def scored(world: Path, tmp_path: Path) -> Callable[..., Path]:
                 row[f"{side}_weight"] = [None if v is None else -v for v in values]
                 if eos is not None:
                     row[f"{side}_eos_weight"] = -eos
-            made.append(row)
-        write_jsonl(tmp_path / name / "train.jsonl", made)
+            scored_rows.append(row)
+        write_jsonl(tmp_path / name / "train.jsonl", scored_rows)
         tokenizer.backend.save_pretrained(tmp_path / name)
         return tmp_path / name
 
@@ -68,7 +68,7 @@ def view_tokens(shown: dict) -> list[dict]:
 # ---------------------------------------------------------------- tokens
 
 
-def test_every_pair_is_there_with_every_token(contrast: Path) -> None:
+def test_every_pair_has_every_token(contrast: Path) -> None:
     shown = inspect(contrast / "scored", "--limit", "100", "--sort", "index")
     rows = read_jsonl(contrast / "scored" / "train.jsonl")
     tokenizer = load_tokenizer(contrast / "scored")
@@ -114,13 +114,13 @@ def test_weights_before_and_after_the_clamp(scored, options: tuple[str, ...], un
                 assert token["masked"] == (token["weight"] == 0)
 
 
-def test_the_weight_without_the_clamp_is_normalised_alike(scored) -> None:
+def test_unclipped_weights_are_normalized_too(scored) -> None:
     plain, normal = (inspect(scored(wavy), "--limit", "24", *options) for options in ((), ("--normalize", "mean")))
     for one, other in zip(view_tokens(plain), view_tokens(normal), strict=True):
         assert one["unclipped"] / one["weight"] == pytest.approx(other["unclipped"] / other["weight"], rel=1e-5)
 
 
-def test_tokens_beyond_the_cut_have_no_value(scored) -> None:
+def test_truncated_tokens_have_no_value(scored) -> None:
     shown = inspect(scored(lambda i, s, at, t, n: None if t >= n - 3 else 0.5 * (-1) ** t, eos=None), "--limit", "24")
     for view in shown["views"]:
         for side in SIDES:
@@ -129,7 +129,7 @@ def test_tokens_beyond_the_cut_have_no_value(scored) -> None:
             assert not any(token["masked"] for token in view[side])
 
 
-def test_log_probs_are_shown_where_they_are_kept(contrast: Path, tmp_path: Path) -> None:
+def test_log_probs_are_shown_if_they_are_stored(contrast: Path, tmp_path: Path) -> None:
     done = run_here(
         "estimate", "--forward", contrast / "dpo", "--reverse", contrast / "reverse", "-d", contrast / "data",
         "-o", tmp_path / "kept", "--keep-logps", "--max-length", "40", "--max-prompt-length", "16",
@@ -156,13 +156,13 @@ def test_log_probs_are_shown_where_they_are_kept(contrast: Path, tmp_path: Path)
     assert [{k: v for k, v in row.items() if "logps" not in k} for row in kept] == plain
 
 
-def test_damaged_log_probs_are_told(contrast: Path, tmp_path: Path, scored) -> None:
+def test_damaged_log_probs_are_errors(contrast: Path, tmp_path: Path, scored) -> None:
     data = scored(wavy)
     rows = read_jsonl(data / "train.jsonl")
     for name, value in (("forward", [0.0]), ("reverse", "x")):
-        made = [{**row, "chosen_logps_forward": [-1.0], "chosen_logps_reverse": [-1.0]} for row in rows]
-        made[3][f"chosen_logps_{name}"] = value
-        write_jsonl(data / "train.jsonl", made)
+        scored_rows = [{**row, "chosen_logps_forward": [-1.0], "chosen_logps_reverse": [-1.0]} for row in rows]
+        scored_rows[3][f"chosen_logps_{name}"] = value
+        write_jsonl(data / "train.jsonl", scored_rows)
         done = run_here("inspect-weights", data)
         assert done.code == 1
         assert "logps_" in done.error
@@ -293,7 +293,7 @@ def test_the_colour_scale_is_symmetric_and_ends_at_four(logarithmic: bool) -> No
 # ---------------------------------------------------------------- order
 
 
-def test_pairs_come_in_the_order_asked_for(scored) -> None:
+def test_pairs_come_in_the_requested_order(scored) -> None:
     data = scored(wavy)
     every = {view["index"]: view for view in inspect(data, "--limit", "24", "--sort", "index")["views"]}
 
@@ -355,7 +355,7 @@ def test_a_transform_agrees_with_itself(scored) -> None:
     assert all(row["first"] == row["second"] for row in two["differing"])
 
 
-def test_two_datasets_are_compared_where_both_have_scores(scored) -> None:
+def test_two_datasets_are_compared_on_tokens_scored_in_both(scored) -> None:
     one = scored(wavy, "one")
     two = scored(lambda i, s, at, t, n: None if t == n - 1 else -wavy(i, s, at, t, n), "two", eos=None)
     got = inspect(one, "--compare", str(two), "--eos-weight", "zero")["comparison"]
@@ -366,7 +366,7 @@ def test_two_datasets_are_compared_where_both_have_scores(scored) -> None:
     assert got["agreement"] == 0.0
 
 
-def test_datasets_of_other_responses_are_not_compared(scored, contrast: Path) -> None:
+def test_datasets_with_different_responses_are_not_compared(scored, contrast: Path) -> None:
     one = scored(wavy, "one")
     other = read_jsonl(one / "train.jsonl")
     other[4]["chosen"], other[4]["chosen_weight"] = "x", [0.0] * len(other[4]["chosen_weight"])
@@ -389,7 +389,7 @@ def test_datasets_of_other_responses_are_not_compared(scored, contrast: Path) ->
         (("--min-spread", "-1"), "greater than or equal to 0"),
     ],
 )
-def test_what_cannot_be_compared_is_told_at_once(scored, arguments: tuple[str, ...], word: str) -> None:
+def test_an_impossible_comparison_is_a_usage_error(scored, arguments: tuple[str, ...], word: str) -> None:
     done = run_here("inspect-weights", scored(wavy), *arguments)
     assert done.code == 2
     assert word in done.err
@@ -416,7 +416,7 @@ def failed(shown: dict) -> set[str]:
     ],
     ids=["fine", "zero", "tiny", "swapped", "drift", "offset", "clipped", "cut"],
 )
-def test_each_fault_is_found_and_no_other(scored, score: Score, options: tuple[str, ...], names: set[str]) -> None:
+def test_each_problem_fails_its_check_only(scored, score: Score, options: tuple[str, ...], names: set[str]) -> None:
     data = scored(score, eos=None)
     shown = inspect(data, *options)
     assert failed(shown) - {"offset on neutral tokens"} == names - {"offset on neutral tokens"}
@@ -438,7 +438,7 @@ def test_bounds_are_settings(scored) -> None:
     assert run_here("inspect-weights", data, "--check", "--min-separation", "1.01").code == 1
 
 
-def test_centring_takes_an_offset_away_and_position_a_drift(scored) -> None:
+def test_centering_removes_an_offset(scored) -> None:
     data = scored(lambda i, s, at, t, n: 1.0 + 0.3 * wavy(i, s, at, t, n), eos=None)
     found = [
         next(c["value"] for c in inspect(data, "--min-count", "2", *options)["checks"] if "offset" in c["name"])
@@ -481,7 +481,7 @@ def test_the_table_has_every_token_of_every_pair(scored, tmp_path: Path) -> None
         assert row["clipped"] == str(token["clipped"])
 
 
-def test_where_it_comes_from_is_in_every_output(contrast: Path, tmp_path: Path) -> None:
+def test_the_provenance_is_in_every_output(contrast: Path, tmp_path: Path) -> None:
     done = run_here("inspect-weights", contrast / "scored", "--html", tmp_path / "r.html", "--json")
     provenance = json.loads(done.out)["provenance"]
     manifest = json.loads((contrast / "scored" / "estimate.json").read_text())
@@ -492,9 +492,9 @@ def test_where_it_comes_from_is_in_every_output(contrast: Path, tmp_path: Path) 
     terminal, html = run_here("inspect-weights", contrast / "scored").out, (tmp_path / "r.html").read_text()
     assert "command: tisdpo inspect-weights" in terminal
     run_here("inspect-weights", contrast / "scored", "--table", tmp_path / "t.csv")
-    beside = json.loads((tmp_path / "t.csv.json").read_text())
-    assert {"models", "dataset", "weights", "tokenizer in use", "command", "shown by"} <= beside.keys()
-    assert beside["models"] == manifest["models"]
+    origin = json.loads((tmp_path / "t.csv.json").read_text())
+    assert {"models", "dataset", "weights", "tokenizer in use", "command", "shown by"} <= origin.keys()
+    assert origin["models"] == manifest["models"]
     for model in manifest["models"].values():
         assert model["sha256"][:12] in terminal
         assert model["sha256"] in html

@@ -49,7 +49,7 @@ def inspection_of(scored: Path, html: Path, **more: Any) -> Inspection:
 
 @pytest.fixture(scope="module")
 def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of a dataset whose texts fight back, in names and tokens too."""
+    """A page of a dataset with hostile texts, in names and tokens too."""
     root = tmp_path_factory.mktemp("hostile")
     tokenizer = load_tokenizer(world / "sft")
     rows = []
@@ -64,7 +64,7 @@ def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.backend.save_pretrained(scored)
     (scored / "estimate.json").write_text(json.dumps({"models": {HOSTILE[0]: {"path": HOSTILE[1], "sha256": "1"}}}))
     found = inspection_of(scored, root / "r.html", min_count=1, sort="index")
-    # Tokens that are attacks as a whole, which no tokenizer here has.
+    # Tokens that are attacks as a whole; the tokenizer has none.
     views = [
         replace(view, chosen=[replace(token, text=HOSTILE[i % len(HOSTILE)]) for i, token in enumerate(view.chosen)])
         for view in found.views
@@ -100,23 +100,23 @@ class Outline(HTMLParser):
 
 
 def outline(path: Path) -> Outline:
-    made = Outline()
-    made.feed(path.read_text(encoding="utf-8"))
-    return made
+    elements = Outline()
+    elements.feed(path.read_text(encoding="utf-8"))
+    return elements
 
 
 @pytest.mark.parametrize("name", ["report", "hostile"])
 def test_the_file_holds_nothing_that_loads_or_runs(name: str, request: pytest.FixtureRequest) -> None:
-    made = outline(request.getfixturevalue(name))
-    assert made.tags.count("script") == 2
-    assert not {"img", "iframe", "object", "embed", "link", "form", "base", "b onerror"} & set(made.tags)
-    assert not [key for key, _ in made.attributes if key.startswith("on") or key == "style"]
-    targets = [value or "" for key, value in made.attributes if key in ("href", "src", "action", "xlink:href")]
+    elements = outline(request.getfixturevalue(name))
+    assert elements.tags.count("script") == 2
+    assert not {"img", "iframe", "object", "embed", "link", "form", "base", "b onerror"} & set(elements.tags)
+    assert not [key for key, _ in elements.attributes if key.startswith("on") or key == "style"]
+    targets = [value or "" for key, value in elements.attributes if key in ("href", "src", "action", "xlink:href")]
     assert targets
     assert all(re.fullmatch(r"#[a-z0-9-]+", target) for target in targets)
 
 
-def test_the_same_facts_make_the_same_page(contrast: Path, tmp_path: Path) -> None:
+def test_the_same_results_give_the_same_page(contrast: Path, tmp_path: Path) -> None:
     one, two = (page(inspection_of(contrast / "scored", tmp_path / "r.html")) for _ in range(2))
     assert one == two
 
@@ -153,7 +153,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page that must not say anything, ask for anything, or open a dialog."""
+    """Open a page that must not log, request anything, or open a dialog."""
     contexts, heard = [], []
 
     def open_page(path: Path, fragment: str = "", width: int = 1280, **options: Any) -> Any:
@@ -177,7 +177,7 @@ def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
 
 
 def until(tab: Any, text: str) -> None:
-    """Wait until the counter of pairs ends so. (The page's policy forbids what playwright's own waiting does.)"""
+    """Wait until the counter of pairs ends so. (The policy of the page forbids the waiting of playwright.)"""
     deadline = time.monotonic() + 5
     while not tab.locator("#place").inner_text().endswith(text):
         assert time.monotonic() < deadline, tab.locator("#place").inner_text()
@@ -209,7 +209,7 @@ def test_pairs_can_be_read_with_scripts_and_without(contrast: Path, report: Path
 
 
 def test_both_ways_colour_the_same(report: Path, opened) -> None:
-    """What the script shows first is what stands there without it."""
+    """The script starts with what the page shows without it."""
     looks = "els => els.map(e => e.className.split(' ').filter(c => /^(p|n)[1-4]$|clipped|eos|none/.test(c)).join(' '))"
     # The script runs in neither evaluation's way: locators work without page scripts too.
     still, alive = opened(report, java_script_enabled=False), opened(report)
@@ -353,7 +353,7 @@ def test_printed_pages_hold_pairs_and_no_controls(report: Path, opened) -> None:
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
 def test_hostile_data_is_shown_as_text(hostile: Path, opened, scripts: bool) -> None:
-    """It opens no element, attribute, request or dialog, and nothing is said on the console: see `opened`."""
+    """It opens no element, attribute, request or dialog, and nothing reaches the console; see `opened`."""
     tab = opened(hostile, java_script_enabled=scripts)
     page_text = tab.locator("#list").inner_text()
     assert "</script><script>alert(1)</script>" in page_text
@@ -385,7 +385,7 @@ def test_right_to_left_text_runs_from_right_to_left(hostile: Path, opened) -> No
 def test_no_serious_accessibility_violation(report: Path, hostile: Path, opened) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     for path, options in ((report, {}), (report, {"color_scheme": "dark"}), (report, {"width": 420}), (hostile, {})):
-        # The checker brings a script of its own, which the page's policy would keep out.
+        # The policy of the page would block the script of the checker.
         tab = opened(path, bypass_csp=True, **options)
         for step in (None, "4"):
             if step is not None and tab.locator("#mode option").count() > int(step):
