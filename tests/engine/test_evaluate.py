@@ -303,7 +303,7 @@ def test_a_reward_model_gives_one_number(contrast: Path, judge: Path, tmp_path: 
     config = json.loads((judge / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "a", "1": "b"}, {"a": 0, "b": 1}
     (tmp_path / "two" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="gives one number, this one 2"):
+    with pytest.raises(ModelError, match="has one output, this one has 2"):
         load_reward_model(tmp_path / "two")
     with pytest.raises(ModelError, match=r"score\.weight"):
         load_reward_model_of(contrast / "sft", tmp_path)

@@ -36,11 +36,11 @@ def plain(linear: nn.Linear, hidden, targets, scale, softcap):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kept", [0, 10**9], ids=["made again", "kept"])
-def test_values_and_gradients(monkeypatch, rows, softcap, scale, bias, kept):
+@pytest.mark.parametrize("saved", [0, 10**9], ids=["recomputed", "saved"])
+def test_values_and_gradients(monkeypatch, rows, softcap, scale, bias, saved):
     monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 0)
     monkeypatch.setattr(head_module, "_CHUNK_ROWS", rows)
-    monkeypatch.setattr(head_module, "_KEPT_LOGITS", kept)
+    monkeypatch.setattr(head_module, "_SAVED_LOGITS", saved)
     linear, hidden, targets, coefficients = inputs(bias)
     exact, exact_hidden = copy.deepcopy(linear).double(), hidden.double().requires_grad_()
     expected = plain(exact, exact_hidden, targets, scale, softcap)
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_positions_beyond_a_chunk(monkeypatch):
     """In both passes: the logits of all positions are never there at once, not even in parts."""
     monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 0)
     monkeypatch.setattr(head_module, "_CHUNK_ROWS", 16)
-    monkeypatch.setattr(head_module, "_KEPT_LOGITS", 0)
+    monkeypatch.setattr(head_module, "_SAVED_LOGITS", 0)
     vocabulary, width = 3000, 8
     peaks = []
     for positions in (64, 512):

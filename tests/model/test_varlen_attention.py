@@ -17,10 +17,10 @@ from tisdpo_cli.model.packed_attention import AttentionSpec, PackedLayout, segme
 CPU = torch.device("cpu")
 
 
-def by_hand(query, key, value, lengths, rule, ignoring=()):
-    """Sequence by sequence, the last query seeing the last key; window and cap as in the rule, or ignored."""
-    window = None if "window" in ignoring else rule.window
-    softcap = None if "softcap" in ignoring else rule.softcap
+def by_hand(query, key, value, lengths, spec, ignoring=()):
+    """Sequence by sequence, the last query seeing the last key; window and cap as in the spec, or ignored."""
+    window = None if "window" in ignoring else spec.window
+    softcap = None if "softcap" in ignoring else spec.softcap
     made = []
     assert max(lengths.queries.diff()) == lengths.most_queries
     assert max(lengths.keys.diff()) == lengths.most_keys
@@ -28,7 +28,7 @@ def by_hand(query, key, value, lengths, rule, ignoring=()):
         q = query[lengths.queries[n] : lengths.queries[n + 1]].transpose(0, 1)
         k, v = (of[lengths.keys[n] : lengths.keys[n + 1]].transpose(0, 1) for of in (key, value))
         k, v = (of.repeat_interleave(len(q) // len(of), dim=0) for of in (k, v))
-        scores = q @ k.transpose(1, 2) * (rule.scaling or q.shape[-1] ** -0.5)
+        scores = q @ k.transpose(1, 2) * (spec.scaling or q.shape[-1] ** -0.5)
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
         hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
@@ -61,14 +61,14 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("spec", RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_right_kernel_agrees(rule, dtype):
-    assert varlen.agrees(by_hand, (4, 2, 16), rule, dtype, CPU)
+def test_a_right_kernel_agrees(spec, dtype):
+    assert varlen.agrees(by_hand, (4, 2, 16), spec, dtype, CPU)
 
 
-def wrong_scale(query, key, value, lengths, rule):
-    return by_hand(query, key, value, lengths, AttentionSpec(1.3 * query.shape[-1] ** -0.5, rule.window, rule.softcap))
+def wrong_scale(query, key, value, lengths, spec):
+    return by_hand(query, key, value, lengths, AttentionSpec(1.3 * query.shape[-1] ** -0.5, spec.window, spec.softcap))
 
 
 def without_window(*given):
@@ -79,15 +79,15 @@ def without_cap(*given):
     return by_hand(*given, ignoring=("softcap",))
 
 
-def one_too_few(query, key, value, lengths, rule):
-    return by_hand(query, key, value, lengths, AttentionSpec(rule.scaling, rule.window - 1, rule.softcap))
+def one_too_few(query, key, value, lengths, spec):
+    return by_hand(query, key, value, lengths, AttentionSpec(spec.scaling, spec.window - 1, spec.softcap))
 
 
-def first_keys_first(query, key, value, lengths, rule):
+def first_keys_first(query, key, value, lengths, spec):
     """The other convention of causal attention: the first query sees the first key."""
     cut = torch.cat([torch.arange(a, a + n) for a, n in zip(lengths.keys[:-1], lengths.queries.diff(), strict=True)])
     same = varlen.Lengths(lengths.queries, lengths.queries, lengths.most_queries, lengths.most_queries)
-    return by_hand(query, key[cut], value[cut], same, rule)
+    return by_hand(query, key[cut], value[cut], same, spec)
 
 
 def no_gradient(*given):
@@ -104,8 +104,8 @@ class Tripled(torch.autograd.Function):
         return 3 * grad
 
 
-def another_gradient(query, key, value, lengths, rule):
-    return by_hand(query, Tripled.apply(key), value, lengths, rule)
+def another_gradient(query, key, value, lengths, spec):
+    return by_hand(query, Tripled.apply(key), value, lengths, spec)
 
 
 def of_a_package_that_is_not_there(*given):
@@ -113,7 +113,7 @@ def of_a_package_that_is_not_there(*given):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rule"),
+    ("kernel", "spec"),
     [
         (wrong_scale, AttentionSpec()),
         (without_window, AttentionSpec(None, 4096)),
@@ -126,8 +126,8 @@ def of_a_package_that_is_not_there(*given):
         (of_a_package_that_is_not_there, AttentionSpec()),
     ],
 )
-def test_a_wrong_kernel_is_found_out(kernel, rule):
-    assert not varlen.agrees(kernel, (4, 2, 16), rule, torch.bfloat16, CPU)
+def test_a_wrong_kernel_is_found_out(kernel, spec):
+    assert not varlen.agrees(kernel, (4, 2, 16), spec, torch.bfloat16, CPU)
 
 
 def test_the_check_holds_under_inference_and_autocast():
@@ -153,9 +153,9 @@ def of_torch(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, wind
     return by_hand(query, key, value, varlen.Lengths(cu_seq_q, cu_seq_k, max_q, max_k), AttentionSpec(scale, window))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("spec", RULES)
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_packages_are_called_as_they_want_to_be(monkeypatch, rule, key_heads):
+def test_the_packages_are_called_as_they_want_to_be(monkeypatch, spec, key_heads):
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = of_flash_attn
     monkeypatch.setitem(sys.modules, "flash_attn", package)
@@ -164,9 +164,9 @@ def test_the_packages_are_called_as_they_want_to_be(monkeypatch, rule, key_heads
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     varlen.agrees.cache_clear()
     shape = (4, key_heads, 16)
-    assert varlen.agrees(varlen._by_flash_attn, shape, rule, torch.bfloat16, CPU)
+    assert varlen.agrees(varlen._by_flash_attn, shape, spec, torch.bfloat16, CPU)
     # Torch's own cannot cap scores; attention goes by groups there.
-    assert varlen.agrees(varlen._by_torch, shape, rule, torch.bfloat16, CPU) == (rule.softcap is None)
+    assert varlen.agrees(varlen._by_torch, shape, spec, torch.bfloat16, CPU) == (spec.softcap is None)
     varlen.agrees.cache_clear()
 
 
@@ -182,18 +182,18 @@ def test_torch_has_the_parameters_that_are_named():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_check_may_come_first_in_a_checkpointed_layer(checkpointing):
     varlen.agrees.cache_clear()
-    heads, groups, rule = [tensor.float() for tensor in random_heads(2)], PackedLayout(LENGTHS), AttentionSpec(0.4)
+    heads, groups, spec = [tensor.float() for tensor in random_heads(2)], PackedLayout(LENGTHS), AttentionSpec(0.4)
     heads[2] = heads[2].repeat(1, 1, 1, 2)[..., :8]
     given = [tensor.detach().requires_grad_() for tensor in heads]
 
     def layer(*tensors):
-        assert varlen.agrees(by_hand, (4, 2, 8), rule, torch.bfloat16, CPU)
-        return varlen.varlen_attention(*tensors, groups, rule, by_hand).tanh()
+        assert varlen.agrees(by_hand, (4, 2, 8), spec, torch.bfloat16, CPU)
+        return varlen.varlen_attention(*tensors, groups, spec, by_hand).tanh()
 
     made = checkpoint(layer, *given, use_reentrant=False) if checkpointing else layer(*given)
     made.sum().backward()
     plain = [tensor.detach().requires_grad_() for tensor in heads]
-    segment_attention(*plain, groups, rule).tanh().sum().backward()
+    segment_attention(*plain, groups, spec).tanh().sum().backward()
     for a, b in zip(given, plain, strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
 

@@ -1,6 +1,6 @@
-"""Batches: prompts and responses as a model reads them, packed into one row or one row per response.
+"""Batches of prompts and responses for a model: packed into one row, or one row per response.
 
-Knows token ids and shapes; it knows no model, no pairs and no files. Legend: R rows, T positions, N scored tokens.
+Knows token ids and shapes. Knows no model, no pairs and no files. Legend: R rows, T positions, N scored tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tisdpo_cli.model.packed_attention import PackedLayout, packed_positions
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and responses as the model reads them, and the response tokens to score.
+    """Model inputs, and the response tokens to score.
 
-    The scored tokens come response after response: all first responses in the order of their prompts, then all second
-    ones; `response_ids` numbers the responses in that order.
+    Scored tokens are concatenated response after response: all first responses in the order of their prompts, then all
+    second ones. `response_ids` numbers the responses in that order.
 
     Attributes:
-        input_ids: [R, T] int64, padded on the right; [1, T] where packed.
+        input_ids: [R, T] int64, padded on the right; [1, T] if packed.
         positions: [N] int64 into the flattened [R · T] rows: the position that predicts each scored token.
-        targets: [N] int64, the scored tokens.
-        owner: [N] int64, the response of each.
-        real_tokens: tokens that are not padding, for throughput.
-        position_ids: [1, T] int64 where packed.
-        groups: what stands where in a packed row.
+        targets: [N] int64, scored token ids.
+        response_ids: [N] int64, the response of each scored token.
+        real_tokens: number of tokens without padding, for throughput.
+        position_ids: [1, T] int64 if packed.
+        layout: positions of prompts and responses in the row, if packed.
     """
 
     input_ids: Tensor
@@ -38,30 +38,30 @@ class Batch:
     response_ids: Tensor
     real_tokens: int
     position_ids: Tensor | None = None
-    groups: PackedLayout | None = None
+    layout: PackedLayout | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Return the batch on another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
 
-# A prompt and its responses.
+# Token ids of a prompt and of its responses.
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 def collate(groups: Sequence[Group], pad_id: int, packed: bool) -> Batch:
-    """Make a batch of prompts with equally many responses each.
+    """Collate prompts with the same number of responses each into a batch.
 
     Args:
         groups: (prompt ids, ids of its responses).
-        pad_id: fills rows of their own; padding is known by length, never by id.
-        packed: whether all stand in one row without padding, each prompt once; else every response has a row of its
-            own, behind its prompt.
+        pad_id: padding token; scoring tells padding by length, never by id.
+        packed: put everything into one row without padding, each prompt once; otherwise one row per response, after
+            its prompt.
 
     Raises:
-        ValueError: a prompt without a token: its response's first token would have nothing to be predicted from.
+        ValueError: a prompt is empty, so nothing predicts the first token of its responses.
     """
     if not all(prompt for prompt, _ in groups):
         raise ValueError("a response can be scored only after at least one prompt token")
@@ -84,16 +84,16 @@ def _rows(groups: Sequence[Group], pad_id: int) -> Batch:
 
 def _packed(groups: Sequence[Group]) -> Batch:
     lengths = tuple((len(prompt), tuple(map(len, responses))) for prompt, responses in groups)
-    ids = [at for prompt, responses in groups for part in (prompt, *responses) for at in part]
-    # By place among the responses of its prompt: the positions that predict a response's tokens.
+    ids = [token for prompt, responses in groups for part in (prompt, *responses) for token in part]
+    # The positions that predict the tokens of the first response of each prompt, of the second one, and so on.
     predicting: list[list[Tensor]] = [[] for _ in lengths[0][1]]
     begin = 0
     for prompt, responses in lengths:
-        last, begin = begin + prompt - 1, begin + prompt
+        last_of_prompt, begin = begin + prompt - 1, begin + prompt
         for column, length in zip(predicting, responses, strict=True):
-            before = torch.arange(begin - 1, begin + length - 1)
-            before[:1] = last
-            column.append(before)
+            positions = torch.arange(begin - 1, begin + length - 1)
+            positions[:1] = last_of_prompt
+            column.append(positions)
             begin += length
     return Batch(
         torch.tensor([ids]),
@@ -112,6 +112,6 @@ def _columns(groups: Sequence[Group]) -> list[list[tuple[Sequence[int], Sequence
 
 def _targets(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     responses = [response for column in _columns(groups) for _, response in column]
-    targets = torch.tensor([at for response in responses for at in response], dtype=torch.int64)
+    targets = torch.tensor([token for response in responses for token in response], dtype=torch.int64)
     lengths = torch.tensor([len(response) for response in responses])
     return targets, torch.arange(len(responses)).repeat_interleave(lengths)

@@ -1,4 +1,4 @@
-"""Model directories on disk: found, checked and hashed before anything heavy is imported. Knows no torch."""
+"""Finds, checks and hashes model directories before anything heavy is imported. Knows no torch."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ _TOKENIZER_FILES = (
 
 
 def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Path:
-    """The directory of a model given by path or hub id, checked as far as its files tell.
+    """Find the directory of a model given by path or hub id, and check its files.
+
+    Args:
+        name: path or hub id.
+        option: option that named the model, for messages.
+        trust_remote_code: whether the model may come with custom code.
 
     Raises:
-        UsageError: nothing there, or it needs code of its own and `trust_remote_code` is off.
+        UsageError: there is no such model, or it needs custom code and `trust_remote_code` is off.
         ModelError: a file is missing, damaged or of a kind that is never loaded.
     """
     path = Path(name).expanduser()
@@ -43,7 +48,7 @@ def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Pat
     config = _read_json(path / "config.json", "a model directory has a config.json", adapter=path)
     if "auto_map" in config and not trust_remote_code:
         raise UsageError(
-            "this model comes with code of its own", where=f"{option} {name}", fix="allow it with --trust-remote-code"
+            "this model needs custom code", where=f"{option} {name}", fix="allow it with --trust-remote-code"
         )
     for weights in _weight_files(path):
         check_safetensors(weights)
@@ -54,24 +59,24 @@ def _from_hub(name: str, option: str) -> Path:
     near = near_matches(Path(name).expanduser(), directories=True)
     where = f"{option} {name}"
     if Path(name).expanduser().exists():
-        raise UsageError("is a file; a model is a directory or a hub id", where=where)
+        raise UsageError("is a file", where=where, fix="a model is a directory or a hub id")
     if near or not _HUB_ID.match(name) or ("/" in name and Path(name.split("/")[0]).is_dir()):
         raise UsageError(f"no such directory{near}", where=where)
     import huggingface_hub
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-    with suppress(Exception):  # not in the cache, or only a part of it: ask the hub
-        kept = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        _read_json(kept / "config.json", "")
-        _weight_files(kept)
-        return kept
+    with suppress(Exception):  # not in the cache, or only part of it: ask the hub
+        cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        _read_json(cached / "config.json", "")
+        _weight_files(cached)
+        return cached
     try:
-        # Once and briefly, before a download starts that tries again and again.
+        # One quick request first: a download retries for long.
         huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as fault:
-        reason = f"the hub says: {type(fault).__name__}"
-        raise UsageError(f"no such directory here, and no model that can be fetched ({reason})", where=where) from fault
+    except Exception as error:
+        reason = f"hub: {type(error).__name__}"
+        raise UsageError(f"no such directory, and no model to download by this name ({reason})", where=where) from error
 
 
 def _refuse_unfinished(path: Path) -> None:
@@ -79,17 +84,17 @@ def _refuse_unfinished(path: Path) -> None:
         raise ModelError("incomplete output", where=str(path), fix="rerun the command that created it to resume")
 
 
-def _read_json(path: Path, otherwise: str, adapter: Path | None = None) -> dict[str, Any]:
+def _read_json(path: Path, hint: str, adapter: Path | None = None) -> dict[str, Any]:
     if not path.is_file():
         if adapter is not None and (adapter / "adapter_config.json").is_file():
             raise ModelError(
-                "an adapter, not a whole model", where=str(adapter), fix="merge it into its base model with peft"
+                "an adapter, not a full model", where=str(adapter), fix="merge it into its base model with peft"
             )
-        raise ModelError("not found", where=str(path), fix=otherwise)
+        raise ModelError("not found", where=str(path), fix=hint)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as fault:
-        raise ModelError("damaged: cannot be read as JSON", where=str(path), fix="copy the model again") from fault
+    except (ValueError, OSError) as error:
+        raise ModelError("damaged: invalid JSON", where=str(path), fix="copy the model again") from error
     if not isinstance(content, dict):
         raise ModelError("damaged: not a JSON object", where=str(path), fix="copy the model again")
     return content
@@ -98,33 +103,32 @@ def _read_json(path: Path, otherwise: str, adapter: Path | None = None) -> dict[
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        named = _read_json(index, "").get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
-            raise ModelError("damaged: it names no weight files", where=str(index), fix="copy the model again")
-        shards = sorted(set(named.values()))
+        weight_map = _read_json(index, "").get("weight_map")
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
+            raise ModelError("damaged: lists no weight files", where=str(index), fix="copy the model again")
+        shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
-            raise ModelError(
-                "not found, though the index names it", where=str(path / missing[0]), fix="copy the model again"
-            )
+            where = str(path / missing[0])
+            raise ModelError("not found, but listed in the index", where=where, fix="copy the model again")
         return [path / shard for shard in shards]
     single = path / "model.safetensors"
     if single.is_file():
         return [single]
     if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
         raise ModelError(
-            "only pickled weights, which can run code and are never loaded",
+            "has only pickled weights, which can run code and are never loaded",
             where=str(path),
-            fix="convert them: load the model with transformers where you trust it, then save_pretrained",
+            fix="if you trust the model, load it with transformers and save it with save_pretrained",
         )
-    raise ModelError("no model.safetensors", where=str(path), fix="a model directory has its weights in safetensors")
+    raise ModelError("no model.safetensors", where=str(path), fix="a model directory needs weights in safetensors")
 
 
 def check_safetensors(path: Path) -> None:
-    """Compare the header of a safetensors file with its size.
+    """Check the header of a safetensors file against the file's size.
 
     Raises:
-        ModelError: empty, truncated or not a safetensors file.
+        ModelError: the file is empty, truncated or not a safetensors file.
     """
     size = path.stat().st_size
     try:
@@ -132,25 +136,25 @@ def check_safetensors(path: Path) -> None:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)) if length < size else None
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]  # type: ignore[union-attr]
-        whole = 8 + length + max(ends, default=0) == size
+        complete = 8 + length + max(ends, default=0) == size
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ModelError("damaged: the file is truncated or no safetensors file", where=str(path), fix="copy it again")
+        complete = False
+    if not complete:
+        raise ModelError("damaged: truncated or not a safetensors file", where=str(path), fix="copy it again")
 
 
 def hash_model(path: Path) -> str:
-    """SHA-256 over the names and bytes of everything a model is made of: configuration, weights, tokenizer."""
+    """Return SHA-256 over the names and bytes of a model's configuration, weights and tokenizer."""
     names = ["config.json", *_TOKENIZER_FILES]
     files = [path / name for name in names if (path / name).is_file()] + _weight_files(path)
     return sha256(*files, named=True)
 
 
 def content_hashes(models: Mapping[str, Path | None], files: Mapping[str, Path]) -> dict[str, str]:
-    """`content of NAME` to the hash of each model and of the dataset that a command reads.
+    """Hash the models and the dataset that a command reads, under the keys `content of NAME`.
 
     Args:
-        models: option name to model directory, or None where the option is not given.
+        models: option name to model directory, or None if the option is not set.
         files: split name to file of the dataset.
     """
     hashes = {f"content of {name}": hash_model(path) for name, path in models.items() if path is not None}

@@ -1,4 +1,6 @@
-"""How rows are laid out for a model: packed with shared prompts where it provably computes the same, else apart."""
+"""Chooses the row layout of a model: packed rows with shared prompts if it computes the same with them, else separate
+rows.
+"""
 
 from __future__ import annotations
 
@@ -15,62 +17,64 @@ from tisdpo_cli.model.loading import restore_attention, use_packed_attention
 from tisdpo_cli.model.logprobs import TokenScorer
 
 _Groups = list[tuple[list[int], list[list[int]]]]
-# In float32 two layouts of the same tokens differ by rounding alone, in nats per token.
+# In nats per token: in float32 two layouts of the same tokens differ by rounding only.
 _TOLERANCE = 1e-4
+# Tokens of the rows to compare by, unless the model depends on length: at least and at most.
 _SHORTEST, _SHORT = 8, 32
-# Where a configuration says from which length on attention or positions are others: windows, chunks, some ropes.
-_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+# Configuration entries with a length from which attention or positions change: windows, chunks, some rope scalings.
+_LENGTH_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
 
 
 def make_scorer(
     model: nn.Module, layout: str, autocast: torch.dtype | None, longest: int, note: Callable[[str], None], name: str
 ) -> TokenScorer:
-    """A scorer in the layout that is asked for, or in the one that the model can do.
+    """Create a scorer of a model in a layout that the model supports.
 
     Args:
-        model: on its device.
+        model: model on its device.
         layout: `auto`, `shared-prefix` or `separate`.
-        autocast: the dtype to compute in, or None.
-        longest: tokens of the longest row that it will read.
-        note: is called with the reason where rows are separate.
-        name: what to call the model.
+        autocast: dtype to compute in, or None.
+        longest: tokens of the longest row that the model will get.
+        note: called with a message if `auto` falls back to separate rows.
+        name: name of the model in messages.
 
     Raises:
-        ModelError: `shared-prefix` is asked for and the model computes something else there.
+        ModelError: the layout is `shared-prefix` and the model computes something else with it.
     """
     restore_attention(model)
-    last, why = _sharing(model, longest) if layout != "separate" else (None, None)
-    if why is not None:
+    last, problem = _try_sharing(model, longest) if layout != "separate" else (None, None)
+    if problem is not None:
+        message = f"cannot share prompts between responses ({problem})"
         if layout == "shared-prefix":
-            raise ModelError(f"cannot share prompts: {why}", where=name, fix="use --layout auto")
-        note(f"{name}: every response is read in a row of its own, for {why}")
-    shared = layout != "separate" and why is None
+            raise ModelError(message, where=name, fix="use --layout auto")
+        note(f"{name}: {message}; encoding each response separately")
+    shared = layout != "separate" and problem is None
     if shared:
         use_packed_attention(model)
     return TokenScorer(model, autocast, packed=shared, last=last)
 
 
 @torch.inference_mode()
-def _sharing(model: nn.Module, longest: int) -> tuple[LastLayer | None, str | None]:
-    """The last layer of a model where it can be cut short, and why its rows cannot be packed, or None."""
+def _try_sharing(model: nn.Module, longest: int) -> tuple[LastLayer | None, str | None]:
+    """The model's last layer if it can be cut short, and why its rows cannot be packed, or None."""
     groups = _probe(model.config.get_text_config(), longest)  # type: ignore[operator, union-attr]
-    apart = _logps(TokenScorer(model), groups, packed=False)
+    separate = _logps(TokenScorer(model), groups, packed=False)
     try:
         last = LastLayer(model)
     except ValueError:
         last = None
-    if last is not None and _cannot_share(model, groups, apart, last) is None:
+    if last is not None and _sharing_problem(model, groups, separate, last) is None:
         return last, None
-    return None, _cannot_share(model, groups, apart, None)
+    return None, _sharing_problem(model, groups, separate, None)
 
 
-def _cannot_share(model: nn.Module, groups: _Groups, apart: Tensor, last: LastLayer | None) -> str | None:
-    """Why packed rows give something else than rows of their own under a model, or None. By numbers, not by name.
+def _sharing_problem(model: nn.Module, groups: _Groups, separate: Tensor, last: LastLayer | None) -> str | None:
+    """Why packed rows give other numbers than separate rows, or None. Decides by the numbers, not by model family.
 
     Args:
-        model: the model.
-        groups: to compare by.
-        apart: log-probs [N] of their responses in rows of their own.
+        model: model to check.
+        groups: prompts and responses to compare by.
+        separate: log-probs [N] of the responses in separate rows.
         last: its last layer, to be cut short, or None.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -78,44 +82,41 @@ def _cannot_share(model: nn.Module, groups: _Groups, apart: Tensor, last: LastLa
         use_packed_attention(model)
         scorer = TokenScorer(model, packed=True, last=last)
         batch = collate(groups, 0, packed=True).to(_device(model))
-        shared = scorer(batch)
-        assert batch.groups is not None
-        calls = batch.groups.calls
-        # Other tokens of the chosen response, of both: no rejected response may see them.
-        flipped = [
-            (prompt, [[(t + 1) % _ids(config) for t in chosen], rejected]) for prompt, (chosen, rejected) in groups
+        packed = scorer(batch)
+        assert batch.layout is not None
+        calls = batch.layout.calls
+        # Other tokens in both chosen responses must not change the log-probs of the rejected ones.
+        vocabulary = int(config.vocab_size)
+        changed = [
+            (prompt, [[(t + 1) % vocabulary for t in chosen], rejected]) for prompt, (chosen, rejected) in groups
         ]
-        others = _logps(scorer, flipped, packed=True)
-    except Exception as fault:
-        return f"its code cannot read packed rows ({type(fault).__name__})"
+        packed_changed = _logps(scorer, changed, packed=True)
+    except Exception as error:
+        return f"its code does not accept packed rows: {type(error).__name__}"
     finally:
         restore_attention(model)
     if calls != config.num_hidden_layers:
-        return "not every layer of it attends by groups"
+        return "some attention layers bypass the packed kernel"
     rejected = batch.response_ids >= len(groups)
-    if not torch.equal(shared[rejected], others[rejected]):
-        return "a response would see another one"
-    worst = float((shared - apart).abs().max())
-    return None if worst <= _TOLERANCE else f"packed rows would be off by {worst:.1e} nats"
+    if not torch.equal(packed[rejected], packed_changed[rejected]):
+        return "responses would attend to each other"
+    worst = float((packed - separate).abs().max())
+    return None if worst <= _TOLERANCE else f"log-probs would differ by {worst:.1e} nats"
 
 
 def _probe(config: Any, longest: int) -> _Groups:
-    """Two pairs of arbitrary tokens, as long as real rows are where a model changes its ways with the length."""
+    """Two pairs of random tokens, as long as real rows if the model depends on length."""
     ropes = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, name, None) for name in _LIMITS] + [ropes.get(name) for name in _LIMITS]
-    late = any(isinstance(limit, int) and limit < longest for limit in limits)
-    length = max(_SHORTEST, longest if late else min(longest, _SHORT))
+    limits = [getattr(config, name, None) for name in _LENGTH_LIMITS] + [ropes.get(name) for name in _LENGTH_LIMITS]
+    depends_on_length = any(isinstance(limit, int) and limit < longest for limit in limits)
+    length = max(_SHORTEST, longest if depends_on_length else min(longest, _SHORT))
     generator = torch.Generator().manual_seed(0)
 
-    def some(count: int) -> list[int]:
-        return torch.randint(_ids(config), (count,), generator=generator).tolist()
+    def tokens(count: int) -> list[int]:
+        return torch.randint(int(config.vocab_size), (count,), generator=generator).tolist()
 
     half = length // 2
-    return [(some(half), [some(length - half), some(3)]), (some(2), [some(3), some(length - 2)])]
-
-
-def _ids(config: Any) -> int:
-    return int(config.vocab_size)
+    return [(tokens(half), [tokens(length - half), tokens(3)]), (tokens(2), [tokens(3), tokens(length - 2)])]
 
 
 def _logps(scorer: TokenScorer, groups: _Groups, packed: bool) -> Tensor:

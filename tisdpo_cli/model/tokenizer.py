@@ -1,6 +1,6 @@
-"""Tokenizers: loaded with their model, described, trained on data.
+"""Loads tokenizers, finds out what the program needs of them, and trains them on data.
 
-Knows transformers; it knows no models, no dataset rows and no settings.
+Knows transformers. Knows no models, no dataset rows and no settings.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and what the program needs to know of it.
+    """A tokenizer with its special ids.
 
     Attributes:
         backend: the transformers tokenizer.
-        bos: id that the tokenizer itself puts in front, or None.
-        digest: SHA-256 of what decides how text becomes ids.
-        notices: what to tell the user about it.
+        bos: id that the tokenizer puts before a text, or None.
+        eos: end-of-sequence id.
+        pad: padding id.
+        digest: SHA-256 of everything that determines the ids of a text.
+        notices: messages for the user.
     """
 
     backend: Any
@@ -38,65 +40,65 @@ class Tokenizer:
     _pieces: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def encode(self, texts: Sequence[str], markers: bool = False) -> list[list[int]]:
-        """Ids of texts, without a BOS or EOS.
+        """Encode texts to ids, without BOS and EOS.
 
         Args:
-            texts: of prompts and responses, or of a template.
-            markers: whether text that spells a special token is that token, as in a template; data stays text.
+            texts: prompts or responses, or parts of a template.
+            markers: whether text that spells a special token becomes that token, as in a template; data stays text.
         """
-        return self._tokenized(texts, markers)["input_ids"] if texts else []
+        return self._tokenize(texts, markers)["input_ids"] if texts else []
 
     def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Where the tokens of `encode` begin and end in each text, in characters.
+        """Return (begin, end) of each token of `encode` in its text, in characters.
 
         Raises:
-            ModelError: the tokenizer does not know; only those of the `tokenizers` library do.
+            ModelError: the tokenizer is not a fast one and has no offsets.
         """
         if not self.backend.is_fast:
-            raise ModelError("this tokenizer does not say where its tokens are in the text", fix="leave out --spans")
-        return self._tokenized(texts, return_offsets_mapping=True)["offset_mapping"] if texts else []
+            raise ModelError("this tokenizer provides no character offsets", fix="--spans needs a fast tokenizer")
+        return self._tokenize(texts, return_offsets_mapping=True)["offset_mapping"] if texts else []
 
-    def _tokenized(self, texts: Sequence[str], markers: bool = False, **more: bool) -> Any:
+    def _tokenize(self, texts: Sequence[str], markers: bool = False, **kwargs: bool) -> Any:
         return self.backend(
             list(texts),
             add_special_tokens=False,
             split_special_tokens=not markers,
             return_attention_mask=False,
             verbose=False,
-            **more,
+            **kwargs,
         )
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token inside a text; tokens that share a character get U+FFFD in the place of their part."""
-        return [self._piece(at) for at in ids]
+        """Return the text of each token within a text, with U+FFFD for a part of a character."""
+        return [self._piece(token_id) for token_id in ids]
 
-    def _piece(self, at: int) -> str:
-        found = self._pieces.get(at)
-        if found is None:
-            # Some tokenizers drop the space of a token that comes first, so it is read behind a letter.
+    def _piece(self, token_id: int) -> str:
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            # Some tokenizers drop the leading space of the first token, so decode it after a letter.
             letter = self.encode(["a"])[0]
-            alone, before, both = (self.text(ids) for ids in ([at], letter, [*letter, at]))
-            found = self._pieces[at] = both[len(before) :] if both.startswith(before) else alone
-        return found
+            alone, before, both = (self.text(ids) for ids in ([token_id], letter, [*letter, token_id]))
+            piece = self._pieces[token_id] = both[len(before) :] if both.startswith(before) else alone
+        return piece
 
     def labels(self, ids: Sequence[int]) -> list[str]:
-        """Like `pieces`, with `⟨f09f⟩`, its bytes, for a token that holds a part of a character only."""
+        """Like `pieces`, with the bytes, such as `⟨f09f⟩`, of a token that is only a part of a character."""
         pieces = zip(self.pieces(ids), self.token_bytes(ids), strict=True)
         return [f"⟨{part.hex()}⟩" if "\ufffd" in piece and part else piece for piece, part in pieces]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of a sequence of tokens, special ones as they are written."""
+        """Decode a sequence of tokens, special ones included."""
         return str(self.backend.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each token, of parts of characters too; empty where the tokenizer does not say."""
+        """Return the bytes of each token, also of parts of characters; empty if the tokenizer does not reveal them."""
         tokens = self.backend.convert_ids_to_tokens(list(ids))
         pairs = zip(self.pieces(ids), tokens, strict=True)
-        return [_bytes_of_part(token) if "\ufffd" in piece else piece.encode("utf-8") for piece, token in pairs]
+        return [_partial_bytes(token) if "\ufffd" in piece else piece.encode("utf-8") for piece, token in pairs]
 
 
-def _bytes_of_part(token: str) -> bytes:
-    """Bytes of a token that holds a part of a character: written `<0xF0>`, or in the alphabet of byte-level BPE."""
+def _partial_bytes(token: str) -> bytes:
+    """Bytes of a token that is a part of a character: written `<0xF0>`, or in the alphabet of byte-level BPE."""
     if re.fullmatch("<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
     alphabet = _byte_alphabet()
@@ -111,7 +113,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """Load a tokenizer.
+    """Load the tokenizer of a model directory.
 
     Raises:
         ModelError: there is none, or it has no end-of-sequence token.
@@ -120,7 +122,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
 
 
 def load_backend(path: Path, trust_remote_code: bool) -> Any:
-    """The transformers tokenizer of a model directory.
+    """Load the transformers tokenizer of a model directory.
 
     Raises:
         ModelError: there is none.
@@ -130,19 +132,27 @@ def load_backend(path: Path, trust_remote_code: bool) -> Any:
     silence_transformers()
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as fault:
+    except Exception as error:
         raise ModelError(
-            f"the tokenizer cannot be loaded: {first_line(fault)}",
+            f"the tokenizer cannot be loaded: {first_line(error)}",
             where=str(path),
             fix="a model directory needs its tokenizer files",
-        ) from fault
+        ) from error
     if len(backend.get_vocab()) <= len(backend.all_special_tokens):
         raise ModelError("no tokenizer files", where=str(path), fix="a model directory needs its tokenizer files")
     return backend
 
 
 def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
-    """Find out how a tokenizer begins and ends a text, and what pads it."""
+    """Find out which special ids a tokenizer uses.
+
+    Args:
+        backend: transformers tokenizer.
+        where: its place in messages.
+
+    Raises:
+        ModelError: it has no end-of-sequence token.
+    """
     eos = backend.eos_token_id
     if eos is None:
         raise ModelError(
@@ -152,7 +162,7 @@ def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
     bos = backend.bos_token_id if backend.bos_token_id is not None and begins == [backend.bos_token_id] else None
     pad, notices = backend.pad_token_id, tuple[str, ...]()
     if pad is None:
-        pad, notices = eos, (f"the tokenizer has no padding token; {backend.eos_token!r} pads (masked by length)",)
+        pad, notices = eos, (f"the tokenizer has no padding token; padding with {backend.eos_token!r} (masked)",)
     return Tokenizer(backend, bos, eos, pad, _digest(backend, bos, eos), notices)
 
 
@@ -163,10 +173,10 @@ def _digest(backend: Any, bos: int | None, eos: int) -> str:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; all 256 bytes are in it, so that any text can be encoded.
+    """Train a byte-level BPE tokenizer that has all 256 bytes, so that it can encode any text.
 
-    It is of the class that belongs to the architecture of `make_model`: transformers rebuilds a tokenizer by the
-    type of the model beside it, and any other pre-tokenisation would be lost silently on reload.
+    Its class is that of the architecture of `make_model`: transformers rebuilds a tokenizer by the model type in the
+    same directory, and silently loses any other pre-tokenization on reload.
     """
     from transformers import Qwen2Tokenizer
 
@@ -177,14 +187,14 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def silence_transformers() -> None:
-    """Nothing of transformers speaks on the streams of this program."""
+    """Turn off transformers' log messages and progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def first_line(fault: BaseException) -> str:
-    """What went wrong inside transformers, in one line."""
-    lines = str(fault).strip().splitlines()
-    return lines[0][:160] if lines else type(fault).__name__
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error of transformers, shortened."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
