@@ -29,6 +29,9 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """Something the user should look at."""
 
+    def command(self, label: str, command: str) -> None:
+        """Show a command line to paste."""
+
     def progress(self, title: str, total: int, done: int, unit: str) -> Progress:
         """Start a progress display of `total` units, `done` of them before now."""
 
@@ -46,6 +49,9 @@ class Silent:
         """Nothing."""
 
     def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def command(self, label: str, command: str) -> None:
         """Nothing."""
 
     def stage(self, title: str) -> None:

@@ -57,6 +57,10 @@ class TerminalReporter:
         """A view for people."""
         self.console.print(view)
 
+    def command(self, label: str, command: str) -> None:
+        """A command line to paste: never broken, whatever the width."""
+        self.console.print(Text(f"{label}: {visible(command)}", style="dim"), soft_wrap=True)
+
     def progress(self, title: str, total: int, done: int, unit: str) -> LiveProgress | PlainProgress:
         """A live bar on a terminal, plain lines elsewhere."""
         if self.console.is_terminal:
@@ -64,7 +68,8 @@ class TerminalReporter:
         return PlainProgress(self.console, title, total, done, unit)
 
     def _line(self, text: Text) -> None:
-        self.console.print(text, soft_wrap=True)
+        # Lines are broken at words on a terminal, and not at all in a pipe.
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
 
 def figure_texts(figures: Mapping[str, float]) -> list[str]:

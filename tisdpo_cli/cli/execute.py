@@ -85,7 +85,7 @@ def _show_path(
     if not result.record or not is_first_rank():
         return  # after a dry run there is no output
     if spec.next is not None:
-        reporter.note(f"next: {next_command(spec, settings, typed.flags, typed.config, typed.sets)}")
+        reporter.command("next", next_command(spec, settings, typed.flags, typed.config, typed.sets))
     record = {"path": str(result.path), **result.record}
     write_result(json.dumps(record) if typed.as_json else str(result.path))
 
@@ -148,7 +148,7 @@ def _show_pipeline(
     reporter.note(f"report: {result.path / 'report.html'}, and as an image {result.path / 'report.svg'}")
     weights = settings.inspect_weights.weights.model_dump(exclude_defaults=True)
     options = repeated_options(InspectWeights, {f"weights.{name}": value for name, value in weights.items()})
-    reporter.note(f"next: tisdpo inspect-weights {shlex.quote(inspection.source)}{options}")
+    reporter.command("next", f"tisdpo inspect-weights {shlex.quote(inspection.source)}{options}")
     write_result(json.dumps(result.as_dict()) if typed.as_json else str(result.path))
 
 
