@@ -1,16 +1,16 @@
-"""The faults a user can meet, each with its exit code. It knows no terminal: the CLI turns them into a line."""
+"""The errors that users meet, each with its exit code. Knows no terminal: the CLI prints them as one line."""
 
 from __future__ import annotations
 
 
 class UserError:
-    """What is told in one line: what is wrong, where, and what to do.
+    """Base of all errors for users: what is wrong, where, and what to do.
 
     Args:
         what: what is wrong.
-        where: `FILE:LINE`, an option or a path; comes first in the line.
-        fix: what to do about it; comes last.
-        details: lines that are printed before the error, one each (bad rows, say).
+        where: `FILE:LINE`, an option or a path, at the start of the line.
+        fix: what to do about it, at the end of the line.
+        details: lines to print before the error, such as invalid rows.
     """
 
     exit_code = 1
@@ -28,39 +28,39 @@ class UserError:
 
 
 class TisdpoError(UserError, Exception):
-    """A fault the user can do something about."""
+    """An error that the user can fix."""
 
 
 class DataError(TisdpoError):
-    """A fault in a dataset or in token weights: exit 1."""
+    """An error in a dataset or in token weights: exit 1."""
 
 
 class ModelError(TisdpoError):
-    """A fault in a model directory, its weights or its tokenizer: exit 1."""
+    """An error in a model directory, its weights or its tokenizer: exit 1."""
 
 
 class TrainingError(TisdpoError):
-    """A fault at run time, a non-finite loss for example: exit 1."""
+    """An error at run time, such as a non-finite loss: exit 1."""
 
 
 class RankError(TrainingError):
-    """A fault that only one of several processes meets, so that this one must tell it."""
+    """An error on one of several processes, which must report it itself."""
 
 
 class UsageError(TisdpoError):
-    """The command cannot work as typed: exit 2."""
+    """An error in the options or settings of a command: exit 2."""
 
     exit_code = 2
 
 
 class Interrupted(UserError, BaseException):
-    """Stopped by a signal, after a checkpoint where there was something to keep: exit 130 or 143.
+    """Stopped by a signal, after a checkpoint if there was something to save: exit 130 or 143.
 
-    Like KeyboardInterrupt it is no `Exception`: whoever catches the faults of a library must not catch a signal.
+    Like KeyboardInterrupt it is not an `Exception`, so that code that catches the errors of a library lets it pass.
     """
 
     def __init__(self, signal_number: int, what: str, *, fix: str = "") -> None:
         super().__init__(what, fix=fix)
-        # What it is made from again on its way out of another process.
+        # The arguments to recreate it with when it is unpickled in another process.
         self.args = (signal_number, what)
         self.exit_code = 128 + signal_number

@@ -1,4 +1,4 @@
-"""Small things done with files by several modules: hashes, whole-or-absent writes, near matches of a path."""
+"""File helpers of several modules: hashes, atomic writes, suggestions for a mistyped path."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from typing import Any
 from tisdpo_cli.errors import TrainingError
 
 PARTIAL = ".partial-"
-# Two names that say what a directory is: an output of this program, and a finished one.
+# The first marks a directory as an output of this program, the second as a finished one.
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 
 
 def cache_directory() -> Path:
-    """What is kept between runs: `$XDG_CACHE_HOME/tisdpo`, `~/.cache/tisdpo` by default."""
+    """Return the cache directory: `$XDG_CACHE_HOME/tisdpo`, by default `~/.cache/tisdpo`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tisdpo"
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a directory is an output of this program that lacks its completion marker."""
+    """Return whether a directory is an output of this program without its completion marker."""
     return (path / CONFIG_FILE).is_file() and not (path / RUN_FILE).is_file()
 
 
 def sha256(*paths: Path, named: bool = False) -> str:
-    """SHA-256 over the bytes of files, of directories those in them, and over their names where `named`."""
+    """Return SHA-256 over the bytes of files and of the files in directories, and their names if `named`."""
     digest = hashlib.sha256()
-    for path in (file for given in paths for file in _files_of(given)):
+    for path in (file for root in paths for file in _files_of(root)):
         if named:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as stream:
@@ -46,12 +46,12 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under another name, then rename: the file is whole or absent."""
+    """Write JSON to a temporary file, then rename it, so that the file is complete or absent."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text under another name, then rename: the file is whole or absent."""
+    """Write text to a temporary file, then rename it, so that the file is complete or absent."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     with reporting_write_errors(path):
         partial.write_text(text, encoding="utf-8")
@@ -63,24 +63,29 @@ def write_text(path: Path, text: str) -> None:
 def reporting_write_errors(
     path: Path, what: str = "cannot be written", kind: type[TrainingError] = TrainingError
 ) -> Iterator[None]:
-    """Turn a full disk or a missing permission into a fault that names the file.
+    """Turn a full disk or a missing permission into an error that names the file.
+
+    Args:
+        path: file that the block writes.
+        what: message.
+        kind: type of the error.
 
     Raises:
-        TrainingError: what is written inside cannot be written.
+        TrainingError: the block cannot write the file.
     """
     try:
         yield
-    except Exception as fault:
-        # safetensors has an error type of its own for what the system reports.
-        if not isinstance(fault, OSError) and type(fault).__name__ != "SafetensorError":
+    except Exception as error:
+        # safetensors has a separate error type for system errors.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
-        reason = getattr(fault, "strerror", None) or str(fault)
-        fix = "make room or write elsewhere; what was written before is whole"
-        raise kind(f"{what}: {reason}", where=str(path), fix=fix) from fault
+        reason = getattr(error, "strerror", None) or str(error)
+        fix = "free disk space or write elsewhere; files written before are complete"
+        raise kind(f"{what}: {reason}", where=str(path), fix=fix) from error
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Force files or directories to the disk."""
+    """Flush files or directories to the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -90,7 +95,7 @@ def sync(paths: Iterable[Path]) -> None:
 
 
 def near_matches(path: Path, directories: bool = False) -> str:
-    """`, did you mean …?` with neighbours of a path that does not exist, or nothing."""
+    """Return `, did you mean …?` with similar names in the directory of a missing path, or nothing."""
     parent = path.parent
     if not parent.is_dir():
         return ""

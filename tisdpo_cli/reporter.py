@@ -1,4 +1,4 @@
-"""How the engine speaks: a protocol that the CLI implements, and a silent one for other ranks and for tests."""
+"""The engine's output: a protocol that the CLI implements, and a silent one for other ranks and tests."""
 
 from __future__ import annotations
 
@@ -8,66 +8,66 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """A running stage: a count of done units and the newest figures."""
+    """Progress of a running stage: a count of units and the latest metrics."""
 
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Say that `units` more are done and what the figures are now."""
+        """Add finished units, and show the latest metrics."""
 
     def __enter__(self) -> Progress: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 
 class Reporter(Protocol):
-    """Where a stage tells what it does."""
+    """Where a stage reports what it does."""
 
     def note(self, text: str) -> None:
-        """A plain fact."""
+        """Show a message."""
 
     def warn(self, text: str) -> None:
-        """Something the user should look at."""
+        """Show a warning."""
 
     def command(self, label: str, command: str) -> None:
         """Show a command line to paste."""
 
     def progress(self, title: str, total: int, done: int, unit: str) -> Progress:
-        """Start a progress display of `total` units, `done` of them before now."""
+        """Start a progress display of `total` units, of which `done` are finished."""
 
     def stage(self, title: str) -> None:
-        """A stage of the pipeline begins."""
+        """Announce a stage of the pipeline."""
 
     def show(self, view: Any) -> None:
-        """A view that the stage has made, for people."""
+        """Show a result of the stage."""
 
 
 class Silent:
-    """Says nothing."""
+    """A reporter without output."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def warn(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def command(self, label: str, command: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def stage(self, title: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def show(self, view: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def progress(self, title: str, total: int, done: int, unit: str) -> Progress:
-        """A progress that shows nothing."""
+        """Return a progress display without output."""
         return _SilentProgress()
 
 
 class _SilentProgress:
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __enter__(self) -> _SilentProgress:
         return self

@@ -1,16 +1,16 @@
-"""Text from data and from the world outside, made safe for a terminal."""
+"""Makes text from data and other outside sources safe for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 
 _GLYPHS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-# Characters that change the direction or the joining of what follows, and line ends that are not \n.
+# Characters that change the direction or joining of the text after them, and line ends other than \n.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def visible(text: str, keep_lines: bool = False) -> str:
-    """Text with every control, format and bidirectional character shown as an escape.
+    """Escape every control, format and bidirectional character.
 
     >>> visible("a\\x1b[31mb")
     'a\\\\x1b[31mb'
@@ -19,7 +19,7 @@ def visible(text: str, keep_lines: bool = False) -> str:
 
 
 def glyphs(text: str) -> str:
-    """Text of a token: like `visible`, with a glyph for each space and line end."""
+    """Escape the text of a token like `visible`, with a glyph for each space and line end."""
     return "".join("·" if ch == " " else _GLYPHS.get(ch) or _visible(ch) for ch in text)
 
 

@@ -501,7 +501,7 @@ def test_cut_prompts_and_responses_are_counted(write: Write) -> None:
     kept, _, cuts = sorted_out(write(rows), limits)
     assert kept == [0, 1, 2]
     assert (cuts.cut_prompts, cuts.cut_responses) == (1, 1)
-    assert any("cut to 12 tokens: 1 prompts" in line and "1 responses" in line for line in cuts.sentences(limits))
+    assert any("truncated to 12 tokens: 1 prompts" in line and "1 responses" in line for line in cuts.messages(limits))
 
 
 @pytest.mark.parametrize("text", ["a<|endoftext|>b", "<|pad|>", "x</s><|im_end|>[INST]"])

@@ -156,7 +156,7 @@ def test_merged_boundaries_are_counted():
     pairs, cuts = encode_pairs(*columns, Vocabulary(merging, None, EOS), Limits(64, 32))
     assert cuts.merged_boundaries == 1
     assert pairs[0].prompt == [ord("a"), ord("b")]
-    assert any("tokenise differently" in sentence for sentence in cuts.sentences(Limits()))
+    assert any("tokenize differently" in message for message in cuts.messages(Limits()))
 
 
 # ---------------------------------------------------------------- special tokens

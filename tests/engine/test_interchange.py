@@ -215,7 +215,7 @@ def broken(row: dict, at: int, side: str, **changed) -> dict:
         ({"chosen_weight": [1.0]}, "1 values"),
         (
             {"chosen_weight": [1.0] * 22},
-            "one more than tokens (this model's tokenizer): the end of the sequence goes in",
+            "one more than tokens (this model's tokenizer); put the weight of the EOS in",
         ),
         ({"chosen_weight": "x"}, "list of numbers"),
         ({"chosen_weight": [None] * 21}, "token 0 has no weight"),
@@ -252,10 +252,10 @@ def test_scores_that_were_filtered_are_not_taken_for_weights_silently(contrast: 
     split = write_jsonl(data / name, rows_of(contrast, "train")[::2])
     done = train(contrast, split, tmp_path / "o", "--weights-are", "final")
     assert done.code == 0, done.err
-    assert f"warning: {name} lies beside an estimate.json: if these columns are still scores" in done.err
+    assert f"warning: {name} has an estimate.json in its directory: if its columns are still scores" in done.err
     assert f"warning: {name}: the mean weight of the chosen responses is -" in done.err
     shown = run_here("inspect-weights", split, "--weights-are", "final")
-    assert f"warning: {name} lies beside an estimate.json" in shown.err
+    assert f"warning: {name} has an estimate.json in its directory" in shown.err
     good = rewritten(contrast, tmp_path / "good", by_hand(contrast))
     assert "warning" not in train(contrast, good, tmp_path / "p", "--weights-are", "final").err
 

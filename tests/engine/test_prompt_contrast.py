@@ -170,9 +170,9 @@ def test_what_cannot_work_is_told_at_once(world: Path, tmp_path: Path, arguments
 
 def test_a_bos_stands_once_in_front() -> None:
     for before in ([5, 6], [0, 5, 6]):
-        assert TemplateTokens(before, [7]).around([0, 1, 2], bos=0) == [0, 5, 6, 1, 2, 7]
-    assert TemplateTokens([0, 5], []).around([1], bos=None) == [0, 5, 1]
-    assert TemplateTokens([5], [6]).around([1], bos=0) == [5, 1, 6]
+        assert TemplateTokens(before, [7]).wrap([0, 1, 2], bos=0) == [0, 5, 6, 1, 2, 7]
+    assert TemplateTokens([0, 5], []).wrap([1], bos=None) == [0, 5, 1]
+    assert TemplateTokens([5], [6]).wrap([1], bos=0) == [5, 1, 6]
     assert len(TemplateTokens([5], [6])) == 2
 
 

@@ -1,1 +1,1 @@
-"""Datasets: read strictly, checked row by row, tokenised by one function. Knows no settings, model or engine."""
+"""Reads datasets strictly, checks every row and tokenizes it. Knows no settings, no models and no engine."""

@@ -1,4 +1,4 @@
-"""Rows become examples for supervised fine-tuning: pairs, or instruction rows. Knows no tokens."""
+"""Turns preference pairs or instruction rows into examples for supervised fine-tuning. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Target = Literal["chosen", "rejected", "both"]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and a response to learn."""
+    """A prompt and the response to learn."""
 
     where: str
     prompt: str
@@ -27,30 +27,32 @@ class Example:
 def read_examples(
     path: Path, columns: Columns, target: Target, instruction_template: str, on_bad_row: str
 ) -> tuple[list[Example], list[str]]:
-    """Examples of a split, and notices. A file whose first row has an `instruction` holds instruction rows.
+    """Read the examples of a split, and messages for the user.
+
+    A file whose first valid row has an `instruction` but no chosen column holds instruction rows, any other one pairs.
 
     Args:
-        path: the file of the split.
-        columns: names of the columns of pairs.
+        path: file of the split.
+        columns: column names of pairs.
         target: which responses of a pair become examples.
-        instruction_template: prompt of an instruction row, with `{instruction}` in it.
+        instruction_template: prompt of an instruction row, with a placeholder `{instruction}`.
         on_bad_row: `error` or `skip`.
 
     Raises:
-        DataError: rows cannot be used.
-        UsageError: the rejected side of instruction rows was asked for.
+        DataError: rows are invalid.
+        UsageError: the target is the rejected response of instruction rows.
     """
     if not _holds_instructions(path, columns):
-        read = read_pairs(path, columns, on_bad_row)
+        split = read_pairs(path, columns, on_bad_row)
         sides = ("chosen", "rejected") if target == "both" else (target,)
-        examples = [Example(p.row.where, p.prompt, getattr(p, side)) for p in read.pairs for side in sides]
-        return examples, read.notices
+        examples = [Example(p.row.where, p.prompt, getattr(p, side)) for p in split.pairs for side in sides]
+        return examples, split.notices
     if target == "rejected":
         raise UsageError("instruction rows have no rejected response", where=f"{path}: --target rejected")
     examples, bad = [], []
     for row in read_rows(path):
-        made = row if isinstance(row, BadRow) else _instruction(row, instruction_template)
-        bad.append(made) if isinstance(made, BadRow) else examples.append(made)
+        example = row if isinstance(row, BadRow) else _instruction(row, instruction_template)
+        bad.append(example) if isinstance(example, BadRow) else examples.append(example)
     return examples, handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
 
 
@@ -60,7 +62,7 @@ def _holds_instructions(path: Path, columns: Columns) -> bool:
 
 
 def _instruction(row: Row, template: str) -> Example | BadRow:
-    """An Alpaca-shaped row: `instruction`, optional `input`, `output`."""
+    """Turn a row in Alpaca's format into an example: `instruction`, optional `input`, `output`."""
     fields: Mapping[str, Any] = row.columns
     for name in ("instruction", "output"):
         if name not in fields:

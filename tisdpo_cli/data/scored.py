@@ -1,8 +1,8 @@
-"""The scored dataset: the one place that knows the columns and the sign of its files.
+"""Reads and writes scored datasets: the only place that knows their columns and their sign.
 
-A file holds `−r_t = log π⁻ − log π⁺` in both columns, for every token of the uncut response without its EOS (null
-where it was not scored), and the EOS scores in columns of their own. Everything else speaks of r_t. A file of final
-weights has the same columns, and in them the weights as they are.
+A file holds `−r_t = log π⁻ − log π⁺` in both weight columns, for every token of the untruncated response without its
+EOS (null if not scored), and the EOS scores in separate columns. The rest of the program uses r_t. A file of final
+weights has the same columns, which hold the weights unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from tisdpo_cli.files import sha256
 
 MANIFEST = "estimate.json"
 SIDES = ("chosen", "rejected")
-# What is not below this is infinite in float32.
+# Values of at least this size become infinite in float32.
 _FLOAT32_END = 2.0**128 - 2.0**103
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores r of one response in nats: of its tokens (None where not scored), and of its EOS where there is one.
+    """Scores r of one response in nats, or its weights in a file of final weights.
 
-    Of a file of final weights, the weights.
+    Attributes:
+        tokens: score of each token, None if not scored.
+        eos: score of the EOS, None if not scored.
     """
 
     tokens: list[float | None]
@@ -37,36 +39,36 @@ class Scores:
 
     @property
     def known(self) -> list[float]:
-        """Of the tokens that have one."""
+        """The scores that are not None."""
         return [r for r in self.tokens if r is not None]
 
 
 def read_scores(row: Row, side: str, tokens: int, shown: str, final: bool = False) -> Scores | BadRow:
-    """The scores of one side of a row, checked against the number of tokens of its response.
+    """Read the scores of one side of a row, and check them against the number of tokens of its response.
 
     Args:
-        row: the row as read.
+        row: row with all its columns.
         side: `chosen` or `rejected`.
-        tokens: tokens of the uncut response under the tokenizer in use, the EOS not counted.
-        shown: what to call the tokenizer in a message.
-        final: whether the file holds weights.
+        tokens: tokens of the untruncated response under the tokenizer in use, without the EOS.
+        shown: name of the tokenizer in messages.
+        final: whether the file holds final weights.
     """
     column = f"{side}_weight"
     if column not in row.columns:
-        return BadRow(row.where, f"no column {column!r}: {_NOTHING_THERE[final]}")
+        return BadRow(row.where, f"no column {column!r}: {_MISSING[final]}")
     values = row.columns[column]
     if not isinstance(values, list):
         return BadRow(row.where, f"{column!r} must be a list of numbers")
     for position, value in enumerate(values):
         if value is not None and not _is_number(value):
             return BadRow(
-                row.where, f"{column!r} holds {_told(value)} at position {position}; a float32 number is needed"
+                row.where, f"{column!r} contains {_shorten(value)} at position {position}; a float32 number is needed"
             )
     if len(values) != tokens:
-        what = f"but the response has {tokens} tokens ({shown})"
+        mismatch = f"but the response has {tokens} tokens ({shown})"
         if final and len(values) == tokens + 1:
-            what = f"one more than tokens ({shown}): the end of the sequence goes in {_eos_column(side)!r}"
-        return BadRow(row.where, f"{column!r} has {len(values)} values, {what}")
+            mismatch = f"one more than tokens ({shown}); put the weight of the EOS in {_eos_column(side)!r}"
+        return BadRow(row.where, f"{column!r} has {len(values)} values, {mismatch}")
     eos = row.columns.get(_eos_column(side))
     if eos is not None and not _is_number(eos):
         return BadRow(row.where, f"{_eos_column(side)!r} must be a number")
@@ -74,41 +76,42 @@ def read_scores(row: Row, side: str, tokens: int, shown: str, final: bool = Fals
     return Scores([None if v is None else sign * v for v in values], None if eos is None else sign * eos)
 
 
-_NOTHING_THERE = {
-    False: "this dataset is not scored; make it with `tisdpo estimate`",
-    True: "there are no final weights; they are one number per response token, the end of the sequence left out",
+# Error and fix if there are no scores, or no final weights.
+_MISSING = {
+    False: "the dataset is not scored; score it with `tisdpo estimate`",
+    True: "the dataset has no final weights; add one number per response token, without the EOS",
 }
 
 
 def has_weights(rows: Iterable[Row]) -> bool:
-    """Whether any row has scores (or final weights)."""
+    """Return whether any row has scores (or final weights)."""
     return any(f"{side}_weight" in row.columns for row in rows for side in SIDES)
 
 
 def require_scores(rows: Iterable[Row], dataset: str, final: bool = False) -> None:
-    """Stop where no row has scores (or final weights) at all.
+    """Raise an error if no row has scores (or final weights).
 
     Raises:
         DataError: the dataset is not scored.
     """
     if not has_weights(rows):
-        what, _, fix = _NOTHING_THERE[final].partition("; ")
+        what, _, fix = _MISSING[final].partition("; ")
         raise DataError(what, where=dataset, fix=fix)
 
 
 def has_eos_scores(rows: Iterable[Row]) -> bool:
-    """Whether any row of a file has EOS scores beside the others."""
+    """Return whether any row of a file has EOS scores in addition to the others."""
     return any(f"{side}_weight" in row.columns and _eos_column(side) in row.columns for row in rows for side in SIDES)
 
 
 def missing_eos_column(row: Row, side: str) -> BadRow | None:
-    """What is wrong with a row that has no EOS column, in a file that has some; null is a cut response, and fine."""
+    """Return the problem of a row without an EOS column in a file that has some; null marks a truncated response."""
     if _eos_column(side) in row.columns:
         return None
     return BadRow(
         row.where,
-        f"no column {_eos_column(side)!r}, which other rows or the other side have: give it to all or to none, or set "
-        "--eos-weight zero or one",
+        f"no column {_eos_column(side)!r}, which other rows or the other side have; add it to all rows or to none, or "
+        "set --eos-weight zero or one",
     )
 
 
@@ -116,7 +119,7 @@ def _eos_column(side: str) -> str:
     return f"{side}_eos_weight"
 
 
-def _told(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 20 else f"{text[:20]}…"
 
@@ -126,38 +129,38 @@ def _is_number(value: Any) -> bool:
 
 
 Logps = dict[str, list[float | None]]
-# Models of the contrast, in the names of the columns of their log-probs.
+# The contrastive models, in the column names of their log-probs.
 _MODELS = ("forward", "reverse")
 
 
 def scored_columns(
     row: Row, chosen: Scores, rejected: Scores, logps: tuple[Logps, Logps] | None = None
 ) -> dict[str, Any]:
-    """The columns of a row with its scores in the file's sign; a float32 keeps its full precision.
+    """Return the columns of a row with its scores in the file's sign and full float32 precision.
 
     Args:
-        row: as it was read.
+        row: row as read.
         chosen: scores of the chosen response.
-        rejected: … and of the rejected one.
-        logps: where they are kept, log-probs of both responses under `forward` and `reverse`: of every token of the
-            uncut response (None beyond the cut) and of its EOS (None where it has none).
+        rejected: scores of the rejected response.
+        logps: optional log-probs of both responses under `forward` and `reverse`: of every token of the untruncated
+            response (None if truncated) and of its EOS (None if it has none).
     """
-    # Log-probs of an earlier scoring would no longer belong to these scores.
+    # Log-probs of a previous scoring would not match these scores.
     stale = {f"{side}_logps_{model}" for side in SIDES for model in _MODELS}
     columns = {name: value for name, value in row.columns.items() if name not in stale}
     for side, scores in zip(SIDES, (chosen, rejected), strict=True):
-        # 0.0 − r so that no −0.0 is written.
-        columns[f"{side}_weight"] = [None if r is None else _stored(0.0 - r) for r in scores.tokens]
-        columns[_eos_column(side)] = None if scores.eos is None else _stored(0.0 - scores.eos)
-    for side, both in zip(SIDES, logps or (), strict=False):
+        # 0.0 − r, so that −0.0 is never written.
+        columns[f"{side}_weight"] = [None if r is None else _shortest(0.0 - r) for r in scores.tokens]
+        columns[_eos_column(side)] = None if scores.eos is None else _shortest(0.0 - scores.eos)
+    for side, side_logps in zip(SIDES, logps or (), strict=False):
         for model in _MODELS:
-            columns[f"{side}_logps_{model}"] = [None if x is None else _stored(x) for x in both[model]]
+            columns[f"{side}_logps_{model}"] = [None if x is None else _shortest(x) for x in side_logps[model]]
     return columns
 
 
 def read_logps(row: Row, side: str, tokens: int) -> Logps | BadRow | None:
-    """The log-probs of one side of a row as `scored_columns` has them, or None where the file keeps none."""
-    found: Logps = {}
+    """Read the log-probs of one side of a row as `scored_columns` writes them, or None if the file has none."""
+    logps: Logps = {}
     for model in _MODELS:
         column = f"{side}_logps_{model}"
         values = row.columns.get(column)
@@ -166,14 +169,14 @@ def read_logps(row: Row, side: str, tokens: int) -> Logps | BadRow | None:
         if not isinstance(values, list) or not all(v is None or _is_number(v) for v in values):
             return BadRow(row.where, f"{column!r} must be a list of numbers")
         if len(values) != tokens + 1:
-            told = f"the response has {tokens} tokens and an end of the sequence"
-            return BadRow(row.where, f"{column!r} has {len(values)} values, but {told}")
-        found[model] = values
-    return found
+            mismatch = f"the response has {tokens} tokens and an EOS"
+            return BadRow(row.where, f"{column!r} has {len(values)} values, but {mismatch}")
+        logps[model] = values
+    return logps
 
 
-def _stored(value: float) -> float:
-    # The shortest decimal that reads back as the same float32.
+def _shortest(value: float) -> float:
+    """The shortest decimal that reads back as the same float32."""
     return float(str(np.float32(value)))
 
 
@@ -185,7 +188,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_manifest(dataset: Path) -> dict[str, Any] | None:
-    """`estimate.json` beside a scored dataset, or None where there is none."""
+    """Read the `estimate.json` of a scored dataset, or None if it has none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     path = (dataset if dataset.is_dir() else dataset.parent) / MANIFEST
     if not path.is_file():
         return None
@@ -199,39 +206,54 @@ def read_manifest(dataset: Path) -> dict[str, Any] | None:
 
 
 def split_record(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
-    """What `estimate.json` says of a split, or None where it says nothing."""
+    """Return the record of a split in `estimate.json`, or None if it has none."""
     counts = manifest.get("counts")
-    known = counts.get(split.stem) if isinstance(counts, dict) else None
-    return known if isinstance(known, dict) else None
+    record = counts.get(split.stem) if isinstance(counts, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def check_unchanged(manifest: dict[str, Any], split: Path, final: bool) -> str | None:
-    """What to tell where a split is not as it was scored, which is the user's right.
+    """Compare a split with its record in `estimate.json`.
+
+    Args:
+        manifest: content of `estimate.json`, empty if there is none.
+        split: file of the split.
+        final: whether the file is used as final weights.
+
+    Returns:
+        A message if the split has changed since it was scored, which is allowed, or None.
 
     Raises:
-        UsageError: it is as it was scored, and is to be taken for final weights.
+        UsageError: the split is unchanged, but used as final weights.
     """
-    known = split_record(manifest, split)
-    unchanged = known is not None and known.get("sha256") == sha256(split)
+    record = split_record(manifest, split)
+    unchanged = record is not None and record.get("sha256") == sha256(split)
     if final and unchanged:
         raise UsageError(
-            f"{split.name} holds scores, as {MANIFEST} says, not weights",
+            f"{split.name} holds scores according to {MANIFEST}, not final weights",
             where="--weights-are final",
-            fix="leave it out to make weights of them",
+            fix="drop the option to transform the scores",
         )
     if final and manifest:
-        return f"{split.name} lies beside an {MANIFEST}: if these columns are still scores, the sign is wrong"
-    if known is None or unchanged:
+        return f"{split.name} has an {MANIFEST} in its directory: if its columns are still scores, the sign is wrong"
+    if record is None or unchanged:
         return None
-    return f"{split.name} has changed since it was scored ({known.get('rows')} rows then)"
+    return f"{split.name} has changed since it was scored ({record.get('rows')} rows then)"
 
 
 def missing_score(scores: Scores, kept: int, needs_eos: bool, final: bool = False) -> str | None:
-    """Which score (or final weight) a training under its settings would need and does not have, or None."""
+    """Return which score (or final weight) is missing for a training, or None.
+
+    Args:
+        scores: scores of one response.
+        kept: number of its tokens after truncation, without the EOS.
+        needs_eos: whether the score of the EOS is needed.
+        final: whether they are final weights.
+    """
     what = "weight" if final else "score"
     missing: Sequence[int] = [t for t, r in enumerate(scores.tokens[:kept]) if r is None]
     if missing:
         return f"token {missing[0]} has no {what} (null)"
     if needs_eos and scores.eos is None:
-        return f"the end-of-sequence token has no {what} (null, or no column for it)"
+        return f"the EOS has no {what} (null, or no EOS column)"
     return None

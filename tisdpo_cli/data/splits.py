@@ -1,4 +1,4 @@
-"""Splits of a preference dataset, read, tokenised and sorted into what can be trained and what cannot."""
+"""Reads and tokenizes the splits of a preference dataset, and drops the pairs that cannot be trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tisdpo_cli.errors import DataError
 
 @dataclass
 class Split:
-    """One split: its pairs as text and as tokens, side by side, and what there is to say."""
+    """One split: its pairs as text and as tokens, in the same order, and messages for the user."""
 
     path: Path
     pairs: list[Pair]
@@ -22,10 +22,10 @@ class Split:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows are read and cut.
+    """How to read and truncate rows.
 
     Attributes:
-        columns: names of the columns.
+        columns: column names.
         on_bad_row: `error` or `skip`.
         limits: maximum lengths.
     """
@@ -36,20 +36,20 @@ class ReadOptions:
 
 
 def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: int | None = None) -> Split:
-    """Read and tokenise a split, every usable row of it.
+    """Read and tokenize all valid rows of a split.
 
     Args:
-        path: its file.
-        options: columns, limits, and what to do with bad rows.
-        vocabulary: the tokenizer of the model in use.
-        first: read only this many rows from the start, where given.
+        path: file of the split.
+        options: columns, limits, and what to do with invalid rows.
+        vocabulary: tokenizer of the model in use.
+        first: how many rows to use from the start; all where None.
 
     Raises:
-        DataError: rows cannot be used.
+        DataError: rows are invalid, or a prompt has no tokens.
     """
-    read = read_pairs(path, options.columns, options.on_bad_row)
-    pairs = read.pairs[:first] if first is not None else read.pairs
-    encoded, cuts = encode_pairs(
+    rows = read_pairs(path, options.columns, options.on_bad_row)
+    pairs = rows.pairs[:first] if first is not None else rows.pairs
+    encoded, stats = encode_pairs(
         [pair.prompt for pair in pairs],
         [pair.chosen for pair in pairs],
         [pair.rejected for pair in pairs],
@@ -60,34 +60,35 @@ def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: 
     unprompted = next((pair for pair in encoded if not pair.prompt), None)
     if unprompted is not None:
         raise DataError(
-            "the prompt has no tokens, so the first response token cannot be scored", where=unprompted.where
+            "the prompt has no tokens, so nothing predicts the first response token", where=unprompted.where
         )
-    said = [f"{path.name}: {sentence}" for sentence in cuts.sentences(options.limits)]
-    return Split(path, pairs, encoded, [*read.notices, *said])
+    messages = [f"{path.name}: {message}" for message in stats.messages(options.limits)]
+    return Split(path, pairs, encoded, [*rows.notices, *messages])
 
 
 def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
-    """The pairs that teach something, and sentences that count the others.
+    """Drop pairs with equal responses or without response tokens.
+
+    Returns:
+        The remaining pairs, and messages that count the dropped ones.
 
     Raises:
-        DataError: no pair is left.
+        DataError: no pair remains.
     """
     equal = [p for p in split.encoded if p.chosen.ids == p.rejected.ids]
     empty = [p for p in split.encoded if p.chosen.ids != p.rejected.ids and not (p.chosen.kept and p.rejected.kept)]
     dropped = {p.index for p in equal} | {p.index for p in empty}
     kept = [p for p in split.encoded if p.index not in dropped]
-    said = []
+    messages = []
     if equal:
-        said.append(
-            f"{split.path.name}: {len(equal)} pairs dropped, their responses are equal (after tokenising and cutting)"
-        )
+        messages.append(f"{split.path.name}: {len(equal)} pairs dropped: equal responses (tokenized and truncated)")
     if empty:
-        said.append(f"{split.path.name}: {len(empty)} pairs dropped, the cut left no response token")
+        messages.append(f"{split.path.name}: {len(empty)} pairs dropped: no response token after truncation")
     if not kept:
         raise DataError(
-            f"none of {len(split.encoded)} pairs can be trained: {len(equal)} have equal responses, {len(empty)} no "
-            "response token after the cut",
+            f"none of {len(split.encoded)} pairs can be trained: {len(equal)} have equal responses, {len(empty)} have "
+            "no response token after truncation",
             where=str(split.path),
-            fix="look at the data, or raise --max-length",
+            fix="check the data, or raise --max-length",
         )
-    return kept, said
+    return kept, messages

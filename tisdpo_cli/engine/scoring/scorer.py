@@ -161,7 +161,7 @@ class PartScorer:
         for number, batch in enumerate(part.batches):
             _stop_if_asked(stop)
             started = time.perf_counter()
-            logps, count = self._score_batch(scorer, side.template, [encoded[i] for i in batch])
+            logps, count = score_pairs(scorer, side.template, [encoded[i] for i in batch], self.tokenizer)
             if not torch.isfinite(logps).all():
                 raise RankError("a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32")
             tensors[str(number)] = logps
@@ -174,16 +174,18 @@ class PartScorer:
             partial.replace(final)
         return tokens
 
-    def _score_batch(
-        self, scorer: TokenScorer, template: TemplateTokens, pairs: list[EncodedPair]
-    ) -> tuple[Tensor, int]:
-        """Log-probs [N] of all response tokens of some pairs: all chosen responses, then all rejected ones."""
-        groups = [
-            (template.around(pair.prompt, self.tokenizer.bos), (pair.chosen.ids, pair.rejected.ids)) for pair in pairs
-        ]
-        batch = batch_for(scorer, groups, self.tokenizer.pad)
-        with torch.inference_mode():
-            return score(scorer, batch).cpu().clone(), batch.real_tokens
+
+def score_pairs(
+    scorer: TokenScorer, template: TemplateTokens, pairs: Sequence[EncodedPair], tokenizer: Tokenizer
+) -> tuple[Tensor, int]:
+    """Log-probs [N] of all response tokens of some pairs in one forward pass, and the tokens that went through it.
+
+    All chosen responses come first, then all rejected ones.
+    """
+    groups = [(template.wrap(pair.prompt, tokenizer.bos), (pair.chosen.ids, pair.rejected.ids)) for pair in pairs]
+    batch = batch_for(scorer, groups, tokenizer.pad)
+    with torch.inference_mode():
+        return score(scorer, batch).cpu().clone(), batch.real_tokens
 
 
 def _stop_if_asked(stop: StopRequest) -> None:
