@@ -324,7 +324,7 @@ def test_bad_weights_can_be_skipped(train, scored) -> None:
     said = train(dataset, "on_bad_row=skip")
     assert "skipped 1 of 24 rows" in said
     assert f"{dataset / 'train.jsonl'}:3: " in said
-    assert "updates of 23 pairs" in said
+    assert "step of 23 pairs" in said
 
 
 def test_bad_weights_can_be_skipped_in_an_inspection(scored) -> None:
@@ -332,8 +332,11 @@ def test_bad_weights_can_be_skipped_in_an_inspection(scored) -> None:
 
 
 BEYOND = [
-    (("mu=100",), "inf is no weight, as made by exp (k 1, mu 100, L -0.5, U 1.5)"),
-    (("mu=200", "L=-1", "U=-0.5", "normalize=mean"), "nan is no weight, as made by exp (k 1, mu 200, L -1, U -0.5)"),
+    (("mu=100",), "exp (k 1, mu 100, L -0.5, U 1.5), EOS score gives the weight inf"),
+    (
+        ("mu=200", "L=-1", "U=-0.5", "normalize=mean"),
+        "exp (k 1, mu 200, L -1, U -0.5), mean 1, EOS score gives the weight nan",
+    ),
 ]
 
 
@@ -367,7 +370,7 @@ def test_rows_without_weights_leave_the_others_alone(train, scored) -> None:
     dataset = scored(forget_weights)
     assert fault(train, dataset).startswith(f"{dataset / 'train.jsonl'}:1: ")
     said = train(dataset, "on_bad_row=skip")
-    assert "updates of 23 pairs" in said
+    assert "step of 23 pairs" in said
     train_line = next(line for line in said.splitlines() if line.startswith("train.jsonl: weights"))
     assert "EOS zero" not in train_line, "the EOS of the other rows is weighed as before"
 
@@ -376,7 +379,7 @@ def test_a_file_without_eos_scores_gives_the_eos_no_weight(train, scored) -> Non
     def forget_eos(rows: list[dict]) -> list[dict]:
         return [{k: v for k, v in r.items() if not k.endswith("eos_weight")} for r in rows]
 
-    assert "EOS zero (auto: the file holds no EOS scores)" in train(scored(forget_eos))
+    assert "EOS zero (auto: the file has no EOS scores)" in train(scored(forget_eos))
     assert "cut away" not in train(scored(forget_eos), "eos_weight=one")
 
 
@@ -392,12 +395,12 @@ def test_rows_without_an_eos_column_are_bad_rows_where_others_have_it(train, sco
         message = fault(run, dataset)
         assert message.startswith(f"{dataset / 'train.jsonl'}:2: no column 'rejected_eos_weight', which other rows")
         assert "2 of 24 rows are invalid" in message
-    assert "updates of 24 pairs" in train(dataset, "eos_weight=one"), "set by hand, it need not be there"
+    assert "step of 24 pairs" in train(dataset, "eos_weight=one"), "set by hand, it need not be there"
     assert inspect(dataset, "eos_weight=one").pairs == 24
     said = train(dataset, "on_bad_row=skip")
     assert "skipped 2 of 24 rows" in said
     assert f"{dataset / 'train.jsonl'}:5: no column 'chosen_eos_weight'" in said
-    assert "updates of 22 pairs" in said
+    assert "step of 22 pairs" in said
     assert inspect(dataset, "on_bad_row=skip").pairs == 22
 
 

@@ -58,7 +58,7 @@ def test_its_file_and_ours_rounded_give_the_same_training(contrast: Path, tmp_pa
     ours = rewritten(contrast, tmp_path / "ours", rounded)
     done = train(contrast, theirs, tmp_path / "a", *weights)
     assert done.code == 0, done.err
-    assert "EOS zero (auto: the file holds no EOS scores)" in done.err
+    assert "EOS zero (auto: the file has no EOS scores)" in done.err
     assert train(contrast, ours, tmp_path / "b", *weights, "--eos-weight", "zero").code == 0
     assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b")
     first = [read_jsonl(tmp_path / name / "metrics.jsonl")[1] for name in "ab"]
@@ -157,7 +157,7 @@ def test_final_weights_of_one_are_the_plain_objective_to_the_last_bit(contrast: 
     data = rewritten(contrast, tmp_path / "ones", all_ones)
     done = train(contrast, data, tmp_path / "a", "--weights-are", "final", *loss)
     assert done.code == 0, done.err
-    assert "EOS score (auto: the file holds EOS weights)" in done.err
+    assert "EOS score (auto: the file has EOS weights)" in done.err
     plain = run_here("train-dpo", "-m", contrast / "sft", "-d", contrast / "data", "-o", tmp_path / "b", *SHORT, *loss)
     assert plain.code == 0, plain.err
     assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b")
@@ -220,7 +220,7 @@ def broken(row: dict, at: int, side: str, **changed) -> dict:
         ({"chosen_weight": "x"}, "list of numbers"),
         ({"chosen_weight": [None] * 21}, "token 0 has no weight"),
         ({"chosen_weight": ["1"] * 21}, "a float32 number is needed"),
-        ({"chosen_eos_weight": None}, "end-of-sequence"),
+        ({"chosen_eos_weight": None}, "the EOS has no weight"),
         ({"chosen_eos_weight": True}, "must be a number"),
     ],
 )
@@ -253,7 +253,7 @@ def test_scores_that_were_filtered_are_not_taken_for_weights_silently(contrast: 
     done = train(contrast, split, tmp_path / "o", "--weights-are", "final")
     assert done.code == 0, done.err
     assert f"warning: {name} has an estimate.json in its directory: if its columns are still scores" in done.err
-    assert f"warning: {name}: the mean weight of the chosen responses is -" in done.err
+    assert f"warning: {name}: the mean weight of chosen responses is -" in done.err
     shown = run_here("inspect-weights", split, "--weights-are", "final")
     assert f"warning: {name} has an estimate.json in its directory" in shown.err
     good = rewritten(contrast, tmp_path / "good", by_hand(contrast))
@@ -270,7 +270,7 @@ def test_weights_that_are_all_0_are_told(contrast: Path, tmp_path: Path) -> None
     assert done.code == 0, done.err
     told = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     assert told == [
-        f"warning: {split}.jsonl: all weights are 0: nothing will be learned" for split in ("train", "test")
+        f"warning: {split}.jsonl: all weights are 0; nothing will be learned" for split in ("train", "test")
     ]
 
 
@@ -281,7 +281,7 @@ def test_negative_weights_and_none_for_the_eos_are_allowed(contrast: Path, tmp_p
 
     done = train(contrast, rewritten(contrast, tmp_path / "d", change), tmp_path / "o", "--weights-are", "final")
     assert done.code == 0, done.err
-    assert "EOS zero (auto: the file holds no EOS weights)" in done.err
+    assert "EOS zero (auto: the file has no EOS weights)" in done.err
 
 
 # ---------------------------------------------------------------- seen by inspect-weights

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.scoring import estimate as engine
+from tisdpo_cli.engine.scoring import scorer
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.loading import check_fit
 from tisdpo_cli.model.tokenizer import load_tokenizer
@@ -80,8 +81,8 @@ def test_the_other_way_round_the_scores_change_their_sign(world: Path, tmp_path:
 @pytest.mark.parametrize("sequential", [False, True])
 def test_one_model_is_loaded_once(world: Path, tmp_path: Path, monkeypatch, sequential: bool) -> None:
     loaded = []
-    load = engine.load_model
-    monkeypatch.setattr(engine, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    load = scorer.load_model
+    monkeypatch.setattr(scorer, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
     score(world, tmp_path / "o", sequential=sequential)
     assert loaded == [world / "sft"]
 
@@ -112,7 +113,7 @@ def test_models_and_templates_are_on_record(world: Path, tmp_path: Path) -> None
     assert manifest["templates"]["reverse"] == "Be rude: {}"
     assert manifest["templates"]["forward"].endswith("{}")
     assert manifest["models"]["forward"] == manifest["models"]["reverse"]
-    assert any("Be rude: {}" in line and "tokens beside" in line for line in listener.said)
+    assert any("Be rude: {}" in line and "tokens beyond --max-length" in line for line in listener.said)
     assert score(world, tmp_path / "o", negative_template="Be rude: {}").said[-1].endswith("nothing to do")
     with pytest.raises(UsageError, match="template"):
         score(world, tmp_path / "o", negative_template="Be nice: {}")
@@ -142,7 +143,7 @@ def test_the_model_must_have_room_for_the_template(world: Path, tmp_path: Path) 
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 130}))
     tokenizer = load_tokenizer(short)
     check_fit(short, tokenizer, 120, template=10)
-    with pytest.raises(UsageError, match=r"121 with the 10 tokens .* 130 positions") as told:
+    with pytest.raises(UsageError, match=r"121 plus 10 tokens .* 130 positions") as told:
         check_fit(short, tokenizer, 121, template=10)
     assert "lower it to 120" in str(told.value.fix)
     done = run_here(
