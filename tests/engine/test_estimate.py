@@ -14,9 +14,9 @@ import oracle
 import pytest
 import torch
 from conftest import Listener, largest_file, pair_rows, read_jsonl, write_jsonl
-from tisdpo_cli.cli.faults import explain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.errors import Interrupted

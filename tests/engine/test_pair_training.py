@@ -12,6 +12,7 @@ from itertools import pairwise
 import oracle
 import pytest
 import torch
+from conftest import Listener
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
@@ -355,24 +356,40 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(tmp_path)
     assert torch.equal(flat(policy), flat(tiny_model(0)))
 
 
+def start(value: float, loss=DPO, same: bool = True, precision: str = "float32", margin: float = 1.0) -> list[str]:
+    """Check a loss before the first update; returns what is reported. The margin is of log-ratios, in nats."""
+    listener = Listener()
+    _check_step0({"loss": value, "rewards/margins": loss.beta * margin}, loss, precision, same, listener)
+    return listener.said
+
+
 @pytest.mark.parametrize("value", [0.7, 0.6933, math.nan, math.inf])
 def test_a_wrong_loss_before_the_first_update_stops_the_run(value):
     """ln 2 = 0.69315; where policy and reference are the same model nothing else will do."""
     with pytest.raises(TrainingError, match="ln 2"):
-        _check_step0(value, DPO, True, Silent())
+        start(value)
 
 
 def test_ln_2_before_the_first_update_is_fine():
-    _check_step0(LN2 + 5e-5, DPO, True, Silent())
-    _check_step0(1.5, DPO, False, Silent())
+    assert start(LN2 + 5e-5) == ["step-0 loss 0.6932 = ln 2 as expected"]
+    start(1.5, same=False)
 
 
 def test_every_objective_has_its_own_value_before_the_first_update():
-    _check_step0(25.0, resolve_loss("ipo", BETA), True, Silent())
-    _check_step0(LN2, resolve_loss("tdpo2", BETA), True, Silent())
-    _check_step0(3.0, resolve_loss("dpo", BETA, {"reference_free": True}), True, Silent())
+    start(25.0, resolve_loss("ipo", BETA))
+    start(LN2, resolve_loss("tdpo2", BETA))
+    start(3.0, resolve_loss("dpo", BETA, {"reference_free": True}))
     with pytest.raises(TrainingError, match="1/"):
-        _check_step0(24.9, resolve_loss("ipo", BETA), True, Silent())
+        start(24.9, resolve_loss("ipo", BETA))
+
+
+def test_in_bf16_rounding_is_no_fault_and_more_than_rounding_is():
+    """Where a kernel differs with and without a gradient; on CPUs both passes give the same bits."""
+    assert "up to bf16 rounding" in start(0.6937, precision="bf16", margin=-0.3)[0]
+    assert "as expected" in start(LN2, precision="bf16", margin=0.0)[0]
+    for margin in (0.8, -0.8, math.nan):
+        with pytest.raises(TrainingError, match="random"):
+            start(0.75, precision="bf16", margin=margin)
 
 
 # ---------------------------------------------------------------- learning rate and clipping

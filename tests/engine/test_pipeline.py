@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
 
-from tisdpo_cli.cli.faults import explain
+from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine import pipeline
 from tisdpo_cli.engine.pipeline import PipelineResult
 from tisdpo_cli.engine.scoring.estimate import estimate
@@ -60,7 +60,7 @@ def run(config: Path, listener: Silent | None = None, **settings: object) -> Pip
     """The pipeline in this process; settings by dotted name, `__` for the dot."""
     flags = {name.replace("__", "."): value for name, value in settings.items()}
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in flags.items()}
-    return pipeline.run(load(COMMANDS["run"], flags, config=config).settings, listener or Silent())
+    return pipeline.run(load(COMMANDS["run"].settings, flags, config=config).settings, listener or Silent())
 
 
 def fault_of(config: Path, listener: Silent | None = None, **settings: object) -> tuple[int, str]:
@@ -332,12 +332,12 @@ def test_method_sft_is_the_chain_of_its_commands(world: Path, tmp_path: Path) ->
     common = {"model": out / "sft", "dataset": world / "data", "batch_size": 8, "max_steps": 4, "warmup_steps": 0}
     for target in ("chosen", "rejected"):
         flags = {k: str(v) for k, v in {**common, "target": target, "output_dir": tmp_path / target}.items()}
-        train_sft(load(COMMANDS["train-sft"], flags).settings, Silent())
+        train_sft(load(COMMANDS["train-sft"].settings, flags).settings, Silent())
         made = (tmp_path / target / "model.safetensors").read_bytes()
         assert made == (out / f"sft-{target}" / "model.safetensors").read_bytes()
     sides = {"forward": tmp_path / "chosen", "reverse": tmp_path / "rejected"}
     flags = {k: str(v) for k, v in {**sides, "dataset": world / "data", "output_dir": tmp_path / "scored"}.items()}
-    estimate(load(COMMANDS["estimate"], flags).settings, Silent())
+    estimate(load(COMMANDS["estimate"].settings, flags).settings, Silent())
     assert (tmp_path / "scored" / "train.jsonl").read_bytes() == (out / "scored" / "train.jsonl").read_bytes()
 
 
@@ -352,7 +352,7 @@ def test_templates_of_ones_own_reach_the_scores(world: Path, tmp_path: Path) -> 
     assert manifest["templates"] == {"forward": texts["positive_template"], "reverse": rude}
     flags = {"model": str(out / "sft"), "dataset": str(world / "data"), "output_dir": str(tmp_path / "alone"), **texts}
     # The batch size at the top of the file is that of every stage.
-    estimate(load(COMMANDS["estimate"], {**flags, "batch_size": "8"}).settings, Silent())
+    estimate(load(COMMANDS["estimate"].settings, {**flags, "batch_size": "8"}).settings, Silent())
     assert (tmp_path / "alone" / "train.jsonl").read_bytes() == (out / "scored" / "train.jsonl").read_bytes()
     assert made_now(run(config)) == []
     code, text = fault_of(config, positive_template="harmless")

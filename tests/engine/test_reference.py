@@ -47,7 +47,7 @@ def test_kept_values_are_those_computed_anew(world: Path, tmp_path: Path, cache:
     first = files(cache)
     assert len(first) == 2, "a part of the train split, and one of the test split"
     again = train("train-dpo", world, tmp_path / "two", cache)
-    assert "log-probs of 24 pairs were kept" in again.err
+    assert "log-probs of 24 pairs read from the cache" in again.err
     train("train-dpo", world, tmp_path / "three", cache, "--no-ref-cache")
     train("train-dpo", world, tmp_path / "four", tmp_path / "other")
     assert files(cache) == first == files(tmp_path / "other")
@@ -84,7 +84,7 @@ def test_values_of_other_scoring_code_are_not_used(
     train("train-dpo", world, tmp_path / "one", cache)
     monkeypatch.setattr(reference, "REVISION", reference.REVISION + 1)
     again = train("train-dpo", world, tmp_path / "two", cache)
-    assert "were kept" not in again.err
+    assert "read from the cache" not in again.err
     assert len(files(cache)) == 4
 
 
@@ -93,7 +93,7 @@ def test_all_trainings_of_the_method_share_it(contrast: Path, tmp_path: Path, ca
     first = files(cache)
     for command, data in (("train-reverse", "data"), ("train", "scored")):
         done = train(command, contrast, tmp_path / command, cache, data=data)
-        assert "reference log-probs of 24 pairs were kept" in done.err
+        assert "reference log-probs of 24 pairs read from the cache" in done.err
         assert "0.6931 = ln 2" in done.err
     # Another learning rate, loss and batch size read it too.
     train("train-dpo", contrast, tmp_path / "ipo", cache, "--loss", "ipo", "--batch-size", "4", "--lr", "1e-5")
@@ -126,7 +126,7 @@ def test_whatever_it_depends_on_makes_it_anew(world: Path, tmp_path: Path, cache
         more = {"max_length": ("--max-length", "40", "--max-prompt-length", "16"), "layout": ("--layout", "separate"),
                 "dtype": ("--dtype", "bf16")}[what]  # fmt: skip
     done = train("train-dpo", root, tmp_path / "two", cache, "--eval-pairs", "0", *more, data=data)
-    assert "were kept" not in done.err
+    assert "read from the cache" not in done.err
     assert len(files(cache)) == 2
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_file_is_made_again(world: Path, tmp_path: Path, cache: Path) 
     paths[0].write_bytes(bytes(body))
     paths[1].write_bytes(b"")
     done = train("train-dpo", world, tmp_path / "two", cache)
-    assert done.err.count("is damaged; it recomputing") == 2
+    assert done.err.count("is damaged; recomputing") == 2
     assert files(cache) == whole
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
 
@@ -148,7 +148,7 @@ def test_where_it_cannot_be_kept_training_goes_on(world: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("in the way")
     done = train("train-dpo", world, tmp_path / "one", tmp_path / "file")
     assert "warning: " in done.err
-    assert "log-probs are not kept" in done.err
+    assert "log-probs are not cached" in done.err
 
 
 def test_nothing_is_kept_where_it_is_not_wanted_or_not_enough(world: Path, tmp_path: Path, cache: Path) -> None:
@@ -161,7 +161,7 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_not_enough(world: Path, tmp_p
 def test_another_reference_has_values_of_its_own(contrast: Path, tmp_path: Path, cache: Path) -> None:
     train("train-dpo", contrast, tmp_path / "one", cache)
     done = train("train-dpo", contrast, tmp_path / "two", cache, "--ref-model", contrast / "dpo")
-    assert "were kept" not in done.err
+    assert "read from the cache" not in done.err
     assert len(files(cache)) == 4
     assert metrics(tmp_path / "two")[0]["rewards/margins"] != 0
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import Listener, Tisdpo, largest_file, read_jsonl, write_jsonl
 
-from tisdpo_cli.cli.faults import explain
+from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.errors import Interrupted
@@ -38,7 +38,7 @@ def train(world: Path, out: Path, listener: Silent | None = None, **settings: ob
     """train-dpo in this process."""
     given = {"model": world / "sft", "dataset": world / "data", "output_dir": out, **SHORT, **settings}
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in given.items()}
-    return train_pairs(load(COMMANDS["train-dpo"], flags).settings, listener or Silent())
+    return train_pairs(load(COMMANDS["train-dpo"].settings, flags).settings, listener or Silent())
 
 
 def fault_of(world: Path, out: Path, listener: Silent | None = None, **settings: object) -> tuple[int, str]:
@@ -513,7 +513,7 @@ def test_no_room_for_a_checkpoint_leaves_the_last_one(world: Path, tmp_path: Pat
 def test_no_room_for_the_metrics_leaves_the_last_checkpoint(world: Path, tmp_path: Path) -> None:
     flags = {"dataset": str(world / "data"), "output_dir": str(tmp_path / "tiny"), "init": True, "max_steps": 1}
     shape = {"vocab_size": 258, "hidden_size": 8, "heads": 1, "layers": 1}
-    train_sft(load(COMMANDS["train-sft"], {**flags, **shape}).settings, Silent())
+    train_sft(load(COMMANDS["train-sft"].settings, {**flags, **shape}).settings, Silent())
     settings = {"model": tmp_path / "tiny", "max_steps": 100, "save_every": 20, "eval_pairs": 0}
     train(world, tmp_path / "whole", **settings)
     size = (tmp_path / "whole" / "metrics.jsonl").stat().st_size

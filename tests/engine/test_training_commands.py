@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import Tisdpo, read_jsonl, run_here, write_jsonl
 from safetensors.torch import load_file
-from tisdpo_cli.cli.faults import explain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.errors import Interrupted

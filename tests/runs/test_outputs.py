@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from tisdpo_cli.cli.faults import explain
+from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs

@@ -53,7 +53,7 @@ def on_one(command: str, **settings: object) -> None:
     """Run a command in this process."""
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
     engine = estimate if command == "estimate" else train_pairs
-    engine(load(COMMANDS[command], flags).settings, Silent())
+    engine(load(COMMANDS[command].settings, flags).settings, Silent())
 
 
 def curve(out: Path) -> list[dict[str, float]]:

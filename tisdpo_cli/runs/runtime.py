@@ -111,18 +111,18 @@ class Runtime:
 
         Args:
             dtype: `auto`, `float32` or `bf16`.
-            scoring: whether scores are made, which `auto` keeps in float32 on a CPU.
+            scoring: whether scores are made, which `auto` keeps in float32: models that differ by small updates give
+                scores below the resolution of bf16.
 
         Raises:
-            UsageError: bf16 was asked for on a GPU that does not compute in it.
+            UsageError: bf16 was asked for on a GPU that does not support it.
         """
         gpu = self.device.type == "cuda"
         capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True
         if dtype == "bf16" and not capable:
             raise UsageError("this GPU does not support bf16", where="--dtype bf16", fix="use float32")
-        if dtype == "bf16" and scoring and not gpu:
-            self.reporter.note("bf16 scores on a CPU are off by about 2e-2 nats; float32 is the default here")
-        return "bf16" if dtype == "bf16" or (dtype == "auto" and gpu and capable) else "float32"
+        automatic = dtype == "auto" and gpu and capable and not scoring
+        return "bf16" if dtype == "bf16" or automatic else "float32"
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -58,7 +58,7 @@ class Estimate(Command):
         16, "pairs per forward pass on each process", "Memory", "--per-device-eval-batch-size"
     )
     sequential: bool = setting(False, "keep one model in memory at a time", "Memory", shapes_result=False)
-    dtype: Dtype = dtype_setting("float32 on CPUs")
+    dtype: Dtype = dtype_setting("float32")
     layout: Layout = layout_setting()
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()

@@ -44,7 +44,7 @@ class Evaluate(Command):
     split: str | None = setting(None, "split to evaluate (default: test if there is one)", "Data")
     data: Data = Data()
     batch_size: PositiveInt = setting(16, "rows per forward pass", "Memory", "--per-device-eval-batch-size")
-    dtype: Dtype = dtype_setting("float32 on CPUs")
+    dtype: Dtype = dtype_setting("float32")
     beta: PositiveFloat = setting(0.1, "β of the implicit rewards β log π/π_ref", "Evaluation")
     eval_pairs: PositiveInt = setting(256, "number of pairs to evaluate, from the start of the split", "Evaluation")
     sample_prompts: NonNegativeInt = setting(

@@ -16,6 +16,7 @@ from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.arguments import output_request, read_options, vocabulary_of
+from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
 from tisdpo_cli.errors import ModelError
@@ -102,6 +103,8 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         if len(side.template):
             text = estimation.templates[side.name]
             reporter.note(f"{side.name}: prompt template {text!r} adds {len(side.template)} tokens beyond --max-length")
+    if estimation.scoring.precision == "bf16":
+        _warn_of_bf16(estimation, runtime, tokenizer, sides, next(iter(splits.values())))
     started = time.time()
     if runtime.main:
         output.start(estimation.config_yaml)
@@ -159,6 +162,22 @@ def _warn_if_equal(sides: list[Side], estimation: _Estimation, output: Output, r
     contents = {output.made_from[f"content of {name}"] for name in estimation.paths}
     if len(contents) == 1 and sides[0].template == sides[1].template:
         reporter.warn("forward and reverse are the same model with the same prompts: every score will be 0")
+
+
+def _warn_of_bf16(
+    estimation: _Estimation, runtime: Runtime, tokenizer: Tokenizer, sides: list[Side], split: Split
+) -> None:
+    """Report how far bf16 scores can be trusted, by numbers of these very models and rows."""
+
+    def measure() -> Agreement:
+        return bf16_agreement(runtime, estimation.scoring, tokenizer, sides, split.encoded)
+
+    agreement = runtime.on_main(measure)
+    correlation = "undefined" if agreement.correlation is None else f"{agreement.correlation:.2f}"
+    runtime.reporter.warn(
+        f"scoring in bf16: on {agreement.rows} rows, r correlates with float32 by {correlation} and "
+        f"{agreement.signs:.0%} of {agreement.tokens} signs agree; leave out --dtype bf16 for exact scores"
+    )
 
 
 def _parts(estimation: _Estimation, splits: Mapping[str, Split]) -> list[Part]:

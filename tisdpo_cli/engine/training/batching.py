@@ -83,6 +83,20 @@ class Microbatching:
             groups = _even_parts(ordered, passes * world)
         return [groups[rank::world] for rank in range(world)]
 
+    def passes_of(self, batch: Sequence[int], costs: Sequence[int], world: int, rank: int) -> list[list[int]]:
+        """The forward passes of one rank; an empty one stands for no example."""
+        return self.split(batch, costs, world)[rank]
+
+
+def planned_passes(
+    plan: Plan, microbatching: Microbatching, costs: Sequence[int], world: int, rank: int
+) -> list[list[int]]:
+    """Every forward pass of one rank in a training, in order. An empty pass runs on the first example of its batch."""
+    batches = map(plan.batch, range(plan.updates))
+    return [
+        examples or batch[:1] for batch in batches for examples in microbatching.passes_of(batch, costs, world, rank)
+    ]
+
 
 def _within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: int) -> list[list[int]]:
     """The fewest groups, a multiple of `world`, of at most this many tokens each, or one example."""

@@ -1,7 +1,9 @@
 """Log-probs of all responses under the frozen reference: computed once, before training, and cached for the next one.
 
-All trainings of the method share the reference and the pairs. The cache does not depend on any order: pairs go in parts
-of the dataset, each under a key of everything that its values depend on.
+All trainings of the method share the reference and the pairs. In float32 the cache does not depend on any order: pairs
+go in parts of the dataset, each under a key of everything that its values depend on. In bf16 a log-prob depends on the
+rows that share its forward pass, by several hundredths of a nat; there the reference is computed in the very passes of
+the training, so that log-ratios are differences of the weights alone and exactly 0 before the first update.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.training.batching import Microbatching
 from tisdpo_cli.errors import DataError
+from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
 from tisdpo_cli.reporter import Progress
 from tisdpo_cli.runs.cache import TensorCache, key_of
@@ -25,6 +28,8 @@ _PAIRS_PER_PART = 512
 
 # Log-probs of a pair's chosen and of its rejected response, each [tokens] float32 on the CPU.
 Logps = tuple[Tensor, Tensor]
+# The pairs of a forward pass, in order.
+Pass = tuple[int, ...]
 
 
 class ReferencePass:
@@ -80,34 +85,80 @@ class ReferencePass:
                     if self.cache is not None:
                         self.cache.write(key, flat)
                 mine.append((number, flat))
-        computed = sum(runtime.gather([computed]))
-        if computed < len(pairs) and self.cache is not None:
-            runtime.reporter.note(
-                f"reference log-probs of {len(pairs) - computed} pairs read from the cache in {self.cache.directory}"
-            )
+        self._report_cached(len(pairs) - sum(runtime.gather([computed])))
         flat = torch.cat([part for _, part in sorted(runtime.gather(mine), key=lambda item: item[0])])
         lengths = [len(response.ids) for pair in pairs for response in (pair.chosen, pair.rejected)]
         both = flat.split(lengths)
         return list(zip(both[::2], both[1::2], strict=True))
+
+    def run_passes(self, pairs: Sequence[EncodedPair], passes: Sequence[Sequence[int]]) -> dict[Pass, Tensor]:
+        """Log-probs of the very forward passes of this process: pass to values [N] in the token order of its batch.
+
+        Args:
+            pairs: in the order of their responses in the training.
+            passes: the pairs of each forward pass.
+
+        Raises:
+            DataError: a log-prob is not finite.
+        """
+        computed: dict[Pass, Tensor] = {}
+        total, from_cache = sum(map(len, passes)), 0
+        with self.runtime.reporter.progress("reference log-probs", total, 0, "pairs") as progress:
+            for part in _parts_of(passes):
+                rows = [[[pairs[i].prompt, pairs[i].chosen.ids, pairs[i].rejected.ids] for i in some] for some in part]
+                key = key_of({**self.depends_on, "passes": rows})
+                values = self.cache.read(key) if self.cache is not None else None
+                if values is None:
+                    values = torch.cat([self._score([pairs[i] for i in some], progress)[0] for some in part])
+                    if self.cache is not None:
+                        self.cache.write(key, values)
+                else:
+                    from_cache += sum(map(len, part))
+                lengths = [sum(len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids) for i in some) for some in part]
+                computed.update(zip(map(tuple, part), values.split(lengths), strict=True))
+        self._report_cached(from_cache)
+        return computed
+
+    def _report_cached(self, pairs: int) -> None:
+        if pairs and self.cache is not None:
+            self.runtime.reporter.note(
+                f"reference log-probs of {pairs} pairs read from the cache in {self.cache.directory}"
+            )
 
     @torch.no_grad()
     def _compute(self, pairs: Sequence[EncodedPair], progress: Progress) -> Tensor:
         """Log-probs [N] of these pairs, one after the other, chosen before rejected."""
         computed: dict[int, Logps] = {}
         for batch in self.microbatching.split(range(len(pairs)), [pair.tokens for pair in pairs], world=1)[0]:
-            groups = [(pairs[i].prompt, [pairs[i].chosen.ids, pairs[i].rejected.ids]) for i in batch]
-            logps = score(self.scorer, batch_for(self.scorer, groups, self.pad)).cpu()
-            if not torch.isfinite(logps).all():
-                what = "a log-prob under the reference is not finite"
-                raise DataError(what, where=pairs[batch[0]].where, fix="use --dtype float32, or another model")
+            logps, groups = self._score([pairs[i] for i in batch], progress)
             sides = [
                 logps_of.split([len(r[k]) for _, r in groups]) for k, logps_of in enumerate(_halves(logps, groups))
             ]
             computed.update(zip(batch, zip(*sides, strict=True), strict=True))
-            progress.advance(len(batch), {})
         return torch.cat([logps for i in range(len(pairs)) for logps in computed[i]])
 
+    @torch.no_grad()
+    def _score(self, pairs: Sequence[EncodedPair], progress: Progress) -> tuple[Tensor, list[Group]]:
+        """Log-probs [N] of one forward pass, all chosen responses before all rejected ones, and its groups."""
+        groups: list[Group] = [(pair.prompt, [pair.chosen.ids, pair.rejected.ids]) for pair in pairs]
+        logps = score(self.scorer, batch_for(self.scorer, groups, self.pad)).cpu()
+        if not torch.isfinite(logps).all():
+            what = "a log-prob under the reference is not finite"
+            raise DataError(what, where=pairs[0].where, fix="use --dtype float32, or another model")
+        progress.advance(len(pairs), {})
+        return logps, groups
 
-def _halves(logps: Tensor, groups: Sequence[tuple[list[int], list[list[int]]]]) -> tuple[Tensor, Tensor]:
+
+def _parts_of(passes: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Consecutive passes, each once, in parts of at least so many pairs as a cache file holds."""
+    parts: list[list[Sequence[int]]] = [[]]
+    for some in dict.fromkeys(map(tuple, passes)):
+        if sum(map(len, parts[-1])) >= _PAIRS_PER_PART:
+            parts.append([])
+        parts[-1].append(some)
+    return [part for part in parts if part]
+
+
+def _halves(logps: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     chosen = sum(len(responses[0]) for _, responses in groups)
     return logps[:chosen], logps[chosen:]

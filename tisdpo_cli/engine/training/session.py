@@ -74,6 +74,13 @@ def session_scorer(
     return make_scorer(model, layout or config.layout, autocast, longest, runtime.reporter.note, name)
 
 
+def apply_gradient_checkpointing(config: SessionConfig, scorer: TokenScorer) -> None:
+    """Switch on gradient checkpointing if the config asks for it; more than once changes nothing."""
+    if config.gradient_checkpointing:
+        scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        scorer.model.train()
+
+
 def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int], unit: str) -> Plan:
     """Number the updates of a training and report the plan; needs no model.
 
@@ -111,7 +118,7 @@ class TrainingSetup:
         plan: its updates.
         scorer: the model to train.
         tokenizer: saved beside the model.
-        check_start: called with the loss before the first update; may stop the run.
+        check_start: called with the metrics before the first update; may stop the run.
     """
 
     task: Task
@@ -119,7 +126,7 @@ class TrainingSetup:
     plan: Plan
     scorer: TokenScorer
     tokenizer: Tokenizer
-    check_start: Callable[[float], None]
+    check_start: Callable[[Mapping[str, Any]], None]
 
 
 def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup: TrainingSetup) -> StageResult:
@@ -136,9 +143,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
     if runtime.main:
         output.start(config.config_yaml)
     runtime.wait()
-    if config.gradient_checkpointing:
-        setup.scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        setup.scorer.model.train()
+    apply_gradient_checkpointing(config, setup.scorer)
     trainer = Trainer(runtime, setup.scorer, setup.task, setup.plan, config.microbatching, config.schedule)
     with StopRequest() as stop:
         metrics = trainer.train(

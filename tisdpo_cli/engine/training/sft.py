@@ -134,7 +134,12 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
         runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
         setup = TrainingSetup(
-            task, eval_task, plan, scorer, tokenizer, lambda loss: runtime.reporter.note(f"step-0 loss {loss:.4f}")
+            task,
+            eval_task,
+            plan,
+            scorer,
+            tokenizer,
+            lambda metrics: runtime.reporter.note(f"step-0 loss {metrics['loss']:.4f}"),
         )
         return run_training(runtime, session, output, setup)
 

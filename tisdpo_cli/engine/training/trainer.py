@@ -107,7 +107,7 @@ class Trainer:
         metrics_file: Path,
         checkpoints: CheckpointConfig,
         evaluation: EvalConfig | None,
-        check_start: Callable[[float], None],
+        check_start: Callable[[Mapping[str, Any]], None],
         stop: StopRequest,
         profile: Path | None = None,
     ) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Trainer:
             metrics_file: receives one line per update.
             checkpoints: where and how often.
             evaluation: evaluated before, during and after training, or None.
-            check_start: called with the loss before the first update; may stop the run.
+            check_start: called with the metrics before the first update; may stop the run.
             stop: a request to stop, answered after an update.
             profile: directory for a profile of some updates, or None.
 
@@ -138,7 +138,7 @@ class Trainer:
         ):
             if not resumed:
                 record = {**self._before(), **self._evaluate(evaluation)}
-                check_start(record["loss"])
+                check_start(record)
                 _write(file, record)
                 progress.advance(0, record)
             while self.step < self.plan.updates:
@@ -215,7 +215,7 @@ class Trainer:
         return total
 
     def _passes(self, batch: Sequence[int]) -> list[list[int]]:
-        return self.microbatching.split(batch, self.task.costs, self.runtime.world)[self.runtime.rank]
+        return self.microbatching.passes_of(batch, self.task.costs, self.runtime.world, self.runtime.rank)
 
     def _clip(self, batch: Sequence[int]) -> float:
         norm = float(self.runtime.accelerator.clip_grad_norm_(self.scorer.parameters(), self.schedule.max_grad_norm))
@@ -235,7 +235,7 @@ class Trainer:
         runtime = self.runtime
         total = torch.zeros(len(task.metrics), dtype=torch.float64, device=runtime.device)
         with torch.no_grad():
-            for batch in split.split(examples, task.costs, runtime.world)[runtime.rank]:
+            for batch in split.passes_of(examples, task.costs, runtime.world, runtime.rank):
                 if batch:
                     total += task.forward(self.model_scorer, batch)[1]
         return runtime.total(total)
