@@ -19,8 +19,8 @@ from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate, make_plan, microbatching
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
-from tisdpo_cli.engine.training.preference import _check_step0
 from tisdpo_cli.engine.training.sft import EncodedExample, SftTask
+from tisdpo_cli.engine.training.step0 import check_step0
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
 from tisdpo_cli.errors import TrainingError, UsageError
 from tisdpo_cli.method.objectives import resolve_loss
@@ -359,7 +359,7 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(tmp_path)
 def start(value: float, loss=DPO, same: bool = True, precision: str = "float32", margin: float = 1.0) -> list[str]:
     """Check a loss before the first update; returns what is reported. The margin is of log-ratios, in nats."""
     listener = Listener()
-    _check_step0({"loss": value, "rewards/margins": loss.beta * margin}, loss, precision, same, listener)
+    check_step0({"loss": value, "rewards/margins": loss.beta * margin}, loss, precision, same, listener)
     return listener.said
 
 

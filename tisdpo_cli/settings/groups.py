@@ -66,7 +66,7 @@ class SftData(Data):
 
     instruction_template: str = setting(
         "\n\nHuman: {instruction}\n\nAssistant:",
-        "prompt of an instruction row; {instruction} stands for its instruction and input",
+        "prompt of an instruction row, with {instruction} for its instruction and input",
         "Data",
     )
 

@@ -84,7 +84,7 @@ class MethodChoice(Group):
         return resolve_loss(self.loss, self.beta, _given(self, _uses(_OBJECTIVE_PARAMS)))
 
     def in_force(self) -> dict[str, Any]:
-        """The objective with all of its own parameters."""
+        """The objective and its parameters, without those of other objectives."""
         how = self.objective()
         return {**_without(super().in_force(), _uses(_OBJECTIVE_PARAMS)), **how.params}
 

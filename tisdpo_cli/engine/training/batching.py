@@ -84,7 +84,7 @@ class Microbatching:
         return [groups[rank::world] for rank in range(world)]
 
     def passes_of(self, batch: Sequence[int], costs: Sequence[int], world: int, rank: int) -> list[list[int]]:
-        """The forward passes of one rank; an empty one stands for no example."""
+        """The forward passes of one rank; some may be empty."""
         return self.split(batch, costs, world)[rank]
 
 
