@@ -9,12 +9,14 @@ from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
+from tisdpo_cli.errors import UsageError
+from tisdpo_cli.files import CONFIG_FILE
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
-from tisdpo_cli.settings.sources import to_yaml
+from tisdpo_cli.settings.sources import read_yaml, to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
 
@@ -24,6 +26,9 @@ Settings = TypeVar("Settings", TrainPairs, TrainSft)
 def with_token_budget(runtime: Runtime, settings: Settings, model: Path | None) -> Settings:
     """The settings with a token budget, unless they say how a batch is split into forward passes.
 
+    An output that exists keeps the budget it was started with, whatever device continues it: another budget would give
+    other bytes.
+
     Args:
         runtime: this process.
         settings: of a training.
@@ -32,12 +37,25 @@ def with_token_budget(runtime: Runtime, settings: Settings, model: Path | None) 
     memory = settings.memory
     if memory.tokens_per_microbatch or memory.micro_batch_size or memory.gradient_accumulation:
         return settings
-    if model is not None:
-        layers, width = shape_of(model, settings.trust_remote_code)
-    else:
-        assert isinstance(settings, TrainSft)
-        layers, width = settings.layers, settings.hidden_size
-    return settings.with_values({"memory.tokens_per_microbatch": runtime.token_budget(layers, width)})  # type: ignore[return-value]
+    budget = None if settings.overwrite else _recorded_budget(Path(settings.output_dir) / CONFIG_FILE)
+    if budget is None:
+        if model is not None:
+            layers, width = shape_of(model, settings.trust_remote_code)
+        else:
+            assert isinstance(settings, TrainSft)
+            layers, width = settings.layers, settings.hidden_size
+        budget = runtime.token_budget(layers, width)
+    return settings.with_values({"memory.tokens_per_microbatch": budget})  # type: ignore[return-value]
+
+
+def _recorded_budget(config: Path) -> int | None:
+    """The token budget in the config file of an output, or None if there is none."""
+    try:
+        memory = read_yaml(config).get("memory")
+    except UsageError:  # no such file, or not one of ours: claiming the output decides what that means
+        return None
+    budget = memory.get("tokens_per_microbatch") if isinstance(memory, dict) else None
+    return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
 
 
 def claim_training_output(

@@ -244,9 +244,12 @@ def _tasks(
         "model": output.made_from.get("content of ref_model") or output.made_from["content of model"],
         "dtype": training.session.precision,
     }
-    config = reference.model.config.get_text_config()  # type: ignore[operator, union-attr]
-    tokens = runtime.token_budget(config.num_hidden_layers, config.hidden_size)
-    reference_pass = ReferencePass(runtime, reference, pad, tokens, source, training.cache)
+    split = training.session.microbatching
+    if split.passes is not None:
+        # A number of passes per update says nothing of their size.
+        config = reference.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        split = Microbatching(tokens=runtime.token_budget(config.num_hidden_layers, config.hidden_size))
+    reference_pass = ReferencePass(runtime, reference, pad, split, source, training.cache)
     if training.session.precision == "bf16":
         return _aligned_tasks(runtime, training, reference_pass, pad, pairs, plan)
     task, *others = (

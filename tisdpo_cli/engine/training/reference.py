@@ -39,7 +39,7 @@ class ReferencePass:
         runtime: this process.
         scorer: the reference.
         pad: the padding id.
-        tokens: token budget of a forward pass.
+        microbatching: how pairs are split into forward passes.
         source: hash of the reference's files, its precision: what its log-probs depend on besides the pairs.
         cache: where log-probs are kept, or None.
     """
@@ -49,16 +49,17 @@ class ReferencePass:
         runtime: Runtime,
         scorer: TokenScorer,
         pad: int,
-        tokens: int,
+        microbatching: Microbatching,
         source: Mapping[str, Any],
         cache: TensorCache | None,
     ) -> None:
         self.runtime, self.scorer, self.pad, self.cache = runtime, scorer, pad, cache
-        self.microbatching = Microbatching(tokens=tokens)
+        self.microbatching = microbatching
         computing = ("torch", "transformers", "flash-attn")
         packages = {name: version for name, version in versions().items() if name in computing}
         # Threads and the shape of a matrix product change the last bits.
-        layout = {"packed": scorer.packed, "tokens": tokens, "pairs": _PAIRS_PER_PART, "code": REVISION}
+        split = vars(microbatching)
+        layout = {"packed": scorer.packed, **split, "pairs": _PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
         device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else kind
         machine = {"device": device, "threads": torch.get_num_threads()}
