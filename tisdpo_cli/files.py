@@ -1,13 +1,16 @@
-"""File helpers of several modules: hashes, atomic writes, suggestions for a mistyped path."""
+"""File helpers of several modules: hashes, atomic writes, removal, suggestions for a mistyped path."""
 
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import json
 import os
+import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,17 @@ def sha256(*paths: Path, named: bool = False) -> str:
 
 
 def _files_of(path: Path) -> list[Path]:
-    return sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
+    if path.is_dir():
+        return sorted(inner for inner in path.rglob("*") if inner.is_file())
+    return matching_files(path) or [path]
+
+
+def matching_files(path: Path) -> list[Path]:
+    """Return the files that a glob pattern matches, sorted; none for a path that exists or has no wildcard."""
+    if not glob.has_magic(str(path)) or path.exists():
+        return []
+    matches = (Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 - takes absolute patterns
+    return sorted(match for match in matches if match.is_file())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -52,11 +65,62 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text to a temporary file, then rename it, so that the file is complete or absent."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    with reporting_write_errors(path):
+    with reporting_write_errors(path), replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path, tag: str = "") -> Iterator[Path]:
+    """Write a file elsewhere and rename it, so that it is complete or absent.
+
+    The temporary file is new: whatever has its name, such as a symbolic link, is removed and never written through. It
+    is removed when the block fails. The file gets the permissions of the umask, whatever the writer of the block sets.
+
+    Args:
+        path: the file.
+        tag: part of the temporary name, for a directory that several processes write to.
+
+    Yields:
+        The temporary file, empty.
+
+    Raises:
+        OSError: the file cannot be written; see `reporting_write_errors`.
+    """
+    partial = path.with_name(f"{PARTIAL}{tag}{path.name}")
+    remove(partial)
+    try:
+        mode = _create(partial)
+        yield partial
+        partial.chmod(mode)
         sync([partial])
         partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _create(path: Path) -> int:
+    """Create an empty file that must not exist; returns its permissions."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it names) or a directory; nothing happens if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove temporary files that a killed process left in a directory."""
+    for leftover in directory.glob(f"{PARTIAL}*"):
+        remove(leftover)
 
 
 @contextmanager

@@ -149,6 +149,12 @@ def edit_manifest(**changes: object) -> Callable[[Path], None]:
     return edit
 
 
+def without_hash(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty folder": lambda folder: [entry.unlink() for entry in folder.iterdir()],
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
@@ -159,6 +165,17 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest a list": manifest("[]"),
     "manifest a number": manifest("8"),
     "manifest nested too deeply": manifest("[" * 100_000),
+    "manifest of an earlier version": lambda folder: without_hash(folder / MANIFEST),
+    "manifest with another step": edit_manifest(step=7),
+    "manifest with an absurd step": edit_manifest(step=10**6),
+    "manifest with a negative step": edit_manifest(step=-6),
+    "manifest with another state": edit_manifest(state={"made_from": {"seed": 8}}),
+    "manifest with another hash": edit_manifest(sha256="0" * 64),
+    "manifest with one more key": edit_manifest(more=1),
+    "manifest written another way": lambda folder: (folder / MANIFEST).write_text(
+        json.dumps(json.loads((folder / MANIFEST).read_text()), indent=1)
+    ),
+    "manifest that lists a file elsewhere": edit_manifest(files={f"../step-00000004/{MODEL}": {}}),
     "manifest of another step": lambda folder: shutil.copy(folder.parent / "step-00000004" / MANIFEST, folder),
     "manifest without its step": manifest('{"files": {}, "state": {}}'),
     "manifest with an endless step": edit_manifest(step=float("inf")),
@@ -219,6 +236,52 @@ def test_a_new_checkpoint_stays_though_damaged_ones_have_higher_steps(tmp_path: 
     assert newest(tmp_path)[0] == 2
 
 
+def flipped(content: bytes, bit: int) -> bytes:
+    """The same bytes with one bit turned over."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_one_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+    """In the step, in the state, in names and hashes, in the tensors: every single bit."""
+    tensors = {"model": {"w": torch.tensor([1.0])}, "optimizer": {"0.step": torch.tensor(2.0)}}
+    path = save_checkpoint(tmp_path, 6, tensors, {"made_from": {"optim.learning_rate": 5e-7}}, keep=1)
+    for name in (MANIFEST, MODEL, OPTIMIZER):
+        content = (path / name).read_bytes()
+        for bit in range(8 * len(content)):
+            (path / name).write_bytes(flipped(content, bit))
+            with pytest.raises(UsageError, match="damaged"):
+                open_checkpoint(path)
+        (path / name).write_bytes(content)
+    assert open_checkpoint(path).step == 6
+
+
+def test_the_name_of_the_directory_must_say_the_step(tmp_path: Path) -> None:
+    save(tmp_path, 4, 6).rename(tmp_path / "step-00000007")
+    step, (warning,) = newest(tmp_path)
+    assert step == 4
+    assert "it holds step 6" in warning
+    # A copy under a name that says no step is as good as the original.
+    copy = Path(shutil.copytree(tmp_path / "step-00000004", tmp_path / "keep"))
+    assert open_checkpoint(copy).step == 4
+
+
+def test_a_checkpoint_beyond_the_run_does_not_block_it(tmp_path: Path) -> None:
+    save(tmp_path, 4, 10**6)
+    warnings: list[str] = []
+    found = newest_checkpoint(tmp_path, warnings.append, last_step=8)
+    assert found is not None
+    assert found.step == 4
+    assert "beyond the 8 steps of this run" in warnings[0]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_as_such(tmp_path: Path) -> None:
+    without_hash(save(tmp_path, 6) / MANIFEST)
+    with pytest.raises(UsageError, match=r"damaged checkpoint: .*an earlier version"):
+        open_checkpoint(tmp_path / "step-00000006")
+
+
 # ---------------------------------------------------------------- half-written, and a full disk
 
 
@@ -273,6 +336,29 @@ def test_where_files_cannot_grow_earlier_checkpoints_stay(tmp_path: Path, stoppe
         save_checkpoint(tmp_path, 4, big, state, keep=1)
     assert names(tmp_path) == ["step-00000002"]
     assert newest(tmp_path) == (2, [])
+
+
+@pytest.mark.parametrize("name", [".partial-00000004", ".partial-00000009", "step-00000004"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    mine, folder = tmp_path / "mine", tmp_path / "checkpoints"
+    mine.mkdir()
+    (mine / MODEL).write_text("years of work")
+    folder.mkdir()
+    (folder / name).symlink_to(mine)
+    path = save(folder, 4)
+    assert (names(mine), (mine / MODEL).read_text()) == ([MODEL], "years of work")
+    assert not path.is_symlink()
+    assert names(folder) == ["step-00000004"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        path = save(tmp_path, 2)
+    finally:
+        os.umask(before)
+    assert {entry.stat().st_mode & 0o777 for entry in path.iterdir()} == {0o666 & ~mask}
 
 
 def test_where_no_directory_can_be_made_it_is_told(tmp_path: Path) -> None:

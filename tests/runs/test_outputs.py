@@ -17,7 +17,7 @@ from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.errors import ModelError, TisdpoError, TrainingError, UsageError
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.runs.checkpoints import newest_checkpoint, save_checkpoint
-from tisdpo_cli.runs.outputs import claim
+from tisdpo_cli.runs.outputs import MetricsFile, claim, last_metrics
 from tisdpo_cli.runs.stage import StageResult
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.inspect_weights import InspectWeights
@@ -107,7 +107,7 @@ def test_a_reference_must_read_the_same_ids(world: Path, tmp_path: Path) -> None
     shape = {"vocab_size": 300, "hidden_size": 32, "layers": 1, "heads": 2}
     sft = TrainSft(init=True, dataset=str(other), output_dir=str(tmp_path / "other"), **shape, optim={"max_steps": 1})
     train_sft(sft, Silent())
-    with pytest.raises(ModelError, match="another tokenizer"):
+    with pytest.raises(ModelError, match="the tokenizer differs"):
         dpo(world, tmp_path / "out", ref_model=str(tmp_path / "other"))
 
 
@@ -121,7 +121,7 @@ def test_a_damaged_marker_is_told_and_the_directory_given_free(tmp_path: Path) -
 def test_a_fault_of_another_kind_is_one_line() -> None:
     told = explain(KeyError("x"))
     assert told.exit_code == 1
-    assert "fault of the program" in str(told)
+    assert "a bug in tisdpo" in str(told)
 
 
 @pytest.mark.parametrize(
@@ -147,3 +147,45 @@ def test_instruction_rows_have_no_rejected_side(world: Path, tmp_path: Path) -> 
     )
     with pytest.raises(UsageError, match="no rejected response"):
         train_sft(settings, Silent())
+
+
+# ---------------------------------------------------------------- metrics
+
+
+GOOD_LINES = [json.dumps({"step": step, "loss": 0.5}) for step in range(4)]
+BAD_LINES = {
+    "torn": b'{"step": 2, "lo',
+    "torn, but closed": b'{"step": 2, "a": {}',
+    "no JSON": b"}",
+    "no step": b'{"loss": 0.5}',
+    "a list": b"[]",
+    "a number": b"2",
+    "empty": b"",
+    "a step that is a word": b'{"step": "2"}',
+    "a step that is nothing": b'{"step": null}',
+    "a step without end": b'{"step": Infinity}',
+    "not UTF-8": b'{"step": 2, "\xff": 1}',
+    "NUL": b"\0" * 40,
+    "nested too deeply": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("place", [1, 4], ids=["inside", "last"])
+@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_of_metrics_is_dropped_with_a_warning(tmp_path: Path, bad: bytes, place: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [line.encode() for line in GOOD_LINES]
+    path.write_bytes(b"\n".join([*lines[:place], bad, *lines[place:]]) + b"\n")
+    warnings: list[str] = []
+    MetricsFile(path, 2, warnings.append).write({"step": 3})
+    assert path.read_text().splitlines() == [*GOOD_LINES[:3], '{"step": 3}']
+    assert warnings == [f"{path}:{place + 1}: damaged, dropped from the metrics"]
+
+
+def test_the_last_line_of_metrics_is_that_of_the_step_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_metrics(path, 3) == {}
+    path.write_text("\n".join(GOOD_LINES) + "\n")
+    assert last_metrics(path, 3) == {"step": 3, "loss": 0.5}
+    path.write_text("\n".join(GOOD_LINES[:3]) + '\n{"st')
+    assert last_metrics(path, 3) == {}

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,7 +20,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from tisdpo_cli import __version__
 from tisdpo_cli.errors import TrainingError, UsageError
-from tisdpo_cli.files import CONFIG_FILE, PARTIAL, RUN_FILE, reporting_write_errors, write_json, write_text
+from tisdpo_cli.files import CONFIG_FILE, PARTIAL, RUN_FILE, remove, reporting_write_errors, write_json, write_text
 
 STARTED_FILE = ".started.json"
 METRICS_FILE = "metrics.jsonl"
@@ -70,9 +69,9 @@ class Output:
         """Remove what is replaced and record what is being created; called after all checks."""
         if self._stale:
             # The marker goes first: a kill in between leaves an unfinished output, never a torn one.
-            _remove(self.path / RUN_FILE)
+            remove(self.path / RUN_FILE)
         for name in self._stale:
-            _remove(self.path / name)
+            remove(self.path / name)
         write_json(self.path / STARTED_FILE, {"command": self.command, "made_from": self.made_from})
         write_text(self.path / CONFIG_FILE, config_yaml)
 
@@ -81,7 +80,7 @@ class Output:
         names = sorted(entry.name for entry in staged.iterdir())
         for name in names:
             if (self.path / name).is_dir():
-                _remove(self.path / name)
+                remove(self.path / name)
             (staged / name).replace(self.path / name)
         staged.rmdir()
         return names
@@ -89,7 +88,7 @@ class Output:
     def staging(self) -> Path:
         """An empty directory inside the output where the result is written before it is published."""
         staged = self.path / f"{PARTIAL}output"
-        _remove(staged)
+        remove(staged)
         staged.mkdir()
         return staged
 
@@ -100,7 +99,7 @@ class Output:
             {"command": self.command, "versions": versions(), **record, "made_from": self.made_from, "files": files},
         )
         (self.path / STARTED_FILE).unlink(missing_ok=True)
-        _remove(self.path / PARTS)
+        remove(self.path / PARTS)
 
     def record(self) -> dict[str, Any]:
         """`run.json` of a finished output."""
@@ -256,9 +255,15 @@ def _version(package: str) -> str:
 class MetricsFile:
     """`metrics.jsonl`: one flat object per line, flushed as it is written."""
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open for appending; on resume drop lines after `resume_step`, otherwise all."""
-        kept = [] if resume_step is None else [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+    def __init__(self, path: Path, resume_step: int | None, warn: Callable[[str], None]) -> None:
+        """Open for appending; on resume drop lines after `resume_step` and damaged ones, otherwise all."""
+        kept: list[str] = []
+        if resume_step is not None:
+            lines, damaged = _lines(path)
+            kept = [line for line, record in lines if record["step"] <= resume_step]
+            if damaged:
+                rest = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+                warn(f"{path}:{damaged[0]}{rest}: damaged, dropped from the metrics")
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._path = path
 
@@ -268,24 +273,30 @@ class MetricsFile:
             stream.write(json.dumps(record) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file."""
-    return [json.loads(line) for line in _lines(path)]
+def last_metrics(path: Path, step: int) -> dict[str, Any]:
+    """The line of a step in a metrics file, if it is the last one; otherwise empty."""
+    lines, _ = _lines(path)
+    return lines[-1][1] if lines and lines[-1][1]["step"] == step else {}
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    # The last line of a killed run may be incomplete.
-    return [line for line in lines if line.endswith("}")]
+def _lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
+    """The lines of a metrics file with their records, and the numbers of those that are damaged.
 
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    A killed run may leave its last line torn, and a disk may damage any.
+    """
+    lines: list[tuple[str, dict[str, Any]]] = []
+    damaged: list[int] = []
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            text = line.decode("utf-8")
+            record = json.loads(text)
+            if type(record["step"]) is not int:
+                raise ValueError("not a step")
+            lines.append((text, record))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged.append(number)
+    return lines, damaged
 
 
 def apply_umask(paths: list[Path]) -> None:

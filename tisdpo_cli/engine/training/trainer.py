@@ -27,7 +27,7 @@ from tisdpo_cli.engine.training.optimizer import (
 from tisdpo_cli.engine.training.profiling import profiled
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
-from tisdpo_cli.runs.outputs import MetricsFile, differences, read_metrics
+from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
 
 
@@ -130,7 +130,8 @@ class Trainer:
         """
         runtime = self.runtime
         resumed = self._resume(checkpoints)
-        file = MetricsFile(metrics_file, self.step if resumed else None) if runtime.main else None
+        resume_step = self.step if resumed else None
+        file = MetricsFile(metrics_file, resume_step, runtime.reporter.warn) if runtime.main else None
         record: dict[str, Any] = {}
         with (
             runtime.reporter.progress("training", self.plan.updates, self.step, "steps") as progress,
@@ -153,7 +154,7 @@ class Trainer:
         self._check_weights()
         if not record:
             # Resumed after the last update: an earlier run wrote the line, or this is another output.
-            record = runtime.on_main(lambda: (read_metrics(metrics_file) or [{}])[-1]) or self._evaluate(evaluation)
+            record = runtime.on_main(lambda: last_metrics(metrics_file, self.step)) or self._evaluate(evaluation)
         return record
 
     def _before(self) -> dict[str, Any]:
@@ -308,7 +309,7 @@ class Trainer:
         if checkpoints.resume == "never":
             return None
         if checkpoints.resume == "auto":
-            return newest_checkpoint(checkpoints.directory, self.runtime.reporter.warn)
+            return newest_checkpoint(checkpoints.directory, self.runtime.reporter.warn, self.plan.updates)
         checkpoint = open_checkpoint(Path(checkpoints.resume).expanduser())
         changed = differences(checkpoint.state, checkpoints.created_by)
         if changed:
