@@ -273,10 +273,15 @@ class MetricsFile:
             stream.write(json.dumps(record) + "\n")
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without damaged ones."""
+    return [record for _, record in _lines(path)[0]]
+
+
 def last_metrics(path: Path, step: int) -> dict[str, Any]:
     """The line of a step in a metrics file, if it is the last one; otherwise empty."""
-    lines, _ = _lines(path)
-    return lines[-1][1] if lines and lines[-1][1]["step"] == step else {}
+    last = (read_metrics(path) or [{}])[-1]
+    return last if last.get("step") == step else {}
 
 
 def _lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
