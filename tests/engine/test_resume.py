@@ -247,7 +247,7 @@ def test_a_signal_keeps_a_checkpoint_and_tells_how_to_go_on(
     process.send_signal(number)
     stdout, err = process.communicate()
     assert (process.returncode, stdout) == (code, "")
-    assert err.strip().splitlines()[-1].startswith("error: interrupted after update ")
+    assert err.strip().splitlines()[-1].startswith("error: interrupted after step ")
     assert "Traceback" not in err
     (kept,) = checkpoints(out)
     assert int(kept.name.removeprefix("step-")) == lines_of(out) - 1
@@ -268,7 +268,7 @@ def test_interrupted_twice_the_curve_is_the_same(world: Path, tmp_path: Path, op
     listener = Listener()
     made = train(world, tmp_path / "out", listener, **settings)
     assert_same(tmp_path / "out", tmp_path / "whole")
-    assert any("5 of 9 updates are done" in said for said in listener.said)
+    assert any("5 of 9 steps done" in said for said in listener.said)
     last = {k: v for k, v in made.record["final_metrics"].items() if not k.endswith("_per_second")}
     assert last == curve(tmp_path / "whole")[-1]
 
@@ -277,7 +277,7 @@ def test_a_signal_during_the_last_update_does_not_lose_it(world: Path, tmp_path:
     stop_after(world, tmp_path / "out", 8)
     listener = Listener()
     train(world, tmp_path / "out", listener)
-    assert any("8 of 8 updates are done" in said for said in listener.said)
+    assert any("8 of 8 steps done" in said for said in listener.said)
     assert_same(tmp_path / "out", whole)
 
 
@@ -366,7 +366,7 @@ def test_with_all_checkpoints_damaged_it_starts_again_and_keeps_its_progress(
     assert len(listener.warned) == 2
     listener = Listener()
     train(world, out, listener)
-    assert any("3 of 8 updates are done" in said for said in listener.said), "the checkpoint that was told of is lost"
+    assert any("3 of 8 steps done" in said for said in listener.said), "the checkpoint that was told of is lost"
     assert_same(out, whole)
 
 

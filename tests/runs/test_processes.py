@@ -160,7 +160,7 @@ def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out == ""
-    assert len([line for line in err.splitlines() if line.startswith("error: interrupted after update ")]) == 1
+    assert len([line for line in err.splitlines() if line.startswith("error: interrupted after step ")]) == 1
     assert list((tmp_path / "two" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "two" / "run.json").exists()
 
@@ -196,7 +196,7 @@ def test_the_pipeline_on_two_processes_speaks_once(world: Path, tmp_path: Path) 
 
 FAILS_ON_THE_SECOND = """
 import os
-import tisdpo_cli.engine.scoring.estimate as engine
+import tisdpo_cli.engine.scoring.scorer as engine
 from tisdpo_cli.cli.app import main
 
 def no_room(*_):
@@ -225,7 +225,7 @@ def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: P
     "fault",
     [
         DataError("no prompt", where="rows.jsonl:3", fix="give it one", details=("a", "b")),
-        Interrupted(signal.SIGINT, "interrupted after update 3", fix="rerun the same command to resume"),
+        Interrupted(signal.SIGINT, "interrupted after step 3", fix="rerun the same command to resume"),
     ],
     ids=lambda fault: type(fault).__name__,
 )
