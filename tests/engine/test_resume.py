@@ -252,8 +252,8 @@ def test_a_signal_keeps_a_checkpoint_and_tells_how_to_go_on(
     (kept,) = checkpoints(out)
     assert int(kept.name.removeprefix("step-")) == lines_of(out) - 1
 
-    (told,) = [line for line in err.splitlines() if line.startswith("go on with: ")]
-    program, *arguments = shlex.split(told.removeprefix("go on with: "))
+    (told,) = [line for line in err.splitlines() if line.startswith("resume with: ")]
+    program, *arguments = shlex.split(told.removeprefix("resume with: "))
     assert program == "tisdpo"
     assert in_a_fork(arguments, tmp_path / "said") == 0, (tmp_path / "said").read_text()
     assert_same(out, whole)
