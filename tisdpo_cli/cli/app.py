@@ -1,19 +1,24 @@
-"""The program `tisdpo`: its commands, made from the registry, and its entry point."""
+"""The program `tisdpo`: its commands, made from the registry. `start` is where it begins."""
 
 from __future__ import annotations
 
-import sys
-from typing import NoReturn, Optional
+from collections.abc import Sequence
+from typing import Optional
 
 import typer
 
 from tisdpo_cli import __version__
+from tisdpo_cli.cli.error_messages import report_error
 from tisdpo_cli.cli.execute import execute
 from tisdpo_cli.cli.help import CommandWithHelp, GroupWithHelp
 from tisdpo_cli.cli.options import command_function, normalize_options
-from tisdpo_cli.cli.process import configure_openmp, exit_with_error, handle_sigterm, leave
+from tisdpo_cli.cli.signals import SignalHandlers
+from tisdpo_cli.cli.start import main
 from tisdpo_cli.cli.streams import write_result
+from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.settings.commands import COMMANDS
+
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="tisdpo",
@@ -44,18 +49,26 @@ for _name, _spec in COMMANDS.items():
     app.command(_name, cls=CommandWithHelp, rich_help_panel=_spec.panel)(command_function(_spec, execute))
 
 
-def main() -> NoReturn:
-    """Run the program and exit with 0, 1, 2, 130 or 143."""
-    configure_openmp()
-    arguments = normalize_options(sys.argv[1:], COMMANDS)
-    if not arguments:
-        app(args=["--help"], prog_name="tisdpo", standalone_mode=False)
-        sys.exit(2)
-    handle_sigterm()
+def run(typed: Sequence[str], signals: SignalHandlers) -> int:
+    """Run a command line and report its error, if any.
+
+    Args:
+        typed: the arguments of the program.
+        signals: in force while it runs.
+
+    Returns:
+        The exit code.
+    """
+    arguments = normalize_options(typed, COMMANDS)
     try:
-        code = app(args=arguments, prog_name="tisdpo", standalone_mode=False)
-    except BaseException as fault:
-        if isinstance(fault, SystemExit):
-            raise
-        exit_with_error(fault, arguments)
-    leave(code if isinstance(code, int) else 0)
+        code = app(args=arguments or ["--help"], prog_name="tisdpo", standalone_mode=False)
+        if not signals.received:
+            return (code if isinstance(code, int) else 0) if arguments else 2
+        # A library swallowed the interruption.
+        fault: BaseException = signals.error()
+    except SystemExit:
+        raise
+    except BaseException as caught:
+        # A library may turn an interruption into an error of its own.
+        fault = signals.error() if signals.received and not isinstance(caught, Interrupted) else caught
+    return report_error(fault, "--debug" in arguments)

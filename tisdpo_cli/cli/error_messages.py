@@ -1,13 +1,18 @@
-"""One table from exceptions to an error message and an exit code."""
+"""One table from exceptions to an error message and an exit code, and how the error is printed."""
 
 from __future__ import annotations
 
 import signal
+import sys
+import traceback
 
 import typer
 
-from tisdpo_cli.errors import Interrupted, TisdpoError, UsageError
+from tisdpo_cli.cli.console import print_error
+from tisdpo_cli.cli.process import command_line, is_first_rank
+from tisdpo_cli.errors import Interrupted, RankError, TisdpoError, UsageError
 from tisdpo_cli.settings.names import foreign_option_hint
+from tisdpo_cli.text import visible
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -35,3 +40,26 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
         return TisdpoError(fault.strerror or str(fault), where=where, fix="--debug shows where")
     first = (str(fault).strip().splitlines() or [""])[0]
     return TisdpoError(f"{type(fault).__name__}: {first}", fix="this is a bug in tisdpo; --debug shows where")
+
+
+def report_error(fault: BaseException, debug: bool) -> int:
+    """Print an error as one line, the last one on stderr.
+
+    Args:
+        fault: what ended the command.
+        debug: whether its traceback is printed before.
+
+    Returns:
+        The exit code.
+    """
+    if debug:
+        print(visible("".join(traceback.format_exception(fault)), keep_lines=True), file=sys.stderr)
+    error = explain(fault)
+    # The other ranks meet the same error in the same data; an error of their own they must report themselves.
+    if is_first_rank() or type(error) is TisdpoError or isinstance(error, RankError):
+        for line in error.details:
+            print(visible(line), file=sys.stderr)
+        if isinstance(error, Interrupted):
+            print(f"resume with: {visible(command_line())}", file=sys.stderr)
+        print_error(error)
+    return error.exit_code

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tisdpo_cli.cli.next_command import next_command, repeated_options
-from tisdpo_cli.cli.process import command_line
-from tisdpo_cli.cli.streams import is_first_rank, make_reporter, write_result
+from tisdpo_cli.cli.process import command_line, is_first_rank
+from tisdpo_cli.cli.signals import check_signals
+from tisdpo_cli.cli.streams import make_reporter, write_path, write_result
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.files import write_text
 from tisdpo_cli.settings.base import Command
@@ -75,7 +76,9 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     # An entry point takes what it needs, by name.
     offered = {"settings": loaded.settings, "reporter": reporter, "command": command_line()}
     taken = inspect.signature(entry_point).parameters
+    check_signals()
     result = entry_point(**{name: value for name, value in offered.items() if name in taken})
+    check_signals()
     _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
 
 
@@ -87,7 +90,10 @@ def _show_path(
     if spec.next is not None:
         reporter.command("next", next_command(spec, settings, typed.flags, typed.config, typed.sets))
     record = {"path": str(result.path), **result.record}
-    write_result(json.dumps(record) if typed.as_json else str(result.path))
+    if typed.as_json:
+        write_result(json.dumps(record))
+    else:
+        write_path(result.path)
 
 
 def _show_inspection(
@@ -149,7 +155,10 @@ def _show_pipeline(
     weights = settings.inspect_weights.weights.model_dump(exclude_defaults=True)
     options = repeated_options(InspectWeights, {f"weights.{name}": value for name, value in weights.items()})
     reporter.command("next", f"tisdpo inspect-weights {shlex.quote(inspection.source)}{options}")
-    write_result(json.dumps(result.as_dict()) if typed.as_json else str(result.path))
+    if typed.as_json:
+        write_result(json.dumps(result.as_dict()))
+    else:
+        write_path(result.path)
 
 
 def _show_environment(

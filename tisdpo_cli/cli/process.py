@@ -1,25 +1,24 @@
-"""This process: how it starts, how signals and errors end it, and with which exit code."""
+"""This process: its command line, its rank, its threads, and how it ends. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import signal
 import sys
-import traceback
-from collections.abc import Sequence
-from typing import Any, NoReturn
-
-from tisdpo_cli.cli.console import print_error
-from tisdpo_cli.cli.error_messages import explain
-from tisdpo_cli.cli.streams import is_first_rank
-from tisdpo_cli.errors import Interrupted, RankError, TisdpoError
-from tisdpo_cli.text import visible
+from contextlib import suppress
+from typing import NoReturn
 
 
 def command_line() -> str:
     """The command line of this process, ready to paste."""
     return shlex.join(["tisdpo", *sys.argv[1:]])
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def configure_openmp() -> None:
@@ -32,30 +31,6 @@ def configure_openmp() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def handle_sigterm() -> None:
-    """Turn SIGTERM into an error with exit code 143."""
-    signal.signal(signal.SIGTERM, _terminated)
-
-
-def _terminated(number: int, _frame: Any) -> None:
-    raise Interrupted(number, "interrupted", fix="rerun the same command")
-
-
-def exit_with_error(fault: BaseException, arguments: Sequence[str]) -> NoReturn:
-    """Print an error in one line and exit with its code."""
-    if "--debug" in arguments:
-        print(visible("".join(traceback.format_exception(fault)), keep_lines=True), file=sys.stderr)
-    error = explain(fault)
-    # The other ranks meet the same error in the same data; an error of their own they must report themselves.
-    if is_first_rank() or type(error) is TisdpoError or isinstance(error, RankError):
-        for line in error.details:
-            print(visible(line), file=sys.stderr)
-        if isinstance(error, Interrupted):
-            print(f"resume with: {command_line()}", file=sys.stderr)
-        print_error(error)
-    leave(error.exit_code)
-
-
 def leave(code: int) -> NoReturn:
     """Exit; in a process group at once, without shutting the interpreter down.
 
@@ -65,6 +40,9 @@ def leave(code: int) -> NoReturn:
     """
     # A launcher makes a group for one process too.
     if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        # Registered last, it runs first.
+        atexit.unregister(_ignore_signals)
+        atexit.register(_ignore_signals)
         sys.exit(code)
     try:
         for stream in (sys.stdout, sys.stderr):
@@ -74,3 +52,13 @@ def leave(code: int) -> NoReturn:
         code = code or 1
     finally:
         os._exit(code)
+
+
+def _ignore_signals() -> None:
+    """All is done and reported: a signal while the interpreter shuts down must not change the exit code.
+
+    Python replaces handlers of its own by the system's default before the libraries' destructors run, which end late.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        with suppress(AttributeError, ValueError):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

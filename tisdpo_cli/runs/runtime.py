@@ -18,6 +18,9 @@ from tisdpo_cli.reporter import Reporter, Silent
 
 T = TypeVar("T")
 
+# Windows has none.
+_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
 # On a CPU larger passes are no faster. On a GPU activations get a quarter of the memory; a layer saves about 34 values
 # of 2 bytes per token and unit of width (Korthikanti et al. 2022, without the attention matrix).
 _CPU_TOKENS, _SHARE_OF_MEMORY, _BYTES_PER_VALUE = 4096, 4, 70
@@ -140,7 +143,7 @@ def _deterministic() -> None:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop, answered between two updates.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop, answered between two updates.
 
     A second signal ends the program at once.
     """
@@ -150,8 +153,10 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, _HANGUP):
+            under_nohup = number == _HANGUP != signal.SIGTERM and signal.getsignal(number) is signal.SIG_IGN
+            if not under_nohup:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -160,10 +165,15 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.signal:
+            self.signal = number
+            return
+        handler = self._before[number]
+        if not callable(handler) or handler is signal.default_int_handler:
             os._exit(128 + number)
-        self.signal = number
+        # The program's own handler reports the interruption.
+        handler(number, frame)
 
     def agreed(self, runtime: Runtime) -> int:
         """The signal that any process received, 0 for none; the same on all processes."""

@@ -1,0 +1,27 @@
+"""Where the program starts: signals and streams are in order before anything heavy is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+from tisdpo_cli.cli.process import configure_openmp, leave
+from tisdpo_cli.cli.signals import SignalHandlers
+from tisdpo_cli.cli.streams import prepare_streams
+
+
+def main() -> NoReturn:
+    """Run the program and exit with 0, 1, 2, or 128 and the number of a signal."""
+    with SignalHandlers() as signals:
+        prepare_streams()
+        configure_openmp()
+        try:
+            app = importlib.import_module("tisdpo_cli.cli.app")
+        except BaseException:
+            if not signals.received:
+                raise
+            # What reports errors may be half imported.
+            signals.report()
+            leave(signals.exit_code)
+        leave(app.run(sys.argv[1:], signals))
