@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
 )
+# The largest header of a safetensors file in its specification; no JSON file of a model is larger.
+_MAX_HEADER = 100_000_000
+# Configuration keys, at any depth, that name an implementation which transformers may fetch as native code.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Path:
@@ -46,13 +50,73 @@ def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Pat
         path = _from_hub(name, option)
     _refuse_unfinished(path)
     config = _read_json(path / "config.json", "a model directory has a config.json", adapter=path)
-    if "auto_map" in config and not trust_remote_code:
-        raise UsageError(
-            "this model needs custom code", where=f"{option} {name}", fix="allow it with --trust-remote-code"
-        )
-    for weights in _weight_files(path):
+    if not trust_remote_code:
+        _refuse_code(config, f"{option} {name}")
+    _refuse_adapter(path)
+    _refuse_unsupported(config, path / "config.json")
+    for other in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (path / other).is_file():
+            _read_json(path / other, "")
+    for weights in weight_files(path):
         check_safetensors(weights)
     return path
+
+
+def _refuse_code(config: Mapping[str, Any], where: str) -> None:
+    if "auto_map" in config:
+        raise UsageError("this model needs custom code", where=where, fix="allow it with --trust-remote-code")
+    kernel = next((value for value in _implementations(config) if "/" in value), None)
+    if kernel is not None:
+        raise UsageError(
+            f"this model asks for code from elsewhere: {kernel!r}",
+            where=where,
+            fix="remove the implementation from its config.json, or allow custom code with --trust-remote-code",
+        )
+
+
+def _implementations(config: object) -> Iterator[str]:
+    """Names of attention or expert implementations anywhere in a configuration."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if any(name in key for name in _IMPLEMENTATIONS):
+                yield from _strings(value)
+            else:
+                yield from _implementations(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _implementations(value)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Refuse an adapter beside a whole model, which transformers would apply."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (path / name).exists():
+            raise ModelError(
+                "an adapter beside a whole model; adapters are not supported yet",
+                where=str(path / name),
+                fix="move it elsewhere, or merge it into the model with peft",
+            )
+
+
+def _refuse_unsupported(config: Mapping[str, Any], where: Path) -> None:
+    if config.get("quantization_config"):
+        raise ModelError(
+            "quantized weights are not supported", where=str(where), fix="use the model before quantization"
+        )
+    if "transformers_weights" in config:
+        raise ModelError(
+            "transformers_weights names other weight files; they are not read",
+            where=str(where),
+            fix="remove this key and name the weights model.safetensors",
+        )
 
 
 def _from_hub(name: str, option: str) -> Path:
@@ -68,7 +132,7 @@ def _from_hub(name: str, option: str) -> Path:
     with suppress(Exception):  # not in the cache, or only part of it: ask the hub
         cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         _read_json(cached / "config.json", "")
-        _weight_files(cached)
+        weight_files(cached)
         return cached
     try:
         # One quick request first: a download retries for long.
@@ -91,8 +155,12 @@ def _read_json(path: Path, hint: str, adapter: Path | None = None) -> dict[str, 
                 "an adapter, not a full model", where=str(adapter), fix="merge it into its base model with peft"
             )
         raise ModelError("not found", where=str(path), fix=hint)
+    if path.stat().st_size > _MAX_HEADER:
+        raise ModelError("damaged: larger than 100 MB", where=str(path), fix="copy the model again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ModelError("damaged: nested too deeply", where=str(path), fix="copy the model again") from error
     except (ValueError, OSError) as error:
         raise ModelError("damaged: invalid JSON", where=str(path), fix="copy the model again") from error
     if not isinstance(content, dict):
@@ -100,21 +168,18 @@ def _read_json(path: Path, hint: str, adapter: Path | None = None) -> dict[str, 
     return content
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index, "").get("weight_map")
-        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
-            raise ModelError("damaged: lists no weight files", where=str(index), fix="copy the model again")
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing:
-            where = str(path / missing[0])
-            raise ModelError("not found, but listed in the index", where=where, fix="copy the model again")
-        return [path / shard for shard in shards]
+def weight_files(path: Path) -> list[Path]:
+    """Return the weight files of a model that transformers loads: `model.safetensors`, or else the shards of its index.
+
+    Raises:
+        ModelError: there are none, or the index is damaged.
+    """
     single = path / "model.safetensors"
     if single.is_file():
         return [single]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / shard for shard in _shards(index)]
     if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
         raise ModelError(
             "has only pickled weights, which can run code and are never loaded",
@@ -122,6 +187,20 @@ def _weight_files(path: Path) -> list[Path]:
             fix="if you trust the model, load it with transformers and save it with save_pretrained",
         )
     raise ModelError("no model.safetensors", where=str(path), fix="a model directory needs weights in safetensors")
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = _read_json(index, "").get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
+        raise ModelError("damaged: lists no weight files", where=str(index), fix="copy the model again")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ModelError(f"lists a file outside the model: {shard}", where=str(index), fix="copy the model again")
+        if not (index.parent / shard).is_file():
+            where = str(index.parent / shard)
+            raise ModelError("not found, but listed in the index", where=where, fix="copy the model again")
+    return shards
 
 
 def check_safetensors(path: Path) -> None:
@@ -132,22 +211,42 @@ def check_safetensors(path: Path) -> None:
     """
     size = path.stat().st_size
     try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < size else None
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]  # type: ignore[union-attr]
+        length, header = _header(path)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
         complete = 8 + length + max(ends, default=0) == size
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         complete = False
     if not complete:
         raise ModelError("damaged: truncated or not a safetensors file", where=str(path), fix="copy it again")
 
 
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Length of the header of a safetensors file, and its entries by tensor name."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(_MAX_HEADER, path.stat().st_size):
+            raise ValueError("the header is longer than the file or the format allows")
+        header = json.loads(stream.read(length))
+    return length, {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of all tensors in the weight files of a model, whose headers are sound."""
+    return sorted({name for weights in weight_files(path) for name in _header(weights)[1]})
+
+
 def hash_model(path: Path) -> str:
-    """Return SHA-256 over the names and bytes of a model's configuration, weights and tokenizer."""
-    names = ["config.json", *_TOKENIZER_FILES]
-    files = [path / name for name in names if (path / name).is_file()] + _weight_files(path)
-    return sha256(*files, named=True)
+    """Return SHA-256 over the names and bytes of a model's configuration, weights, tokenizer and custom code."""
+    names = ["config.json", "generation_config.json", *_TOKENIZER_FILES]
+    files = [path / name for name in names if (path / name).is_file()] + weight_files(path)
+    return sha256(*files, *_code(path), named=True)
+
+
+def _code(path: Path) -> list[Path]:
+    """Python files of a model that comes with custom code."""
+    configs = (path / name for name in ("config.json", "tokenizer_config.json"))
+    coded = any("auto_map" in _read_json(config, "") for config in configs if config.is_file())
+    return sorted(path.rglob("*.py")) if coded else []
 
 
 def content_hashes(models: Mapping[str, Path | None], files: Mapping[str, Path]) -> dict[str, str]:

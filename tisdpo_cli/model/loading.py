@@ -5,7 +5,6 @@ Knows transformers. Knows no dataset rows, no settings and no training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,14 @@ from torch import Tensor, nn
 
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.model.packed_attention import LAYOUT, AttentionSpec
+from tisdpo_cli.model.randomness import disable_dropout_modules, disable_randomness, original_rates
 from tisdpo_cli.model.tokenizer import Tokenizer, first_line, load_backend, silence_transformers
 from tisdpo_cli.model.varlen_attention import packed_attention
+from tisdpo_cli.model.weights_check import check_weights, untie_own_head
+
+# In the error of transformers if a model has no such attention.
+_NO_SDPA = ("scaled_dot_product_attention", "sdpa")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def check_fit(
@@ -80,18 +85,27 @@ def _config(path: Path, trust_remote_code: bool) -> Any:
 
 
 def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
-    """Load a causal LM in float32 with dropout off, and check that every weight exists, fits and is finite.
+    """Load a causal LM in float32 with nothing random in it, and check that every weight exists, fits and is finite.
 
     Raises:
-        ModelError: a tensor is missing, has another shape or contains NaN; or the architecture is not a causal LM.
+        ModelError: a tensor is missing, unexpected, has another shape or contains NaN; or the architecture is not a
+            causal LM.
     """
     from transformers import AutoModelForCausalLM
 
     config = _config(path, trust_remote_code)
-    dropout = _disable_dropout(config)
+    rates = disable_randomness(config)
     model = _load(AutoModelForCausalLM, path, config, trust_remote_code, "use a causal language model")
-    model._tisdpo_dropout = dropout
+    model._tisdpo_notes += untie_own_head(model)
+    model._tisdpo_rates = rates
     return model
+
+
+def take_notes(model: nn.Module) -> list[str]:
+    """Return what the user should know about how a model was loaded, once."""
+    notes = list(getattr(model, "_tisdpo_notes", ()))
+    model._tisdpo_notes = []  # type: ignore[assignment]
+    return notes
 
 
 def move_to_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -118,59 +132,50 @@ def load_reward_model(path: Path) -> tuple[nn.Module, Any]:
     config = _config(path, False)
     if config.num_labels != 1:
         raise ModelError(f"a reward model has one output, this one has {config.num_labels}", where=str(path))
-    _disable_dropout(config)
+    disable_randomness(config)
     hint = "use a sequence classification model with one output"
     return _load(AutoModelForSequenceClassification, path, config, False, hint), load_backend(path, False)
 
 
 def _load(auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str) -> Any:
     silence_transformers()
-    try:
-        model, info = auto_class.from_pretrained(
+
+    def load(attention: str) -> tuple[Any, dict[str, Any]]:
+        return auto_class.from_pretrained(
             path,
             config=config,
             dtype=torch.float32,
+            # Chosen here, never by config.json: an implementation there may name code to download.
+            attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
+
+    try:
+        try:
+            model, info = load("sdpa")
+        except (ValueError, ImportError) as error:
+            if not any(word in str(error) for word in _NO_SDPA):
+                raise
+            model, info = load("eager")
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"the model cannot be loaded: {first_line(error)}", where=str(path), fix=f"copy it again, or {hint}"
         ) from error
-    _refuse_mismatched(info.get("mismatched_keys", ()), path)
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise ModelError(
-            f"{len(missing)} tensors are missing from the weights, {missing[0]} first",
-            where=str(path),
-            fix="copy the model again; loading it would fill them with random values",
-        )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(
-                f"tensor {name} contains NaN or infinity", where=str(path), fix="use an earlier checkpoint"
-            )
+    disable_dropout_modules(model)
+    model._tisdpo_notes = check_weights(model, info, path)
     return model.eval()
 
 
-def _refuse_mismatched(mismatched: Iterable[Any], path: Path) -> None:
-    for entry in sorted(mismatched, key=str):
-        name, *shapes = entry if isinstance(entry, (tuple, list)) else (entry,)
-        mismatch = ", but the configuration expects ".join(str(list(shape)) for shape in shapes)
-        what = f"tensor {name} has the wrong shape" + (f": {mismatch}" if mismatch else "")
-        raise ModelError(what, where=str(path), fix="use weights and config.json of the same model")
-
-
-def _disable_dropout(config: Any) -> dict[str, float]:
-    """Set every dropout rate of a configuration to zero, and return the previous rates by name."""
-    names = [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float) and value > 0]
-    rates = {name: getattr(config, name) for name in names}
-    for name in names:
-        setattr(config, name, 0.0)
-    return rates
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, which says nothing about the model."""
+    words = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in words for part in _OUT_OF_MEMORY)
 
 
 # Name of our attention in transformers' `AttentionInterface`.
@@ -212,14 +217,11 @@ def _attend(
 
 
 def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:
-    """Save model and tokenizer in the layout of `save_pretrained`, with the model's original dropout rates."""
-    rates = getattr(model, "_tisdpo_dropout", {})
-    for name, value in rates.items():
-        setattr(model.config, name, value)
-    model.save_pretrained(directory)  # type: ignore[operator]
+    """Save model and tokenizer in the layout of `save_pretrained`, with the model's original rates of
+    dropout and noise."""
+    with original_rates(model.config, getattr(model, "_tisdpo_rates", [])):
+        model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.backend.save_pretrained(directory)
-    for name in rates:
-        setattr(model.config, name, 0.0)
 
 
 def make_model(
