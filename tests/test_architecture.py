@@ -161,7 +161,9 @@ def test_no_two_files_import_each_other() -> None:
     assert below == {}
 
 
-@pytest.mark.parametrize("module", ["batch", "logprobs", "packed_attention", "varlen_attention", "head", "last_layer"])
+@pytest.mark.parametrize(
+    "module", ["batch", "logprobs", "packed_attention", "varlen_attention", "head", "last_layer", "row_lengths"]
+)
 def test_the_forward_pass_knows_torch_only(module: str) -> None:
     standard = {
         "__future__", "typing", "collections", "contextlib", "dataclasses", "functools", "importlib", "itertools",

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tisdpo_cli.model.packed_attention import PackedLayout, packed_positions
 
+# Token ids of a prompt and of its responses.
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,6 +33,7 @@ class Batch:
         real_tokens: number of tokens without padding, for throughput.
         position_ids: [1, T] int64 if packed.
         layout: positions of prompts and responses in the row, if packed.
+        groups: what was collated.
     """
 
     input_ids: Tensor
@@ -39,16 +43,13 @@ class Batch:
     real_tokens: int
     position_ids: Tensor | None = None
     layout: PackedLayout | None = None
+    groups: Sequence[Group] = ()
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
-
-
-# Token ids of a prompt and of its responses.
-Group = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 def collate(groups: Sequence[Group], pad_id: int, packed: bool) -> Batch:
@@ -79,7 +80,7 @@ def _rows(groups: Sequence[Group], pad_id: int) -> Batch:
         first = r * width + len(prompt) - 1
         positions.append(torch.arange(first, first + len(response)))
     real = sum(len(prompt) + len(response) for prompt, response in rows)
-    return Batch(input_ids, torch.cat(positions), *_targets(groups), real)
+    return Batch(input_ids, torch.cat(positions), *_targets(groups), real, groups=groups)
 
 
 def _packed(groups: Sequence[Group]) -> Batch:
@@ -102,6 +103,7 @@ def _packed(groups: Sequence[Group]) -> Batch:
         len(ids),
         packed_positions(lengths)[None],
         PackedLayout(lengths),
+        groups,
     )
 
 

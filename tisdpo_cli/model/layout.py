@@ -5,7 +5,6 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.model.batch import collate
 from tisdpo_cli.model.last_layer import LastLayer
-from tisdpo_cli.model.loading import restore_attention, use_packed_attention
+from tisdpo_cli.model.loading import is_out_of_memory, restore_attention, take_notes, use_packed_attention
 from tisdpo_cli.model.logprobs import TokenScorer
+from tisdpo_cli.model.lookahead import refuse_lookahead
+from tisdpo_cli.model.row_lengths import EQUAL_LENGTHS, LengthRule, length_rule
 
 _Groups = list[tuple[list[int], list[list[int]]]]
 # In nats per token: in float32 two layouts of the same tokens differ by rounding only.
@@ -35,14 +36,21 @@ def make_scorer(
         layout: `auto`, `shared-prefix` or `separate`.
         autocast: dtype to compute in, or None.
         longest: tokens of the longest row that the model will get.
-        note: called with a message if `auto` falls back to separate rows.
+        note: called with what was found while loading the model, and if `auto` falls back to separate rows.
         name: name of the model in messages.
 
     Raises:
-        ModelError: the layout is `shared-prefix` and the model computes something else with it.
+        ModelError: the model is not causal, its rows depend on each other, or the layout is `shared-prefix` and the
+            model computes something else with it.
     """
+    for text in take_notes(model):
+        note(f"{name}: {text}")
     restore_attention(model)
-    last, problem = _try_sharing(model, longest) if layout != "separate" else (None, None)
+    refuse_lookahead(model, name)
+    groups = _probe(model, longest)
+    alone = _logps_alone(model, groups)
+    rule = _length_rule(model, groups, alone, name)
+    last, problem = _try_sharing(model, groups, alone, rule) if layout != "separate" else (None, None)
     if problem is not None:
         message = f"cannot share prompts between responses ({problem})"
         if layout == "shared-prefix":
@@ -51,36 +59,63 @@ def make_scorer(
     shared = layout != "separate" and problem is None
     if shared:
         use_packed_attention(model)
-    return TokenScorer(model, autocast, packed=shared, last=last)
+    return TokenScorer(model, autocast, packed=shared, last=last, rule=rule)
 
 
 @torch.inference_mode()
-def _try_sharing(model: nn.Module, longest: int) -> tuple[LastLayer | None, str | None]:
+def _logps_alone(model: nn.Module, groups: _Groups) -> Tensor:
+    """Log-probs [N] with one row per forward pass: what no layout may change."""
+    scorer = TokenScorer(model)
+    rows = [(prompt, [responses[k]]) for k in range(2) for prompt, responses in groups]
+    return torch.cat([_logps(scorer, [row], packed=False) for row in rows])
+
+
+@torch.inference_mode()
+def _length_rule(model: nn.Module, groups: _Groups, alone: Tensor, name: str) -> LengthRule:
+    """Which rows of a model may share a forward pass, found by numbers.
+
+    Raises:
+        ModelError: no rows may.
+    """
+    for rule in (length_rule(model), EQUAL_LENGTHS):
+        together = _logps(TokenScorer(model, rule=rule), groups, packed=False)
+        if not alone.isfinite().all() or float((together - alone).abs().max()) <= _TOLERANCE:
+            return rule
+    raise ModelError(
+        "the log-probs of a row depend on the other rows of its batch", where=name, fix="use another model"
+    )
+
+
+@torch.inference_mode()
+def _try_sharing(
+    model: nn.Module, groups: _Groups, alone: Tensor, rule: LengthRule
+) -> tuple[LastLayer | None, str | None]:
     """The model's last layer if it can be cut short, and why its rows cannot be packed, or None."""
-    groups = _probe(model.config.get_text_config(), longest)  # type: ignore[operator, union-attr]
-    separate = _logps(TokenScorer(model), groups, packed=False)
     try:
         last = LastLayer(model)
     except ValueError:
         last = None
-    if last is not None and _sharing_problem(model, groups, separate, last) is None:
+    if last is not None and _sharing_problem(model, groups, alone, last, rule) is None:
         return last, None
-    return None, _sharing_problem(model, groups, separate, None)
+    return None, _sharing_problem(model, groups, alone, None, rule)
 
 
-def _sharing_problem(model: nn.Module, groups: _Groups, separate: Tensor, last: LastLayer | None) -> str | None:
+def _sharing_problem(
+    model: nn.Module, groups: _Groups, alone: Tensor, last: LastLayer | None, rule: LengthRule
+) -> str | None:
     """Why packed rows give other numbers than separate rows, or None. Decides by the numbers, not by model family.
 
     Args:
         model: model to check.
         groups: prompts and responses to compare by.
-        separate: log-probs [N] of the responses in separate rows.
+        alone: log-probs [N] of the responses, one row per forward pass.
         last: its last layer, to be cut short, or None.
+        rule: which rows may share a forward pass.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     try:
         use_packed_attention(model)
-        scorer = TokenScorer(model, packed=True, last=last)
+        scorer = TokenScorer(model, packed=True, last=last, rule=rule)
         batch = collate(groups, 0, packed=True).to(_device(model))
         packed = scorer(batch)
         assert batch.layout is not None
@@ -92,22 +127,27 @@ def _sharing_problem(model: nn.Module, groups: _Groups, separate: Tensor, last: 
         ]
         packed_changed = _logps(scorer, changed, packed=True)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"its code does not accept packed rows: {type(error).__name__}"
     finally:
         restore_attention(model)
     if calls != config.num_hidden_layers:
         return "some attention layers bypass the packed kernel"
     rejected = batch.response_ids >= len(groups)
-    if not torch.equal(packed[rejected], packed_changed[rejected]):
+    # Not bitwise: experts multiply the tokens of all responses in groups whose shape changes with these tokens.
+    if not float((packed[rejected] - packed_changed[rejected]).abs().max()) <= _TOLERANCE:
         return "responses would attend to each other"
-    worst = float((packed - separate).abs().max())
+    worst = float((packed - alone).abs().max())
     return None if worst <= _TOLERANCE else f"log-probs would differ by {worst:.1e} nats"
 
 
-def _probe(config: Any, longest: int) -> _Groups:
+def _probe(model: nn.Module, longest: int) -> _Groups:
     """Two pairs of random tokens, as long as real rows if the model depends on length."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     ropes = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, name, None) for name in _LENGTH_LIMITS] + [ropes.get(name) for name in _LENGTH_LIMITS]
+    limits += [limit for limit, _ in length_rule(model).limits]
     depends_on_length = any(isinstance(limit, int) and limit < longest for limit in limits)
     length = max(_SHORTEST, longest if depends_on_length else min(longest, _SHORT))
     generator = torch.Generator().manual_seed(0)

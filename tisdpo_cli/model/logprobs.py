@@ -20,10 +20,11 @@ from tisdpo_cli.model.batch import Batch, Group, collate
 from tisdpo_cli.model.head import PlainHead, candidates
 from tisdpo_cli.model.last_layer import LastLayer, at_positions
 from tisdpo_cli.model.packed_attention import LAYOUT
+from tisdpo_cli.model.row_lengths import LengthRule, forget_lengths, length_rule
 
 # Part of the key of cached log-probs: increase it with every change of this file, `packed_attention`,
 # `varlen_attention`, `last_layer` or `head` that changes log-probs, even if only in their last bits.
-REVISION = 3
+REVISION = 4
 # Logits of a chunk for each of two distributions: 32 MiB in float32. Matrix products get at least 64 rows.
 _CHUNK_LOGITS, _CHUNK_ROWS = 2**23, 64
 
@@ -51,6 +52,7 @@ class TokenScorer(nn.Module):
         autocast: dtype to compute in (torch.bfloat16), or None for that of the weights.
         packed: whether batches are packed rows.
         last: the model's last layer if it can run at the scored positions only, or None.
+        rule: which rows may share a forward pass; by default that of the model's positions.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class TokenScorer(nn.Module):
         autocast: torch.dtype | None = None,
         packed: bool = False,
         last: LastLayer | None = None,
+        rule: LengthRule | None = None,
     ) -> None:
         super().__init__()
+        self._rule = length_rule(model) if rule is None else rule
         self.model = model
         self.autocast_dtype = autocast
         self.packed = packed
@@ -123,7 +127,21 @@ class TokenScorer(nn.Module):
         return ComparedLogps(*(torch.cat(column) for column in zip(*compared, strict=True)))
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """Run the model up to its head and return the head's inputs [N, H] at the scored positions."""
+        """Run the model up to its head and return the head's inputs [N, H] at the scored positions.
+
+        Rows that must not share a forward pass get one each.
+        """
+        parts = self._rule.parts(batch) if self._rule.limits else []
+        if not parts:
+            return self._pass(batch)
+        hidden = torch.cat([self._pass(part) for part, _ in parts])
+        if batch.layout is not None:
+            batch.layout.calls = min(part.layout.calls for part, _ in parts if part.layout is not None)
+        return hidden.index_select(0, torch.cat([places for _, places in parts]).argsort())
+
+    def _pass(self, batch: Batch) -> Tensor:
+        if self._rule.limits:
+            forget_lengths(self.model)
         captured: list[Tensor] = []
         last = self._last if self._last is not None and not self._last.recomputed else None
 
