@@ -13,7 +13,8 @@ from test_logprobs import FAMILIES, random_model
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.model import layout as layouts
 from tisdpo_cli.model.batch import collate
-from tisdpo_cli.model.layout import make_scorer
+from tisdpo_cli.model.layout import make_scorer, recompute_activations
+from tisdpo_cli.model.loading import load_model
 from tisdpo_cli.model.logprobs import TokenScorer, compare
 from tisdpo_cli.model.row_lengths import length_rule
 
@@ -257,3 +258,42 @@ def test_the_probe_does_not_swallow_running_out_of_memory(monkeypatch, error):
     with pytest.raises(type(error)) as caught:
         make_scorer(random_model("llama"), "auto", None, 64, Listener().note, "m")
     assert caught.value is error
+
+
+def phimoe():
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(
+        **TINY, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5,
+        input_jitter_noise=0.5, max_position_embeddings=128, sliding_window=None,
+    )  # fmt: skip
+    return transformers.PhimoeForCausalLM(config)
+
+
+def test_a_random_router_is_not_random_with_gradient_checkpointing(tmp_path):
+    phimoe().save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    groups = [([1, 2, 3], [[4, 5, 6, 7], [8, 9]]), ([9, 4], [[1], [3, 3, 7, 1]])]
+    scorer = make_scorer(model, "auto", None, 32, Listener().note, "m")
+    batch = collate(groups, 0, scorer.packed)
+    with torch.no_grad():
+        expected = scorer(batch)
+    recompute_activations(scorer)
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert checkpointing
+    assert all(module.training for module in checkpointing)
+    calls = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        values = scorer(batch)
+        assert (values - expected).abs().max() <= BOUND
+        values.sum().backward()
+    assert len(calls) == 6, "computed again in the backward pass"
+    recompute_activations(scorer)
+
+
+def test_a_model_that_stays_random_is_refused():
+    model = random_model("llama")
+    scorer = make_scorer(model, "auto", None, 32, Listener().note, "m")
+    model.model.norm.register_forward_hook(lambda _m, _i, output: output * (1 + 0.1 * torch.rand(1)))
+    with pytest.raises(ModelError, match="random"):
+        recompute_activations(scorer)

@@ -62,6 +62,29 @@ def make_scorer(
     return TokenScorer(model, autocast, packed=shared, last=last, rule=rule)
 
 
+def recompute_activations(scorer: TokenScorer) -> None:
+    """Switch on gradient checkpointing; more than once changes nothing.
+
+    Only modules that checkpoint get into training mode: everything else stays in evaluation mode, where routers and
+    other parts of a model are not random.
+
+    Raises:
+        ModelError: two forward passes differ even so.
+    """
+    model = scorer.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    groups = _probe(model, _SHORT)
+    with torch.no_grad():
+        first, second = (_logps(scorer, groups, scorer.packed) for _ in range(2))
+    if first.isfinite().all() and float((first - second).abs().max()) > _TOLERANCE:
+        raise ModelError(
+            "log-probs are random with gradient checkpointing", where="--gradient-checkpointing", fix="leave it out"
+        )
+
+
 @torch.inference_mode()
 def _logps_alone(model: nn.Module, groups: _Groups) -> Tensor:
     """Log-probs [N] with one row per forward pass: what no layout may change."""

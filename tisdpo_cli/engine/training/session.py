@@ -19,7 +19,7 @@ from tisdpo_cli.engine.training.profiling import TABLE, TRACE
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Task, Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import reporting_write_errors
-from tisdpo_cli.model.layout import make_scorer
+from tisdpo_cli.model.layout import make_scorer, recompute_activations
 from tisdpo_cli.model.loading import save_model
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer
@@ -77,8 +77,7 @@ def session_scorer(
 def apply_gradient_checkpointing(config: SessionConfig, scorer: TokenScorer) -> None:
     """Switch on gradient checkpointing if the config asks for it; more than once changes nothing."""
     if config.gradient_checkpointing:
-        scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        scorer.model.train()
+        recompute_activations(scorer)
 
 
 def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int], unit: str) -> Plan:
