@@ -96,9 +96,9 @@ def test_samples_have_the_probabilities_of_the_model(toys) -> None:
     exact = {tuple(r): math.exp(logp(model, prompt, r)) for r in responses()}
     assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
     draws = uniform_draws(7, [(0, k) for k in range(n)], LIMIT)
-    samples = sample_all(model, [prompt] * n, draws, Sampling(EOS, EOS, LIMIT), 512)
-    found = [tuple(s.scored(EOS)) for s in samples]
-    assert all(s.ended == (s.scored(EOS)[-1] == EOS) for s in samples)
+    samples = sample_all(model, [prompt] * n, draws, Sampling({EOS}, EOS, LIMIT), 512)
+    found = [tuple(s.scored) for s in samples]
+    assert all(s.ended == (s.scored[-1] == EOS) for s in samples)
     for response, p in exact.items():
         assert abs(found.count(response) / n - p) <= 5 * math.sqrt(p * (1 - p) / n) + 2 / n
 
@@ -113,12 +113,12 @@ def test_the_kl_of_responses_agrees_with_enumeration(toys) -> None:
     exact = sum(math.exp(p) * (p - logp(reference, prompt, list(r))) for r, p in ours.items())
     tokens = sum(math.exp(p) * len(r) for r, p in ours.items())
     samples = sample_all(
-        policy, [prompt] * n, uniform_draws(0, [(0, k) for k in range(n)], LIMIT), Sampling(EOS, EOS, LIMIT), n
+        policy, [prompt] * n, uniform_draws(0, [(0, k) for k in range(n)], LIMIT), Sampling({EOS}, EOS, LIMIT), n
     )
-    batch = collate([(prompt, [s.scored(EOS)]) for s in samples], EOS, packed=False)
+    batch = collate([(prompt, [s.scored]) for s in samples], EOS, packed=False)
     kl = compare(TokenScorer(policy), TokenScorer(reference), batch, "policy||reference").kl
     sums = torch.zeros(n).index_add(0, batch.response_ids, kl.detach()).tolist()
-    per_response, per_token = mean(sums), ratio(sums, [len(s.scored(EOS)) for s in samples])
+    per_response, per_token = mean(sums), ratio(sums, [len(s.scored) for s in samples])
     assert exact > 0.3
     assert abs(per_response.value - exact) <= 4 * per_response.standard_error
     assert abs(per_token.value - exact / tokens) <= 4 * per_token.standard_error
@@ -130,7 +130,7 @@ def test_the_kl_of_responses_agrees_with_enumeration(toys) -> None:
 def test_padding_and_batches_change_nothing(toys, pad: int, temperature: float) -> None:
     prompts = [[1], [2, 3, EOS, 4], [4, 4], [EOS, EOS, 1, 2, 3, 1]] * 3
     draws = uniform_draws(3, [(i, 0) for i in range(len(prompts))], 6)
-    sampled = [sample_all(toys[0], prompts, draws, Sampling(EOS, pad, 6, temperature), size) for size in (1, 3, 12)]
+    sampled = [sample_all(toys[0], prompts, draws, Sampling({EOS}, pad, 6, temperature), size) for size in (1, 3, 12)]
     assert sampled[0] == sampled[1] == sampled[2]
     assert len({tuple(s.ids) for s in sampled[0]}) > 1
 
@@ -449,6 +449,6 @@ def test_a_loaded_model_samples_the_same_alone_and_in_a_batch(contrast: Path) ->
     """The trained family with its cache: one row at a time or all at once."""
     model, tokenizer = load_model(contrast / "dpo"), load_tokenizer(contrast / "dpo")
     prompts = tokenizer.encode(["Hello there, who are you?", "Why?", "\n\nHuman: bread\n\nAssistant:"])
-    sampling = Sampling(tokenizer.eos, tokenizer.pad, 10)
+    sampling = Sampling({tokenizer.eos}, tokenizer.pad, 10)
     draws = uniform_draws(0, [(i, 0) for i in range(3)], 10)
     assert sample_all(model, prompts, draws, sampling, 1) == sample_all(model, prompts, draws, sampling, 3)

@@ -16,7 +16,7 @@ from tisdpo_cli.model.batch import collate
 from tisdpo_cli.model.layout import make_scorer, recompute_activations
 from tisdpo_cli.model.loading import load_model
 from tisdpo_cli.model.logprobs import TokenScorer, compare
-from tisdpo_cli.model.row_lengths import length_rule
+from tisdpo_cli.model.row_lengths import LengthRule, length_rule
 
 BOUND = 1e-4
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -146,7 +146,7 @@ def test_without_the_rule_they_are_far_off(rope):
     torch.manual_seed(0)
     model = scaled(ROPES[rope]())
     scorer = TokenScorer(model)
-    scorer._rule = type(scorer._rule)()
+    scorer.rule = LengthRule()
     with torch.no_grad():
         assert (scorer(collate(groups, 0, packed=False)) - expected).abs().max() > 100 * BOUND
 

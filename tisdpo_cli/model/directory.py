@@ -249,6 +249,16 @@ def _code(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if coded else []
 
 
+def end_ids(path: Path) -> list[int]:
+    """Ids of the tokens with which a model ends a response, from its generation config or else its configuration."""
+    generation = path / "generation_config.json"
+    config = _read_json(generation if generation.is_file() else path / "config.json", "")
+    ids = config.get("eos_token_id")
+    if ids is None and not generation.is_file() and isinstance(config.get("text_config"), dict):
+        ids = config["text_config"].get("eos_token_id")
+    return sorted({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0})
+
+
 def content_hashes(models: Mapping[str, Path | None], files: Mapping[str, Path]) -> dict[str, str]:
     """Hash the models and the dataset that a command reads, under the keys `content of NAME`.
 

@@ -64,7 +64,7 @@ class TokenScorer(nn.Module):
         rule: LengthRule | None = None,
     ) -> None:
         super().__init__()
-        self._rule = length_rule(model) if rule is None else rule
+        self.rule = length_rule(model) if rule is None else rule
         self.model = model
         self.autocast_dtype = autocast
         self.packed = packed
@@ -131,7 +131,7 @@ class TokenScorer(nn.Module):
 
         Rows that must not share a forward pass get one each.
         """
-        parts = self._rule.parts(batch) if self._rule.limits else []
+        parts = self.rule.parts(batch) if self.rule.limits else []
         if not parts:
             return self._pass(batch)
         hidden = torch.cat([self._pass(part) for part, _ in parts])
@@ -140,7 +140,7 @@ class TokenScorer(nn.Module):
         return hidden.index_select(0, torch.cat([places for _, places in parts]).argsort())
 
     def _pass(self, batch: Batch) -> Tensor:
-        if self._rule.limits:
+        if self.rule.limits:
             forget_lengths(self.model)
         captured: list[Tensor] = []
         last = self._last if self._last is not None and not self._last.recomputed else None

@@ -20,7 +20,7 @@ from tisdpo_cli.engine.evaluation.samples import reward_at_baseline_kl, samples_
 from tisdpo_cli.engine.evaluation.sampling import Sampling, uniform_draws
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import sha256, write_text
-from tisdpo_cli.model.directory import hash_model, locate_model
+from tisdpo_cli.model.directory import end_ids, hash_model, locate_model
 from tisdpo_cli.model.loading import check_fit, positions_of
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Reporter
@@ -108,13 +108,15 @@ def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[Pol
     ]
     keys = [(pair.index, number) for pair in prompted for number in range(per_prompt)]
     autocast = autocast_dtype(runtime.precision(settings.dtype, scoring=True))
+    # The same for all models, which share a tokenizer.
+    ends = {tokenizer.eos}.union(*(end_ids(model.path) for model in models))
     return EvaluationTask(
         runtime=runtime,
         tokenizer=tokenizer,
         pairs=kept,
         prompts=prompts,
         draws=uniform_draws(settings.seed, keys, limit) if keys else torch.empty(0, limit),
-        sampling=Sampling(tokenizer.eos, tokenizer.pad, limit, settings.temperature, autocast),
+        sampling=Sampling(ends, tokenizer.pad, limit, settings.temperature, autocast),
         samples_per_prompt=per_prompt,
         batch_size=settings.batch_size,
         beta=settings.beta,

@@ -18,8 +18,9 @@ from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.evaluation.results import PairMetrics, PolicyMetrics, SampleMetrics
 from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, sample_all
 from tisdpo_cli.engine.evaluation.statistics import mean, perplexity, ratio, repetition
-from tisdpo_cli.errors import RankError
+from tisdpo_cli.errors import RankError, UsageError
 from tisdpo_cli.method.objectives import response_sums
+from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.loading import load_model, move_to_device
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, compare
 from tisdpo_cli.model.tokenizer import Tokenizer
@@ -151,7 +152,24 @@ def _result(
 def _load(task: EvaluationTask, policy: PolicyRef) -> TokenScorer:
     model = move_to_device(load_model(policy.path, task.trust_remote_code), task.runtime.device)
     model.requires_grad_(False)
-    return TokenScorer(model, task.sampling.autocast)
+    longest = max((pair.longest for pair in task.pairs), default=0)
+    generated = max((len(prompt.ids) + task.sampling.new_tokens for prompt in task.prompts), default=0)
+    autocast, note = task.sampling.autocast, task.runtime.reporter.note
+    scorer = make_scorer(model, "separate", autocast, max(longest, generated), note, policy.name)
+    _check_generated(scorer, policy, generated, task.sampling.new_tokens)
+    return scorer
+
+
+def _check_generated(scorer: TokenScorer, policy: PolicyRef, longest: int, new_tokens: int) -> None:
+    """Refuse to generate beyond a length from which the positions of all earlier tokens change."""
+    limit = min((limit for limit, _ in scorer.rule.limits if limit), default=longest)
+    if longest > limit:
+        raise UsageError(
+            f"with the longest prompt this exceeds {limit} tokens, where the rope scaling of {policy.name} changes; "
+            "responses across that length cannot be generated",
+            where=f"--max-new-tokens {new_tokens}",
+            fix="lower it or --max-prompt-length, or use --sample-prompts 0",
+        )
 
 
 def _response_sums(
@@ -213,7 +231,7 @@ def _generate(task: EvaluationTask, policy: TokenScorer, reference: TokenScorer,
     """Responses of a policy to all prompts, from the same random numbers for every policy."""
     prompts = [prompt.ids for prompt in task.prompts]
     samples = sample_all(policy.model, prompts, task.draws, task.sampling, task.batch_size) if prompts else []
-    rows = [(ids, sample.scored(task.tokenizer.eos)) for ids, sample in zip(prompts, samples, strict=True)]
+    rows = [(ids, sample.scored) for ids, sample in zip(prompts, samples, strict=True)]
     kl = [total for _, _, total in _response_sums(task, policy, reference, rows, progress)]
     texts = [task.tokenizer.text(sample.ids) for sample in samples]
     return Generations(samples, texts, kl)
@@ -224,7 +242,7 @@ def _sample_metrics(task: EvaluationTask, generations: Generations) -> SampleMet
     if not samples:
         return None
     n, on_policy = len(samples), task.sampling.temperature == 1
-    counts = [len(sample.scored(task.tokenizer.eos)) for sample in samples]
+    counts = [len(sample.scored) for sample in samples]
     return SampleMetrics(
         samples=n,
         length=sum(len(sample.ids) for sample in samples) / n,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tisdpo_cli.model.row_lengths import forget_lengths
 
 Ids = Sequence[int]
 
@@ -24,16 +26,22 @@ class Sample:
     """One sampled response.
 
     Attributes:
-        ids: token ids without the EOS.
-        ended: whether it ends with an EOS; otherwise it reached the limit of new tokens.
+        ids: token ids without the token that ended it.
+        end: id of the token that ended it, or None if it reached the limit of new tokens.
     """
 
     ids: list[int]
-    ended: bool
+    end: int | None
 
-    def scored(self, eos: int) -> list[int]:
-        """All sampled tokens: the response, with its EOS if it has one."""
-        return [*self.ids, eos] if self.ended else self.ids
+    @property
+    def ended(self) -> bool:
+        """Whether a token ended it."""
+        return self.end is not None
+
+    @property
+    def scored(self) -> list[int]:
+        """All sampled tokens: the response, with the token that ended it if there is one."""
+        return self.ids if self.end is None else [*self.ids, self.end]
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,14 @@ class Sampling:
     """How responses are sampled.
 
     Attributes:
-        eos: id of the token that ends a response.
-        pad: id that pads rows; may be the EOS, because padding is known by length.
-        new_tokens: N, including the EOS.
+        eos: ids of the tokens that end a response.
+        pad: id that pads rows; may be one of these, because padding is known by length.
+        new_tokens: N, including the token that ends a response.
         temperature: 0 is greedy.
         autocast: dtype to compute in, or None for the dtype of the weights.
     """
 
-    eos: int
+    eos: Set[int]
     pad: int
     new_tokens: int
     temperature: float = 1.0
@@ -104,17 +112,19 @@ def sample(model: nn.Module, prompts: Sequence[Ids], draws: Tensor, sampling: Sa
     device = next(model.parameters()).device
     input_ids, mask = (tensor.to(device) for tensor in left_padded(prompts, sampling.pad))
     draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    ends = torch.tensor(sorted(sampling.eos), device=device)
+    forget_lengths(model)
     decoder = _Decoder(model, mask, sampling.autocast)
     columns: list[Tensor] = []
     unfinished = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for t in range(sampling.new_tokens):
         tokens = pick(decoder.next_logits(input_ids), draws[:, t], sampling.temperature)
         columns.append(tokens)
-        unfinished &= tokens != sampling.eos
+        unfinished &= ~torch.isin(tokens, ends)
         if not unfinished.any():
             break
         input_ids = tokens[:, None]
-    return [_until_eos(row, sampling.eos) for row in torch.stack(columns, 1).tolist()]
+    return [_until_end(row, sampling.eos) for row in torch.stack(columns, 1).tolist()]
 
 
 def left_padded(prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
@@ -174,5 +184,6 @@ def pick(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-def _until_eos(ids: list[int], eos: int) -> Sample:
-    return Sample(ids[: ids.index(eos)], True) if eos in ids else Sample(ids, False)
+def _until_end(ids: list[int], eos: Set[int]) -> Sample:
+    end = next((i for i, token in enumerate(ids) if token in eos), None)
+    return Sample(ids, None) if end is None else Sample(ids[:end], ids[end])

@@ -20,6 +20,7 @@ from tisdpo_cli.engine.training.session import (
     apply_gradient_checkpointing,
     parameter_count,
     plan_training,
+    report_end_token,
     run_training,
     session_scorer,
 )
@@ -91,6 +92,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
         tokenizer = _load_tokenizer(training)
+        report_end_token(runtime.reporter, models.policy_path, tokenizer)
         pairs = prepare_pairs(training.source, tokenizer, runtime.reporter)
         plan = plan_training(runtime, training.session, [pair.tokens.tokens for pair in pairs[0]], PairTask.unit)
         policy = _load_scorer(runtime, training, pairs)

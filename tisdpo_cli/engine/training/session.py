@@ -19,10 +19,12 @@ from tisdpo_cli.engine.training.profiling import TABLE, TRACE
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Task, Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import reporting_write_errors
+from tisdpo_cli.model.directory import end_ids
 from tisdpo_cli.model.layout import make_scorer, recompute_activations
 from tisdpo_cli.model.loading import save_model
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer
+from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import METRICS_FILE, Output, apply_umask
 from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype
 from tisdpo_cli.runs.stage import StageResult
@@ -78,6 +80,22 @@ def apply_gradient_checkpointing(config: SessionConfig, scorer: TokenScorer) -> 
     """Switch on gradient checkpointing if the config asks for it; more than once changes nothing."""
     if config.gradient_checkpointing:
         recompute_activations(scorer)
+
+
+def report_end_token(reporter: Reporter, path: Path, tokenizer: Tokenizer) -> None:
+    """Report which token a training teaches as the end of a response, if the model ends with others too."""
+    ids = end_ids(path)
+    if ids == [tokenizer.eos]:
+        return
+    others = ", ".join(_token_name(token, tokenizer) for token in ids if token != tokenizer.eos)
+    its_ends = "names none" if not ids else f"{'also ' if tokenizer.eos in ids else ''}names {others}"
+    taught = _token_name(tokenizer.eos, tokenizer)
+    reporter.note(f"training teaches {taught} as the end of a response; the model's generation_config {its_ends}")
+
+
+def _token_name(token: int, tokenizer: Tokenizer) -> str:
+    known = token < len(tokenizer.backend)
+    return f"{tokenizer.pieces([token])[0]!r} (id {token})" if known else f"id {token}"
 
 
 def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int], unit: str) -> Plan:

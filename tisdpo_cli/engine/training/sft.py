@@ -20,6 +20,7 @@ from tisdpo_cli.engine.training.session import (
     TrainingSetup,
     parameter_count,
     plan_training,
+    report_end_token,
     run_training,
     session_scorer,
 )
@@ -196,6 +197,7 @@ def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
     check_fit(source.model, tokenizer, source.options.limits.max_length, source.trust_remote_code)
     for notice in tokenizer.notices:
         reporter.note(notice)
+    report_end_token(reporter, source.model, tokenizer)
     return tokenizer
 
 
