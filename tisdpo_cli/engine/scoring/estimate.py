@@ -181,8 +181,8 @@ def _warn_of_bf16(
 
 
 def _parts(estimation: _Estimation, splits: Mapping[str, Split]) -> list[Part]:
-    batch_size = estimation.scoring.batch_size
-    return [part for name, split in splits.items() for part in split_into_parts(name, split.encoded, batch_size)]
+    size, layout = estimation.scoring.batch_size, estimation.scoring.layout
+    return [part for name, split in splits.items() for part in split_into_parts(name, split.encoded, size, layout)]
 
 
 def _scored_output(

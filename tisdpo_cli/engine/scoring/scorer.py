@@ -56,9 +56,13 @@ class Part:
         return f"{self.split}-{self.number:06d}-{side}.safetensors"
 
 
-def split_into_parts(split: str, encoded: Sequence[EncodedPair], batch_size: int) -> list[Part]:
-    """Batches of similar length, longest first, so that running out of memory shows at once."""
-    order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens)
+def split_into_parts(split: str, encoded: Sequence[EncodedPair], batch_size: int, layout: str = "auto") -> list[Part]:
+    """Batches of similar length, longest first, so that running out of memory shows at once.
+
+    Separate rows are padded to the longest of their batch, so its length counts there.
+    """
+    costs = [pair.longest if layout == "separate" else pair.tokens for pair in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: -costs[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [Part(split, i, batches[i : i + _BATCHES_PER_PART]) for i in range(0, len(batches), _BATCHES_PER_PART)]
 

@@ -56,6 +56,12 @@ def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | No
     return Plan(examples, batch_size, updates, seed)
 
 
+class PaddedCosts(list[int]):
+    """Tokens of each example in rows that are padded to the longest one of their pass: a pass costs its number of
+    examples times the largest of them, where packed examples cost their sum.
+    """
+
+
 @dataclass(frozen=True)
 class Microbatching:
     """How a batch is split into forward passes: by tokens, by examples, or into a number of passes.
@@ -74,10 +80,16 @@ class Microbatching:
         """Split a batch into forward passes: [rank][pass] → examples.
 
         Every rank gets the same number of passes of similar size; with too few examples some are empty.
+
+        Args:
+            batch: examples.
+            costs: tokens of each example; `PaddedCosts` in separate rows.
+            world: number of ranks.
         """
         ordered = sorted(batch, key=lambda i: -costs[i])
         if self.tokens is not None:
-            groups = _within(ordered, costs, self.tokens, world)
+            within = _padded_within if isinstance(costs, PaddedCosts) else _within
+            groups = within(ordered, costs, self.tokens, world)
         else:
             passes = self.passes or math.ceil(len(batch) / ((self.micro or len(batch)) * world))
             groups = _even_parts(ordered, passes * world)
@@ -106,6 +118,35 @@ def _within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: in
         if all(len(group) <= 1 or sum(costs[i] for i in group) <= tokens for group in groups):
             return groups
         passes += 1
+
+
+def _padded_within(ordered: Sequence[int], costs: Sequence[int], tokens: int, world: int) -> list[list[int]]:
+    """Like `_within`, for examples from the longest on that are padded to the first of their group."""
+    parts = math.ceil(len(_cut(ordered, costs, tokens)) / world) * world
+    alone = [[i] for i in ordered if costs[i] > tokens]
+    others = ordered[len(alone) :]
+    # The smallest limit that needs no more groups: it makes them similar.
+    low, high = (costs[others[0]], tokens) if others else (0, 0)
+    while low < high:
+        middle = (low + high) // 2
+        fits = len(alone) + len(_cut(others, costs, middle)) <= parts
+        low, high = (low, middle) if fits else (middle + 1, high)
+    groups = alone + _cut(others, costs, high)
+    while len(groups) < parts and any(len(group) > 1 for group in groups):
+        heaviest = max(range(len(groups)), key=lambda k: (len(groups[k]) > 1) * len(groups[k]) * costs[groups[k][0]])
+        groups[heaviest : heaviest + 1] = _even_parts(groups[heaviest], 2)
+    return groups + [[] for _ in range(parts - len(groups))]
+
+
+def _cut(ordered: Sequence[int], costs: Sequence[int], tokens: int) -> list[list[int]]:
+    """Consecutive groups that cost at most this many tokens each when padded, or hold one example."""
+    groups: list[list[int]] = []
+    for i in ordered:
+        if groups and (len(groups[-1]) + 1) * costs[groups[-1][0]] <= tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _balanced(ordered: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from tisdpo_cli.engine.arguments import read_options
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, planned_passes
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
-from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
+from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair, pair_costs
 from tisdpo_cli.engine.training.reference import ReferencePass
 from tisdpo_cli.engine.training.session import (
     SessionConfig,
@@ -94,7 +94,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         tokenizer = _load_tokenizer(training)
         report_end_token(runtime.reporter, models.policy_path, tokenizer)
         pairs = prepare_pairs(training.source, tokenizer, runtime.reporter)
-        plan = plan_training(runtime, training.session, [pair.tokens.tokens for pair in pairs[0]], PairTask.unit)
+        plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
         policy = _load_scorer(runtime, training, pairs)
         if output is None:
             _show_first(runtime.reporter, pairs[0][0], tokenizer)
@@ -172,6 +172,11 @@ def _load_tokenizer(training: _Training) -> Tokenizer:
     return tokenizer
 
 
+def _plan_costs(training: _Training, pairs: Sequence[WeightedPair]) -> Sequence[int]:
+    """Costs before the model is loaded, when `auto` is taken to pack."""
+    return pair_costs(pairs, packed=training.session.layout != "separate")
+
+
 def _longest(pairs: _Pairs) -> int:
     return max(pair.tokens.longest for split in pairs for pair in split)
 
@@ -194,7 +199,7 @@ def _set_up(
     _show_banner(runtime.reporter, training, policy)
     policy, reference = _with_reference_model(runtime, training, policy, _longest(pairs))
     # The reference leaves memory with this function, unless a task holds it.
-    task, eval_task = _tasks(runtime, training, output, reference, tokenizer.pad, pairs, plan)
+    task, eval_task = _tasks(runtime, training, output, (policy, reference), tokenizer.pad, pairs, plan)
     same_start, precision = _same_start(output), training.session.precision
     return TrainingSetup(
         task,
@@ -229,7 +234,7 @@ def _tasks(
     runtime: Runtime,
     training: _Training,
     output: Output,
-    reference: TokenScorer,
+    scorers: tuple[TokenScorer, TokenScorer],
     pad: int,
     pairs: _Pairs,
     plan: Plan,
@@ -239,6 +244,7 @@ def _tasks(
     The reference is read once, before training, unless the objective needs its whole distribution.
     """
     train, test = pairs
+    policy, reference = scorers
     loss = training.loss
     if loss.needs.divergence is not None:
         return PairTask(train, reference, loss, pad), PairTask(test, reference, loss, pad) if test else None
@@ -253,7 +259,7 @@ def _tasks(
         split = Microbatching(tokens=runtime.token_budget(config.num_hidden_layers, config.hidden_size))
     reference_pass = ReferencePass(runtime, reference, pad, split, source, training.cache)
     if training.session.precision == "bf16":
-        return _aligned_tasks(runtime, training, reference_pass, pad, pairs, plan)
+        return _aligned_tasks(runtime, training, reference_pass, pad, pairs, plan, policy.packed)
     task, *others = (
         PairTask(_with_reference_logps(split, reference_pass, training.swapped), None, loss, pad)
         for split in pairs
@@ -269,18 +275,19 @@ def _aligned_tasks(
     pad: int,
     pairs: _Pairs,
     plan: Plan,
+    packed: bool,
 ) -> tuple[PairTask, PairTask | None]:
     """Tasks whose reference was computed in their own forward passes, where the passes change the numbers."""
     train, test = pairs
     session, world, rank = training.session, runtime.world, runtime.rank
     # A layer that recomputes its activations computes all positions, the reference then too.
     apply_gradient_checkpointing(session, reference_pass.scorer)
-    passes = planned_passes(plan, session.microbatching, [pair.tokens.tokens for pair in train], world, rank)
+    passes = planned_passes(plan, session.microbatching, pair_costs(train, packed), world, rank)
     logps = reference_pass.run_passes([pair.tokens for pair in train], passes)
     task = PairTask(train, logps, training.loss, pad)
     if not test:
         return task, None
-    costs = [pair.tokens.tokens for pair in test]
+    costs = pair_costs(test, packed)
     split = Microbatching(micro=session.eval_batch_size)
     passes = [examples for examples in split.passes_of(range(len(test)), costs, world, rank) if examples]
     return task, PairTask(test, reference_pass.run_passes([pair.tokens for pair in test], passes), training.loss, pad)

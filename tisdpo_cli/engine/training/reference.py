@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tisdpo_cli.data.tokens import EncodedPair
-from tisdpo_cli.engine.training.batching import Microbatching
+from tisdpo_cli.engine.training.batching import Microbatching, PaddedCosts
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
@@ -59,7 +59,9 @@ class ReferencePass:
         packages = {name: version for name, version in versions().items() if name in computing}
         # Threads and the shape of a matrix product change the last bits.
         split = vars(microbatching)
-        layout = {"packed": scorer.packed, **split, "pairs": _PAIRS_PER_PART, "code": REVISION}
+        # Separate rows are grouped by their padded length.
+        grouping = {} if scorer.packed else {"grouping": "padded"}
+        layout = {"packed": scorer.packed, **grouping, **split, "pairs": _PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
         device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else kind
         machine = {"device": device, "threads": torch.get_num_threads()}
@@ -130,7 +132,9 @@ class ReferencePass:
     def _compute(self, pairs: Sequence[EncodedPair], progress: Progress) -> Tensor:
         """Log-probs [N] of these pairs, one after the other, chosen before rejected."""
         computed: dict[int, Logps] = {}
-        for batch in self.microbatching.split(range(len(pairs)), [pair.tokens for pair in pairs], world=1)[0]:
+        packed = self.scorer.packed
+        costs = [pair.tokens for pair in pairs] if packed else PaddedCosts(2 * pair.longest for pair in pairs)
+        for batch in self.microbatching.split(range(len(pairs)), costs, world=1)[0]:
             logps, groups = self._score([pairs[i] for i in batch], progress)
             sides = [
                 logps_of.split([len(r[k]) for _, r in groups]) for k, logps_of in enumerate(_halves(logps, groups))

@@ -161,6 +161,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
         output.start(config.config_yaml)
     runtime.wait()
     apply_gradient_checkpointing(config, setup.scorer)
+    _report_separate_passes(reporter, config, setup, runtime.world)
     trainer = Trainer(runtime, setup.scorer, setup.task, setup.plan, config.microbatching, config.schedule)
     with StopRequest() as stop:
         metrics = trainer.train(
@@ -187,6 +188,18 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
     if stop.signal:
         raise Interrupted(stop.signal, f"interrupted; {output.path} is finished", fix="rerun the same command")
     return result
+
+
+def _report_separate_passes(reporter: Reporter, config: SessionConfig, setup: TrainingSetup, world: int) -> None:
+    """Report the forward passes of a step if the model needs separate rows, which the plan did not know."""
+    if config.layout != "auto" or setup.scorer.packed:
+        return
+    batch = setup.plan.batch(0)
+    packed, separate = (
+        len(config.microbatching.split(batch, costs, world)[0]) for costs in (setup.task.costs, setup.task.padded_costs)
+    )
+    if packed != separate:
+        reporter.note(f"{separate} forward passes per step with separate rows")
 
 
 def _checkpoint_config(config: SessionConfig, output: Output) -> CheckpointConfig:

@@ -16,6 +16,7 @@ from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import cut
 from tisdpo_cli.engine.arguments import read_options
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
+from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.session import (
     TrainingSetup,
     parameter_count,
@@ -53,6 +54,7 @@ class SftTask:
     def __init__(self, examples: Sequence[EncodedExample], pad: int) -> None:
         self.examples, self.pad = examples, pad
         self.costs: list[int] = [len(e.given) + len(e.learned) for e in examples]
+        self.padded_costs = PaddedCosts(self.costs)
 
     @property
     def longest(self) -> int:
@@ -126,7 +128,8 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
             return finished_result(runtime, output)
         tokenizer = _tokenizer(source, runtime.reporter)
         task, eval_task = _tasks(source, tokenizer, runtime.reporter)
-        plan = plan_training(runtime, session, task.costs, SftTask.unit)
+        costs = task.padded_costs if session.layout == "separate" else task.costs
+        plan = plan_training(runtime, session, costs, SftTask.unit)
         if output is None:
             runtime.reporter.note("dry run: nothing was trained")
             return StageResult(Path(settings.output_dir), {}, fresh=False)

@@ -44,7 +44,11 @@ class Task(Protocol):
 
     @property
     def costs(self) -> Sequence[int]:
-        """Tokens of each example."""
+        """Tokens of each example in packed rows."""
+
+    @property
+    def padded_costs(self) -> Sequence[int]:
+        """Tokens of each example in separate rows."""
 
     def normaliser(self, examples: Sequence[int]) -> float:
         """The divisor that turns sums over these examples into the loss and the metrics."""
@@ -216,7 +220,10 @@ class Trainer:
         return total
 
     def _passes(self, batch: Sequence[int]) -> list[list[int]]:
-        return self.microbatching.passes_of(batch, self.task.costs, self.runtime.world, self.runtime.rank)
+        return self.microbatching.passes_of(batch, self._costs(self.task), self.runtime.world, self.runtime.rank)
+
+    def _costs(self, task: Task) -> Sequence[int]:
+        return task.costs if getattr(self.model_scorer, "packed", True) else task.padded_costs
 
     def _clip(self, batch: Sequence[int]) -> float:
         norm = float(self.runtime.accelerator.clip_grad_norm_(self.scorer.parameters(), self.schedule.max_grad_norm))
@@ -236,7 +243,7 @@ class Trainer:
         runtime = self.runtime
         total = torch.zeros(len(task.metrics), dtype=torch.float64, device=runtime.device)
         with torch.no_grad():
-            for batch in split.passes_of(examples, task.costs, runtime.world, runtime.rank):
+            for batch in split.passes_of(examples, self._costs(task), runtime.world, runtime.rank):
                 if batch:
                     total += task.forward(self.model_scorer, batch)[1]
         return runtime.total(total)
