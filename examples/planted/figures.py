@@ -85,8 +85,8 @@ def ask(world: World, policy: nn.Module, sft: nn.Module) -> PolicyResult:
     """Sample from a policy; every policy meets the same chances."""
     prompts = [language.prompt_text("plain", topics) for topics in world.held for _ in range(world.sizes.samples)]
     said = sample_from(policy, prompts, f"held/{world.seed}")
-    eos, pad = language.ID[language.EOS], language.ID[language.PAD]
-    rows = [([language.ID[w] for w in p.split()], [s.scored(eos)]) for p, s in zip(prompts, said, strict=True)]
+    pad = language.ID[language.PAD]
+    rows = [([language.ID[w] for w in p.split()], [s.scored]) for p, s in zip(prompts, said, strict=True)]
     total = 0.0
     for start in range(0, len(rows), 1024):
         batch = collate(rows[start : start + 1024], pad, packed=False)

@@ -267,7 +267,7 @@ def new_model(folder: Path, seed: int) -> None:
 
 def sample_from(model: nn.Module, prompts: list[str], seed: str) -> list[Sample]:
     """Responses, one to each prompt; the same prompt asked again gets another one."""
-    how = Sampling(language.ID[language.EOS], language.ID[language.PAD], language.LONGEST)
+    how = Sampling({language.ID[language.EOS]}, language.ID[language.PAD], language.LONGEST)
     ids = [[language.ID[word] for word in prompt.split()] for prompt in prompts]
     draws = torch.rand(len(ids), how.new_tokens, generator=_generator(seed), dtype=torch.float64)
     return sample_all(model, ids, draws, how, batch_size=1024)

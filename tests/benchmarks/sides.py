@@ -34,15 +34,16 @@ def import_here(where: Path) -> Clock:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import tisdpo_cli.engine.scoring.scorer
-    import tisdpo_cli.engine.training.preference
+    from tisdpo_cli.engine.scoring import estimate, scorer
+    from tisdpo_cli.engine.training import preference
 
     AutoModelForCausalLM.from_pretrained(where / "model").to(device())
     AutoTokenizer.from_pretrained(where / "model")
     clock = Clock()
-    for engine in (tisdpo_cli.engine.scoring.scorer, tisdpo_cli.engine.training.preference):
-        engine.load_model = _timed(_there(engine.load_model), clock)  # type: ignore[attr-defined]
-        engine.load_tokenizer = _timed(engine.load_tokenizer, clock)  # type: ignore[attr-defined]
+    for module in (scorer, preference):
+        module.load_model = _timed(_there(module.load_model), clock)  # type: ignore[attr-defined]
+    for module in (estimate, preference):
+        module.load_tokenizer = _timed(module.load_tokenizer, clock)  # type: ignore[attr-defined]
     return clock
 
 
