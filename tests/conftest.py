@@ -24,6 +24,9 @@ from tisdpo_cli.reporter import Silent
 # On models this small a second thread only waits for the first.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Under nohup, or behind `&` in a script, these are ignored, and so they would be in the programs that tests interrupt.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # What is kept between runs stays out of the user's own cache, and comes from this session alone.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tisdpo-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
