@@ -9,7 +9,7 @@ from __future__ import annotations
 FORMATS: dict[str, tuple[str, ...]] = {
     "JSONL": (".jsonl", ".ndjson"),
     "JSON": (".json",),
-    "CSV": (".csv",),
+    "CSV": (".csv", ".tsv"),
     "Parquet": (".parquet",),
 }
 
@@ -17,3 +17,18 @@ FORMATS: dict[str, tuple[str, ...]] = {
 FORMAT_NAMES = f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}"
 # Suffix to the name of its format.
 FORMAT_OF_SUFFIX: dict[str, str] = {suffix: name for name, suffixes in FORMATS.items() for suffix in suffixes}
+# What may follow the suffix of a text format.
+COMPRESSED = ".gz"
+
+
+def format_of(name: str) -> str | None:
+    """Return the format of a file by its name, or None if it is unknown.
+
+    >>> format_of("a/train.jsonl.gz"), format_of("x.CSV"), format_of("x.parquet.gz"), format_of("x")
+    ('JSONL', 'CSV', None, None)
+    """
+    lower = name.lower()
+    inner = lower.removesuffix(COMPRESSED)
+    found = next((kind for suffix, kind in FORMAT_OF_SUFFIX.items() if inner.endswith(suffix)), None)
+    # Parquet is compressed inside, and has to be read from its end.
+    return None if found == "Parquet" and inner != lower else found

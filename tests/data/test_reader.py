@@ -153,7 +153,7 @@ def test_harmless_differences_change_nothing(write: Write, content: str) -> None
 
 
 def test_columns_and_values_come_as_they_are(write: Write) -> None:
-    row = {"z": 1, "prompt": " p\n", "a": None, "n": 1.5, "l": [1, {"x": "é"}], "nul": "a\x00b", "half": "😀"}
+    row = {"z": 1, "prompt": " p\n", "a": None, "n": 1.5, "l": [1, {"x": "é"}], "bell": "a\x07b", "half": "😀"}
     (read_row,) = read_rows(write([row]))
     assert read_row.columns == row
     assert list(read_row.columns) == list(row)
@@ -282,7 +282,7 @@ def test_an_element_that_is_no_row_is_told_and_the_others_are_read(write: Write,
         ("[{},\n]", "x.jsonl:2:1: malformed JSON: Illegal trailing comma"),
         ("[{}", "x.jsonl:1:4: malformed JSON"),
         ("[", "x.jsonl:1:2: malformed JSON"),
-        ("[{}]\n{}", "x.jsonl:2:1: malformed JSON: Extra data"),
+        ("[\n{}]\n{}", "x.jsonl:3:1: malformed JSON: Extra data"),
         ("[{}, {'a'}]", "x.jsonl:1:7: malformed JSON"),
         (b"[{},\n\xff]", "x.jsonl:2:1: invalid UTF-8"),
         (b"[{},\n\0]", "x.jsonl:2: a NUL byte"),
@@ -375,7 +375,10 @@ def test_an_empty_text_is_told(write: Write, column: str, text: str) -> None:
     ("row", "hint"),
     [
         ({"instruction": "p", "chosen": "c", "rejected": "r"}, "--prompt-column instruction"),
-        ({"instruction": "p", "chosen_response": "c", "rejected": "r"}, "--prompt-column instruction"),
+        (
+            {"instruction": "p", "chosen_response": "c", "rejected": "r"},
+            "try --prompt-column instruction --chosen-column chosen_response",
+        ),
         ({"id": 1, "question": "p", "chosen": "c", "rejected": "r"}, "--prompt-column question"),
         ({"prompt": "p", "preferred": "c", "rejected": "r"}, "--chosen-column preferred"),
         ({"prompt": "p", "chosen": "c", "rejected_response": "r"}, "--rejected-column rejected_response"),
@@ -573,7 +576,7 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
     assert asked == ["owner/pairs"] * 2
 
 
-@pytest.mark.parametrize("name", ["x.tsv", "x.arrow", "x.txt"])
+@pytest.mark.parametrize("name", ["x.xlsx", "x.arrow", "x.txt"])
 def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
     with pytest.raises(DataError, match="convert it to JSONL, JSON, CSV or Parquet"):
         find_splits(str(write([GOOD], name)))

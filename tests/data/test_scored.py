@@ -97,7 +97,7 @@ def test_what_was_not_scored_is_null(tmp_path: Path) -> None:
 
 
 def test_columns_of_the_row_stay_and_keep_their_order(tmp_path: Path) -> None:
-    original = {"id": 7, "chosen": "c\u2028\x00", "meta": {"b": [1, None], "a": "é😀"}, "prompt": " p", "rejected": "r"}
+    original = {"id": 7, "chosen": "c\u2028\x01", "meta": {"b": [1, None], "a": "é😀"}, "prompt": " p", "rejected": "r"}
     (back,) = again(tmp_path / "x.jsonl", [scored_columns(Row("w", original), Scores([1.0], 1.0), Scores([], None))])
     assert {name: back.columns[name] for name in original} == original
     assert list(back.columns)[: len(original)] == list(original)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tisdpo_cli.data.hints import unused_context
 from tisdpo_cli.data.pairs import Columns, read_pairs, text_problem
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
@@ -50,10 +51,18 @@ def read_examples(
     if target == "rejected":
         raise UsageError("instruction rows have no rejected response", where=f"{path}: --target rejected")
     examples, bad = [], []
-    for row in read_rows(path):
+    notices: list[str] = []
+    rows: list[Row] = []
+    for row in read_rows(path, notices):
+        rows += [row] if isinstance(row, Row) else []
         example = row if isinstance(row, BadRow) else _instruction(row, instruction_template)
         bad.append(example) if isinstance(example, BadRow) else examples.append(example)
-    return examples, handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
+    notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
+    return examples, [*notices, *unused_context(path.name, rows, _INSTRUCTION_COLUMNS)]
+
+
+# Of a row in Alpaca's format.
+_INSTRUCTION_COLUMNS = ("instruction", "input", "output")
 
 
 def _holds_instructions(path: Path, columns: Columns) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
+from tisdpo_cli.data.reader import read_rows, shown_path
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError
 
@@ -66,7 +67,8 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
         DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
     """
     rows, bad, total = [], [], 0
-    for row in read_rows(path):
+    notices: list[str] = []
+    for row in read_rows(path, notices):
         total += 1
         problem = row if isinstance(row, BadRow) else _find_problem(row, columns)
         if problem is not None:
@@ -74,38 +76,21 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
         if isinstance(row, Row):
             rows.append((row, problem is None))
     if not total:
-        raise DataError("the file has no rows", where=str(path))
-    _require_columns(path, [row for row, _ in rows], columns)
-    notices = handle_bad_rows(bad, total, on_bad_row)
+        raise DataError("the file has no rows", where=shown_path(path))
+    objects = [row for row, _ in rows]
+    error = missing_columns(path, shown_path(path), objects, columns.named()) if objects else None
+    if error is None and len(bad) == total:
+        error = other_shape(path, shown_path(path))
+    if error is not None:
+        raise error
+    notices += handle_bad_rows(bad, total, on_bad_row)
     valid = [row for row, is_valid in rows if is_valid]
     pairs = [
         Pair(i, row.columns[columns.prompt], row.columns[columns.chosen], row.columns[columns.rejected], row)
         for i, row in enumerate(valid)
     ]
-    return Pairs(pairs, [*notices, *_contradictions(path, pairs)])
-
-
-def _require_columns(path: Path, rows: Sequence[Row], columns: Columns) -> None:
-    """Raise an error if no row has a column, with the option that sets its name."""
-    for role, name in columns.named().items():
-        if rows and not any(name in row.columns for row in rows):
-            present = sorted({key for row in rows[:100] for key in row.columns})
-            others = [key for key in present if key not in columns.named().values()]
-            hint = f"try --{role}-column {shlex.quote(_guess(role, others))}" if others else f"each row needs {role!r}"
-            what = f"expected columns {', '.join(columns.named().values())}; found {', '.join(present) or 'none'}"
-            raise DataError(what, where=str(path), fix=hint)
-
-
-_OTHER_NAMES = {
-    "prompt": ("instruction", "question", "query", "input", "context"),
-    "chosen": ("chosen", "preferred", "better", "win", "accept"),
-    "rejected": ("reject", "dispreferred", "worse", "lose"),
-}
-
-
-def _guess(role: str, names: Sequence[str]) -> str:
-    """The column that most likely has a role."""
-    return next((name for word in _OTHER_NAMES[role] for name in names if word in name.lower()), names[0])
+    unused = unused_context(path.name, valid, list(columns.named().values()))
+    return Pairs(pairs, [*notices, *unused, *_contradictions(path, pairs)])
 
 
 def _find_problem(row: Row, columns: Columns) -> BadRow | None:
@@ -121,10 +106,24 @@ def _find_problem(row: Row, columns: Columns) -> BadRow | None:
 def text_problem(value: Any) -> str | None:
     """Return why a value cannot be the text of a prompt or response, or None."""
     if isinstance(value, list):
-        return "is a list; a string is needed (for a conversation: the text rendered by the model's chat template)"
+        return (
+            "is a list; a string is needed (for a conversation: the text rendered by the model's chat template, with "
+            "--special-tokens-in-data parse)"
+        )
     if not isinstance(value, str):
         return f"is {'null' if value is None else type(value).__name__}; a string is needed"
-    return None if value.strip() else "is empty"
+    if not value.strip():
+        return "is empty"
+    return "is empty (only invisible characters)" if all(map(_is_invisible, value)) else None
+
+
+# Letters without a shape, which are no format characters to Unicode.
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
+
+
+def _is_invisible(ch: str) -> bool:
+    """Whether a character alone shows nothing: blank, control, format (such as U+200B), filler or mark."""
+    return ch.isspace() or ch in _FILLERS or unicodedata.category(ch) in ("Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs")
 
 
 def _contradictions(path: Path, pairs: Sequence[Pair]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,30 @@ class BadRow:
         return f"{self.where}: {self.why}"
 
 
+def checked_row(where: str, columns: dict[str, Any]) -> Row | BadRow:
+    """Return a row, or a bad one if its text holds what no text may hold, in any column.
+
+    Raises:
+        RecursionError: a value is nested too deeply.
+    """
+    problem = _text_fault(columns)
+    return Row(where, columns) if problem is None else BadRow(where, problem)
+
+
+def _text_fault(value: Any) -> str | None:
+    if isinstance(value, str):
+        if "\0" in value:
+            return "a NUL character (\\u0000) in the text"
+        if not value.isascii() and any("\ud800" <= ch <= "\udfff" for ch in value):
+            return "a lone surrogate (half of a character) in the text"
+        return None
+    if isinstance(value, dict):
+        return next((fault for pair in value.items() for inner in pair if (fault := _text_fault(inner))), None)
+    if isinstance(value, list):
+        return next((fault for inner in value if (fault := _text_fault(inner))), None)
+    return None
+
+
 def handle_bad_rows(bad: list[BadRow], total: int, on_bad_row: str, shown: int = 20) -> list[str]:
     """Raise an error that lists the invalid rows, or return the lines that report them.
 
@@ -41,12 +67,16 @@ def handle_bad_rows(bad: list[BadRow], total: int, on_bad_row: str, shown: int =
     """
     if not bad:
         return []
-    lines = [str(row) for row in bad[:shown]]
-    if len(bad) > shown:
-        lines.append(f"… and {len(bad) - shown} more")
-    if on_bad_row == "skip" and len(bad) < total:
+    if len(bad) >= total:
+        raise _no_valid_row(bad, shown)
+    lines = _listed([str(row) for row in bad], shown)
+    if on_bad_row == "skip":
         return [f"skipped {len(bad)} of {total} rows (invalid):", *lines]
     raise _summary(bad, total, tuple(lines) if len(bad) > 1 else ())
+
+
+def _listed(lines: list[str], shown: int) -> list[str]:
+    return lines[:shown] + ([f"… and {len(lines) - shown} more"] if len(lines) > shown else [])
 
 
 def _summary(bad: list[BadRow], total: int, details: tuple[str, ...]) -> TisdpoError:
@@ -58,4 +88,21 @@ def _summary(bad: list[BadRow], total: int, details: tuple[str, ...]) -> TisdpoE
         where=first.where,
         fix="fix the rows, or skip bad rows with --on-bad-row skip",
         details=details,
+    )
+
+
+def _no_valid_row(bad: Sequence[BadRow], shown: int) -> TisdpoError:
+    """The error if every row is invalid: each kind of problem once, with its count. Skipping would leave nothing."""
+    first, count = bad[0], len(bad)
+    kinds: dict[str, list[BadRow]] = {}
+    for row in bad:
+        # Numbers and quoted values differ from row to row in one kind of problem.
+        kinds.setdefault(re.sub(r"\d+(\.\d+)?", "#", row.why), []).append(row)
+    details = [f"{rows[0]} ({len(rows)} rows)" if len(rows) > 1 else str(rows[0]) for rows in kinds.values()]
+    counted = f" ({count} of {count} rows are invalid)" if count > 1 else ""
+    return DataError(
+        f"{first.why}{counted}",
+        where=first.where,
+        fix="fix the rows" if count > 1 else "fix the row",
+        details=tuple(_listed(details, shown)) if len(details) > 1 else (),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tisdpo_cli.data.rows import BadRow, Row
+from tisdpo_cli.data.stdin import STDIN
 from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.files import sha256
 
@@ -193,6 +194,8 @@ def read_manifest(dataset: Path) -> dict[str, Any] | None:
     Raises:
         DataError: the file is damaged.
     """
+    if str(dataset) == STDIN:
+        return None
     path = (dataset if dataset.is_dir() else dataset.parent) / MANIFEST
     if not path.is_file():
         return None
@@ -208,7 +211,7 @@ def read_manifest(dataset: Path) -> dict[str, Any] | None:
 def split_record(manifest: dict[str, Any], split: Path) -> dict[str, Any] | None:
     """Return the record of a split in `estimate.json`, or None if it has none."""
     counts = manifest.get("counts")
-    record = counts.get(split.stem) if isinstance(counts, dict) else None
+    record = counts.get(split.name.split(".")[0]) if isinstance(counts, dict) else None
     return record if isinstance(record, dict) else None
 
 

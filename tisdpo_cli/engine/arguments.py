@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.pairs import Columns
+from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import Limits, Vocabulary
 from tisdpo_cli.model.directory import content_hashes
 from tisdpo_cli.model.tokenizer import Tokenizer
+from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
 from tisdpo_cli.settings.groups import ColumnOptions, Data
+
+
+def find_dataset(dataset: str, reporter: Reporter) -> dict[str, Path]:
+    """Split name to its file, with a note if the choice needs one; see `find_splits`."""
+    files = find_splits(dataset)
+    for notice in files.notices:
+        reporter.note(notice)
+    return files
 
 
 def columns_of(data: ColumnOptions) -> Columns:
