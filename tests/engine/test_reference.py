@@ -184,9 +184,9 @@ def test_a_kept_tensor_comes_back_to_the_bit(tmp_path: Path) -> None:
     told: list[str] = []
     cache = TensorCache(tmp_path, told.append)
     tensor = torch.tensor([0.1, -0.0, 3e-39, -1e30])
-    assert cache.read("ab12") is None
+    assert cache.read("ab12", 4) is None
     cache.write("ab12", tensor)
-    kept = cache.read("ab12")
+    kept = cache.read("ab12", 4)
     assert kept is not None
     assert kept.numpy().tobytes() == tensor.numpy().tobytes()
     assert [path.name for path in (cache.directory / "ab").iterdir()] == ["ab12.safetensors"]

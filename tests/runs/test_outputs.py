@@ -114,7 +114,7 @@ def test_a_reference_must_read_the_same_ids(world: Path, tmp_path: Path) -> None
 def test_a_damaged_marker_is_told_and_the_directory_given_free(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[]")
     for _ in range(2):
-        with pytest.raises(UsageError, match="command damaged"):
+        with pytest.raises(UsageError, match=r"run\.json is damaged"):
             claim(tmp_path, "train", {}, overwrite=False)
 
 

@@ -15,6 +15,7 @@ from tisdpo_cli.settings.names import foreign_option_hint
 from tisdpo_cli.text import visible
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 
 def explain(fault: BaseException) -> TisdpoError | Interrupted:
@@ -38,6 +39,16 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
     if isinstance(fault, OSError):
         where = str(fault.filename) if fault.filename else ""
         return TisdpoError(fault.strerror or str(fault), where=where, fix="--debug shows where")
+    return _unexpected(fault)
+
+
+def _unexpected(fault: BaseException) -> TisdpoError:
+    operation, words, _ = str(fault).partition(_NOT_DETERMINISTIC)
+    if words:
+        return TisdpoError(
+            f"{operation.strip()} has no deterministic kernel on this device; trainings give the same bytes every time",
+            fix="use another device or model",
+        )
     first = (str(fault).strip().splitlines() or [""])[0]
     return TisdpoError(f"{type(fault).__name__}: {first}", fix="this is a bug in tisdpo; --debug shows where")
 

@@ -23,7 +23,6 @@ from tisdpo_cli.settings.commands import CommandSpec
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.schema import json_schema
 from tisdpo_cli.settings.sources import load, to_yaml
-from tisdpo_cli.text import visible
 
 if TYPE_CHECKING:
     from tisdpo_cli.engine.evaluation.results import Evaluation
@@ -61,7 +60,9 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     if typed.schema:
         write_result(json.dumps(json_schema(spec.settings), indent=2, ensure_ascii=False))
         return
-    loaded = load(spec.settings, typed.flags, config=typed.config, sets=typed.sets, environ=os.environ)
+    # `env` shows the variables, unknown ones too.
+    environ = {} if spec.shows == "environment" else os.environ
+    loaded = load(spec.settings, typed.flags, config=typed.config, sets=typed.sets, environ=environ)
     if typed.print_config:
         write_result(to_yaml(loaded.settings, loaded.origins).rstrip("\n"))
         return
@@ -164,10 +165,10 @@ def _show_pipeline(
 def _show_environment(
     result: dict[str, str], _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
 ) -> None:
-    if typed.as_json:
-        write_result(json.dumps(result))
-    else:
-        write_result("\n".join(visible(f"{name}: {value}") for name, value in result.items()))
+    from tisdpo_cli.cli.environment_view import lines, variables
+
+    found = {**result, **variables(os.environ)}
+    write_result(json.dumps(found) if typed.as_json else lines(found))
 
 
 _SHOW: dict[str, Callable[..., None]] = {

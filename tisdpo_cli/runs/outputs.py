@@ -20,7 +20,17 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from tisdpo_cli import __version__
 from tisdpo_cli.errors import TrainingError, UsageError
-from tisdpo_cli.files import CONFIG_FILE, PARTIAL, RUN_FILE, remove, reporting_write_errors, write_json, write_text
+from tisdpo_cli.files import (
+    CONFIG_FILE,
+    PARTIAL,
+    RUN_FILE,
+    remove,
+    remove_partials,
+    reporting_write_errors,
+    write_json,
+    write_text,
+)
+from tisdpo_cli.runs.markers import differences, read_marker
 
 STARTED_FILE = ".started.json"
 METRICS_FILE = "metrics.jsonl"
@@ -48,6 +58,7 @@ class Output:
     state: State = "fresh"
     _stale: tuple[str, ...] = ()
     _lock: BaseFileLock | None = field(default=None, repr=False)
+    _started: bool = False
 
     def __enter__(self) -> Output:
         return self
@@ -72,6 +83,8 @@ class Output:
             remove(self.path / RUN_FILE)
         for name in self._stale:
             remove(self.path / name)
+        self._started = True
+        self._remove_partials()
         write_json(self.path / STARTED_FILE, {"command": self.command, "made_from": self.made_from})
         write_text(self.path / CONFIG_FILE, config_yaml)
 
@@ -109,9 +122,16 @@ class Output:
         """A copy for a process that does not hold the lock."""
         return Output(self.path, self.command, self.made_from, self.state)
 
+    def _remove_partials(self) -> None:
+        for directory in (self.path, self.parts):
+            remove_partials(directory)
+
     def release(self) -> None:
-        """Release the directory for other runs; an empty one is removed."""
+        """Release the directory for other runs; temporary files are removed, and the directory if it is empty."""
         if self._lock is not None:
+            if self._started:
+                with suppress(OSError):
+                    self._remove_partials()
             (self.path / LOCK_FILE).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
@@ -130,7 +150,8 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
         restart: discard the progress of an unfinished run instead of resuming it, once the run starts.
 
     Raises:
-        UsageError: in use by another run, not created by tisdpo, or created with different settings.
+        UsageError: in use by another run, not created by tisdpo, created with different settings, or with a symbolic
+            link where this run would write.
         TrainingError: it cannot be created or written.
     """
     output = Output(path, command, json.loads(json.dumps(made_from)))
@@ -147,6 +168,7 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
 
 def _lock(path: Path) -> BaseFileLock:
     where = f"--output-dir {path}"
+    refuse_links(path)
     if path.exists() and not path.is_dir():
         raise UsageError("is a file, not a directory", where=where)
     try:
@@ -163,7 +185,26 @@ def _lock(path: Path) -> BaseFileLock:
     return lock
 
 
+def refuse_links(path: Path) -> None:
+    """Refuse an output directory that leads nowhere, or that contains links where a run writes.
+
+    Raises:
+        UsageError: there is such a link.
+    """
+    where = f"--output-dir {path}"
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            name = "" if place == path else f"{place.name} "
+            what = f"{name}is a dangling symbolic link to {place.readlink()}"
+            raise UsageError(what, where=where, fix="create that directory, or remove the link")
+    for name in (*_WORKING, LOCK_FILE):
+        if (path / name).is_symlink():
+            what = f"contains a symbolic link, {name}, which is never written through"
+            raise UsageError(what, where=where, fix="remove it, or choose another directory")
+
+
 def _state(output: Output, overwrite: bool) -> State:
+    where = f"--output-dir {output.path}"
     here = {entry.name for entry in output.path.iterdir()} - {LOCK_FILE}
     marker = RUN_FILE if RUN_FILE in here else STARTED_FILE if STARTED_FILE in here else None
     if marker is None:
@@ -171,13 +212,16 @@ def _state(output: Output, overwrite: bool) -> State:
         if leftovers:
             raise UsageError(
                 f"not empty and not created by tisdpo (contains {sorted(leftovers)[0]})",
-                where=f"--output-dir {output.path}",
+                where=where,
                 fix="choose another directory",
             )
         return "fresh"
-    found = _read_marker(output.path / marker)
+    found = read_marker(output.path / marker)
+    if found is None:
+        what = f"{marker} is damaged, or was not written by tisdpo; nothing was removed"
+        raise UsageError(what, where=where, fix="choose another directory")
     changes = differences(found, {"command": output.command, "made_from": output.made_from})
-    missing = [name for name in found.get("files", []) if not (output.path / name).exists()]
+    missing = [name for name in found.get("files", []) if not (output.path / str(name)).exists()]
     if marker == RUN_FILE and missing:
         changes = [*changes, f"{missing[0]} is missing"]
     if not changes:
@@ -188,7 +232,7 @@ def _state(output: Output, overwrite: bool) -> State:
         verb = "created" if marker == RUN_FILE else "started"
         raise UsageError(
             f"{verb} with different settings or inputs: {'; '.join(changes)}",
-            where=f"--output-dir {output.path}",
+            where=where,
             fix="choose another directory, or use --overwrite",
         )
     named = [name for name in found.get("files", []) if isinstance(name, str)]
@@ -199,43 +243,6 @@ def _state(output: Output, overwrite: bool) -> State:
 
 def _has_progress(output: Output) -> bool:
     return any(folder.is_dir() and any(folder.iterdir()) for folder in (output.checkpoints, output.parts))
-
-
-def _read_marker(path: Path) -> dict[str, Any]:
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        marker = None
-    whole = isinstance(marker, dict) and isinstance(marker.get("made_from"), dict)
-    return marker if whole and isinstance(marker.get("files", []), list) else {"command": "damaged"}
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences between two records of `command` and `made_from`, one phrase each."""
-    if was.get("command") != now["command"]:
-        return [f"command {was.get('command')} → {now['command']}"]
-    old, new = was.get("made_from", {}), now["made_from"]
-    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    # Another transform or objective has other parameters; naming the change of the choice is enough.
-    groups = {_group(key) for key in changed if key in old and key in new}
-    shown = [key for key in changed if (key in old and key in new) or not _group(key) or _group(key) not in groups]
-    return [
-        f"the {key} has changed"
-        if key.startswith("content of ")
-        else f"{key} {_short(old.get(key))} → {_short(new.get(key))}"
-        for key in shown
-    ]
-
-
-def _group(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
-def _short(value: Any) -> str:
-    # 0.0 and 0 are one value.
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e6
-    text = "none" if value is None else str(int(value)) if whole else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def versions() -> dict[str, str]:

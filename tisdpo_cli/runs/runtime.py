@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -134,12 +136,29 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 def _deterministic() -> None:
-    """Use deterministic kernels, for the same bytes every time; torch warns about an operation without one."""
+    """Use deterministic kernels where there are some, for the same bytes every time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # What `use_deterministic_algorithms(True, warn_only=True)` does, without its import of the compiler: 1.5 s.
     torch.set_deterministic_debug_mode("warn")
+    for words in ("does not have a deterministic implementation", "defaults to a non-deterministic algorithm"):
+        warnings.filterwarnings("ignore", f".*{words}")
     # Filling fresh memory with NaN is for debugging and costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def deterministic_training() -> Iterator[None]:
+    """Within this context, an operation without a deterministic kernel raises a RuntimeError.
+
+    A mode that only warns is not enough: the backward passes of fused attention choose their deterministic kernels only
+    in this one (`attention_backward.cu`).
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 class StopRequest:

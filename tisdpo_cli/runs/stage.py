@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import UsageError
-from tisdpo_cli.runs.outputs import Output, claim
+from tisdpo_cli.runs.outputs import Output, claim, refuse_links
 from tisdpo_cli.runs.runtime import Runtime
 
 
@@ -59,6 +59,7 @@ def claim_output(runtime: Runtime, request: OutputRequest) -> Output:
     claimed: list[Output] = []
 
     def claim_on_first() -> Output:
+        refuse_links(request.path)
         _refuse_own_input(request.path, request.inputs)
         made_from = {**request.fingerprint, **request.content_hashes()}
         output = claim(request.path, request.command, made_from, overwrite=request.overwrite, restart=request.restart)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.splits import drop_untrainable, read_split
-from tisdpo_cli.engine.arguments import read_options, vocabulary_of
+from tisdpo_cli.engine.arguments import find_dataset, read_options, vocabulary_of
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
 from tisdpo_cli.engine.evaluation.results import Evaluation
 from tisdpo_cli.engine.evaluation.rewards import rewards_from_function, rewards_from_model
@@ -43,7 +42,7 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
     if samples_path is not None:
         _check_writable(samples_path)
     policies, reference = _locate_models(settings)
-    files = find_splits(settings.dataset)
+    files = find_dataset(settings.dataset, reporter)
     split = _choose_split(settings.split, files)
     reward_function = None if settings.scorer is None else rewards_from_function(settings.scorer)
     runtime = Runtime(reporter)

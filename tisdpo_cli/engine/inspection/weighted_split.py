@@ -197,7 +197,7 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
     # Editing scores is legitimate and needs no warning; a file of final weights may still hold scores.
     warnings = [changed] if changed and options.final else []
-    return WeightedSplit(pairs, weighter, [*read.notices, *warnings, *skipped])
+    return WeightedSplit(pairs, weighter, [*files.notices, *read.notices, *warnings, *skipped])
 
 
 def _centers(options: SplitOptions, train: Path, tokenizer: Tokenizer) -> Centers:

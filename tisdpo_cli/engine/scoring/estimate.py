@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
-from tisdpo_cli.engine.arguments import output_request, read_options, vocabulary_of
+from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, vocabulary_of
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
@@ -68,7 +67,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     """
     options = ["model"] if settings.model is not None else list(CONTRAST)
     paths = {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
-    files = find_splits(settings.dataset)
+    files = find_dataset(settings.dataset, reporter)
     runtime = Runtime(reporter)
     precision = runtime.precision(settings.dtype, scoring=True)
     estimation = _Estimation(

@@ -21,7 +21,7 @@ from torch import Tensor
 from tisdpo_cli.data.splits import Split
 from tisdpo_cli.data.tokens import EncodedPair, TemplateTokens
 from tisdpo_cli.errors import Interrupted, ModelError, RankError
-from tisdpo_cli.files import PARTIAL, reporting_write_errors, sync
+from tisdpo_cli.files import replacing, reporting_write_errors
 from tisdpo_cli.model.directory import check_safetensors
 from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.loading import load_model, move_to_device
@@ -171,11 +171,9 @@ class PartScorer:
             tensors[str(number)] = logps
             tokens += count
             progress.advance(len(batch), {"tokens_per_second": count / (time.perf_counter() - started)})
-        final, partial = (self.folder / f"{prefix}{part.name(side.name)}" for prefix in ("", PARTIAL))
-        with reporting_write_errors(final, kind=RankError):
+        final = self.folder / part.name(side.name)
+        with reporting_write_errors(final, kind=RankError), replacing(final) as partial:
             save_file(tensors, partial)
-            sync([partial])
-            partial.replace(final)
         return tokens
 
 

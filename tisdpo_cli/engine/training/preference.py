@@ -7,8 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tisdpo_cli.data.reader import find_splits
-from tisdpo_cli.engine.arguments import read_options
+from tisdpo_cli.engine.arguments import find_dataset, read_options
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, planned_passes
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
@@ -82,7 +81,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
     models = _locate_models(settings)
-    files = find_splits(settings.dataset)
+    files = find_dataset(settings.dataset, reporter)
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, models.policy_path)
     training = _training(runtime, settings, models, files)

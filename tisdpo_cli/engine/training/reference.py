@@ -20,7 +20,7 @@ from tisdpo_cli.errors import DataError
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
 from tisdpo_cli.reporter import Progress
-from tisdpo_cli.runs.cache import TensorCache, key_of
+from tisdpo_cli.runs.cache import TensorCache, cpu_model, key_of
 from tisdpo_cli.runs.outputs import versions
 from tisdpo_cli.runs.runtime import Runtime
 
@@ -63,7 +63,7 @@ class ReferencePass:
         grouping = {} if scorer.packed else {"grouping": "padded"}
         layout = {"packed": scorer.packed, **grouping, **split, "pairs": _PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
-        device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else kind
+        device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else f"{kind}: {cpu_model()}"
         machine = {"device": device, "threads": torch.get_num_threads()}
         self.depends_on = {**source, **packages, **layout, **machine}
 
@@ -81,7 +81,8 @@ class ReferencePass:
             for number in range(runtime.rank, len(parts), runtime.world):
                 part = [pairs[i] for i in parts[number]]
                 key = key_of({**self.depends_on, "rows": [[p.prompt, p.chosen.ids, p.rejected.ids] for p in part]})
-                flat = self.cache.read(key) if self.cache is not None else None
+                length = sum(len(p.chosen.ids) + len(p.rejected.ids) for p in part)
+                flat = self.cache.read(key, length) if self.cache is not None else None
                 if flat is None:
                     flat = self._compute(part, progress)
                     computed += len(part)
@@ -110,14 +111,14 @@ class ReferencePass:
             for part in _parts_of(passes):
                 rows = [[[pairs[i].prompt, pairs[i].chosen.ids, pairs[i].rejected.ids] for i in some] for some in part]
                 key = key_of({**self.depends_on, "passes": rows})
-                values = self.cache.read(key) if self.cache is not None else None
+                lengths = [sum(len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids) for i in some) for some in part]
+                values = self.cache.read(key, sum(lengths)) if self.cache is not None else None
                 if values is None:
                     values = torch.cat([self._score([pairs[i] for i in some], progress)[0] for some in part])
                     if self.cache is not None:
                         self.cache.write(key, values)
                 else:
                     from_cache += sum(map(len, part))
-                lengths = [sum(len(pairs[i].chosen.ids) + len(pairs[i].rejected.ids) for i in some) for some in part]
                 computed.update(zip(map(tuple, part), values.split(lengths), strict=True))
         self._report_cached(from_cache)
         return computed

@@ -26,7 +26,7 @@ from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import METRICS_FILE, Output, apply_umask
-from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype
+from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype, deterministic_training
 from tisdpo_cli.runs.stage import StageResult
 
 
@@ -163,7 +163,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
     apply_gradient_checkpointing(config, setup.scorer)
     _report_separate_passes(reporter, config, setup, runtime.world)
     trainer = Trainer(runtime, setup.scorer, setup.task, setup.plan, config.microbatching, config.schedule)
-    with StopRequest() as stop:
+    with StopRequest() as stop, deterministic_training():
         metrics = trainer.train(
             output.path / METRICS_FILE,
             _checkpoint_config(config, output),

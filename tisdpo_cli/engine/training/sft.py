@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.data.examples import Example, Target, read_examples
-from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import cut
-from tisdpo_cli.engine.arguments import read_options
+from tisdpo_cli.engine.arguments import find_dataset, read_options
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.session import (
@@ -118,7 +117,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
     path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
-    files = find_splits(settings.dataset)
+    files = find_dataset(settings.dataset, reporter)
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, path)
     source, session = _source(settings, path, files), session_config(runtime, settings)
