@@ -506,7 +506,7 @@ def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for i in range(4):
         texts = {"prompt": f"{ATTACK} {i}", "chosen": f"good {ATTACK}", "rejected": f"bad {ATTACK}\n", ATTACK: ATTACK}
-        ids = tokenizer.encode([texts["chosen"], texts["rejected"]])
+        ids = tokenizer.texts.encode([texts["chosen"], texts["rejected"]])
         both = (Scores([(-1) ** k * 0.1 * (k % 9 + i) for k in range(len(side))], 0.5) for side in ids)
         rows.append(scored_columns(Row("", texts), *both))
     write_jsonl(path / "train.jsonl", rows)

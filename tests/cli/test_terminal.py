@@ -33,7 +33,7 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for row in rows:
         for side in ("chosen", "rejected"):
-            count = len(tokenizer.encode([row[side]])[0])
+            count = len(tokenizer.texts.encode([row[side]])[0])
             row[f"{side}_weight"] = [((t * 5) % 13 - 6) / 4 for t in range(count)]
     write_jsonl(path / "train.jsonl", rows)
     tokenizer.backend.save_pretrained(path)

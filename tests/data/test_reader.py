@@ -462,7 +462,7 @@ def by_character(texts) -> list[list[int]]:
     return [[ord(ch.lower()) for ch in text] for text in texts]
 
 
-CHARACTERS = Vocabulary(by_character, None, 1)
+CHARACTERS = Vocabulary(by_character, by_character, None, 1)
 
 
 def sorted_out(path: Path, limits: Limits):
@@ -512,7 +512,7 @@ def test_text_that_spells_a_special_token_stays_text(world: Path, text: str) -> 
     from tisdpo_cli.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(world / "sft")
-    (ids,) = tokenizer.encode([text])
+    (ids,) = tokenizer.texts.encode([text])
     assert not {tokenizer.eos, tokenizer.pad} & set(ids)
     assert "".join(tokenizer.pieces(ids)) == text
 

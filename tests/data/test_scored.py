@@ -214,7 +214,7 @@ def test_estimate_scores_every_token_and_the_eos(contrast: Path) -> None:
     tokenizer = load_tokenizer(contrast / "scored")
     for made in read_rows(contrast / "scored" / "train.jsonl"):
         for side in SIDES:
-            (ids,) = tokenizer.encode([made.columns[side]])
+            (ids,) = tokenizer.texts.encode([made.columns[side]])
             scores = read_scores(made, side, len(ids), "t")
             assert isinstance(scores, Scores)
             assert None not in (*scores.tokens, scores.eos)

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, Vocabulary, cut, encode_pairs
+from tisdpo_cli.engine.arguments import vocabulary_of
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.model.loading import make_model, save_model
 from tisdpo_cli.model.tokenizer import describe_tokenizer, load_tokenizer, make_tokenizer
@@ -34,7 +35,7 @@ def characters(texts):
 def encode(prompts, chosen, rejected, limits, bos=BOS):
     """`encode_pairs` with the tokenizer of characters."""
     wheres = [f"data.jsonl:{i + 1}" for i in range(len(prompts))]
-    return encode_pairs(prompts, chosen, rejected, wheres, Vocabulary(characters, bos, EOS), limits)
+    return encode_pairs(prompts, chosen, rejected, wheres, Vocabulary(characters, characters, bos, EOS), limits)
 
 
 def byte_tokenizer(adds_bos=True, **special):
@@ -52,7 +53,7 @@ def byte_tokenizer(adds_bos=True, **special):
 
 
 def vocabulary(tokenizer):
-    return Vocabulary(tokenizer.encode, tokenizer.bos, tokenizer.eos)
+    return vocabulary_of(tokenizer)
 
 
 # ---------------------------------------------------------------- the cut
@@ -153,7 +154,7 @@ def test_merged_boundaries_are_counted():
         return [[ord(character) for character in text.replace("bc", "z")] for text in texts]
 
     columns = (["ab", "ab"], ["c", "d"], ["c", "d"], ["f:1", "f:2"])
-    pairs, cuts = encode_pairs(*columns, Vocabulary(merging, None, EOS), Limits(64, 32))
+    pairs, cuts = encode_pairs(*columns, Vocabulary(merging, merging, None, EOS), Limits(64, 32))
     assert cuts.merged_boundaries == 1
     assert pairs[0].prompt == [ord("a"), ord("b")]
     assert any("tokenize differently" in message for message in cuts.messages(Limits()))
@@ -180,7 +181,7 @@ def test_no_bos_where_the_tokenizer_adds_none():
     tokenizer = describe_tokenizer(byte_tokenizer(adds_bos=False), "here")
     assert tokenizer.bos is None
     (pair,), _ = encode_pairs(["a"], ["b"], ["c"], ["f:1"], vocabulary(tokenizer), Limits())
-    assert pair.prompt == tokenizer.encode(["a"])[0]
+    assert pair.prompt == tokenizer.texts.encode(["a"])[0]
 
 
 def test_bos_survives_the_cut():
@@ -200,7 +201,7 @@ def test_text_that_spells_a_special_token_stays_text(made):
     special = tokenizer.backend.all_special_ids
     for token in tokenizer.backend.all_special_tokens:
         text = f"{token} between {token}"
-        (ids,) = tokenizer.encode([text])
+        (ids,) = tokenizer.texts.encode([text])
         assert not set(ids) & set(special)
         assert tokenizer.backend.decode(ids) == text
         # Neither does the program's own use leave anything behind in the tokenizer.
@@ -225,7 +226,7 @@ def test_a_tokenizer_needs_an_eos():
 
 
 def test_no_texts_give_no_ids():
-    assert make_tokenizer(["a"], 260).encode([]) == []
+    assert make_tokenizer(["a"], 260).texts.encode([]) == []
 
 
 # ---------------------------------------------------------------- a new tokenizer
@@ -246,7 +247,7 @@ def test_a_new_tokenizer_round_trips_any_text():
     draw = random.Random(2)
     tokenizer = make_tokenizer(TEXTS, 320)
     texts = [unicodedata.normalize("NFC", random_text(draw)) for _ in range(500)]
-    for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+    for text, ids in zip(texts, tokenizer.texts.encode(texts), strict=True):
         assert tokenizer.backend.decode(ids, clean_up_tokenization_spaces=False) == text
         assert not set(ids) & {tokenizer.eos, tokenizer.pad}
 
@@ -262,20 +263,20 @@ def test_a_tokenizer_reloaded_beside_its_model_is_the_same(tmp_path):
     tokenizer = make_tokenizer(TEXTS, 320)
     # Use must not change what it is, nor what is saved.
     tokenizer.backend(texts, padding=True, truncation=True, max_length=4)
-    ids = tokenizer.encode(texts)
+    ids = tokenizer.texts.encode(texts)
     model = make_model(tokenizer, hidden_size=16, layers=1, heads=2, positions=64, seed=0)
     for generation in ("one", "two"):
         save_model(model, tokenizer, tmp_path / generation)
         reloaded = load_tokenizer(tmp_path / generation)
         assert reloaded.digest == tokenizer.digest
         assert (reloaded.bos, reloaded.eos, reloaded.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
-        assert reloaded.encode(texts) == ids
+        assert reloaded.texts.encode(texts) == ids
         tokenizer = reloaded
 
 
 def test_pieces_show_each_token():
     tokenizer = make_tokenizer(TEXTS, 300)
-    (ids,) = tokenizer.encode(["again, Boxkämpfer"])
+    (ids,) = tokenizer.texts.encode(["again, Boxkämpfer"])
     assert "".join(tokenizer.pieces(ids)).replace("�", "") in ("again, Boxkämpfer", "again, Boxkmpfer")
     assert tokenizer.pieces([tokenizer.eos]) == ["<|endoftext|>"]
 
@@ -295,7 +296,7 @@ def word_piece_tokenizer():
 
 def test_pieces_keep_the_space_that_a_decoder_strips():
     tokenizer = word_piece_tokenizer()
-    (ids,) = tokenizer.encode(["once again, 👍 thanks"])
+    (ids,) = tokenizer.texts.encode(["once again, 👍 thanks"])
     assert "".join(tokenizer.pieces(ids)).replace("\ufffd", "") == " once again,  thanks"
     assert b"".join(tokenizer.token_bytes(ids)).decode() == " once again, 👍 thanks"
     assert "⟨f0⟩⟨9f⟩⟨91⟩⟨8d⟩" in "".join(tokenizer.labels(ids))

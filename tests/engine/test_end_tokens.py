@@ -77,7 +77,7 @@ def test_evaluate_ends_responses_where_the_model_does(world: Path, model: Path, 
     tokenizer = load_tokenizer(model)
     before, texts = evaluated()
     assert before["ended"] < 1
-    first = {tokenizer.encode([text])[0][0] for text in texts if text}
+    first = {tokenizer.texts.encode([text])[0][0] for text in texts if text}
     set_ends(model, [*first, tokenizer.eos])
     after, texts = evaluated()
     assert after["ended"] == 1

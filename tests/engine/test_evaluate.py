@@ -448,7 +448,7 @@ def test_models_with_other_tokenizers_are_refused(contrast: Path, tmp_path: Path
 def test_a_loaded_model_samples_the_same_alone_and_in_a_batch(contrast: Path) -> None:
     """The trained family with its cache: one row at a time or all at once."""
     model, tokenizer = load_model(contrast / "dpo"), load_tokenizer(contrast / "dpo")
-    prompts = tokenizer.encode(["Hello there, who are you?", "Why?", "\n\nHuman: bread\n\nAssistant:"])
+    prompts = tokenizer.texts.encode(["Hello there, who are you?", "Why?", "\n\nHuman: bread\n\nAssistant:"])
     sampling = Sampling({tokenizer.eos}, tokenizer.pad, 10)
     draws = uniform_draws(0, [(i, 0) for i in range(3)], 10)
     assert sample_all(model, prompts, draws, sampling, 1) == sample_all(model, prompts, draws, sampling, 3)

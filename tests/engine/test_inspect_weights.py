@@ -37,7 +37,7 @@ def scored(world: Path, tmp_path: Path) -> Callable[..., Path]:
         scored_rows = []
         for i, row in enumerate(pair_rows(rows)):
             for side in SIDES:
-                ids = tokenizer.encode([row[side]])[0]
+                ids = tokenizer.texts.encode([row[side]])[0]
                 values = [score(i, side, at, t, len(ids)) for t, at in enumerate(ids)]
                 row[f"{side}_weight"] = [None if v is None else -v for v in values]
                 if eos is not None:
@@ -78,7 +78,7 @@ def test_every_pair_has_every_token(contrast: Path) -> None:
         for side in SIDES:
             *body, eos = view[side]
             assert "".join(token["text"] for token in body) == row[side]
-            assert [token["id"] for token in body] == tokenizer.encode([row[side]])[0]
+            assert [token["id"] for token in body] == tokenizer.texts.encode([row[side]])[0]
             assert bytes.fromhex("".join(token["bytes"] for token in body)).decode() == row[side]
             assert [token["score"] for token in body] == pytest.approx([-x for x in row[f"{side}_weight"]])
             assert (eos["kind"], eos["id"]) == ("eos", tokenizer.eos)
@@ -193,7 +193,7 @@ def test_split_characters_are_grouped_everywhere(world: Path, tmp_path: Path) ->
     rows = [{"prompt": f"p{i}", "chosen": " ok 👍 ß", "rejected": " नहीं 🏽"} for i in range(3)]
     for row in rows:
         for side in SIDES:
-            row[f"{side}_weight"] = [0.1 * t for t in range(len(tokenizer.encode([row[side]])[0]))]
+            row[f"{side}_weight"] = [0.1 * t for t in range(len(tokenizer.texts.encode([row[side]])[0]))]
     write_jsonl(tmp_path / "d" / "train.jsonl", rows)
     tokenizer.backend.save_pretrained(tmp_path / "d")
     shown = inspect(tmp_path / "d")
@@ -253,7 +253,7 @@ def test_equal_sums_count_half(scored) -> None:
 
 def test_extreme_tokens_have_counts_and_examples(scored, world: Path) -> None:
     tokenizer = load_tokenizer(world / "sft")
-    often = tokenizer.encode([" Take care."])[0]
+    often = tokenizer.texts.encode([" Take care."])[0]
     data = scored(lambda i, side, at, t, n: 2.0 if at == often[-1] else 0.001 * (at % 7))
     shown = inspect(data, "--top", "3", "--min-count", "2")
     best = shown["highest"][0]
@@ -371,7 +371,7 @@ def test_datasets_with_different_responses_are_not_compared(scored, contrast: Pa
     other = read_jsonl(one / "train.jsonl")
     other[4]["chosen"], other[4]["chosen_weight"] = "x", [0.0] * len(other[4]["chosen_weight"])
     tokenizer = load_tokenizer(one)
-    other[4]["chosen_weight"] = [0.0] * len(tokenizer.encode(["x"])[0])
+    other[4]["chosen_weight"] = [0.0] * len(tokenizer.texts.encode(["x"])[0])
     write_jsonl(one.parent / "two" / "train.jsonl", other)
     tokenizer.backend.save_pretrained(one.parent / "two")
     done = run_here("inspect-weights", one, "--compare", one.parent / "two")

@@ -74,7 +74,7 @@ def test_its_default_is_dpo_without_a_gradient_on_the_end_of_the_sequence(contra
     policy, reference = (AutoModelForCausalLM.from_pretrained(contrast / "sft").double().eval() for _ in range(2))
     pairs = []
     for row in rows_of(contrast, "train"):
-        prompt, *responses = tokenizer.encode([row["prompt"], *(row[side] for side in SIDES)])
+        prompt, *responses = tokenizer.texts.encode([row["prompt"], *(row[side] for side in SIDES)])
         pairs.append({
             f"{name}_{side}_logps": oracle.token_logps(model, prompt, ids)
             for side, ids in zip(SIDES, responses, strict=True)
@@ -102,7 +102,7 @@ def test_our_file_is_what_it_reads(contrast: Path) -> None:
     for row in rows_of(contrast, "train"):
         assert set(FIELDS) <= set(row)
         for side in SIDES:
-            assert len(row[f"{side}_weight"]) == len(tokenizer.encode([row[side]])[0])
+            assert len(row[f"{side}_weight"]) == len(tokenizer.texts.encode([row[side]])[0])
             assert all(isinstance(value, float) for value in row[f"{side}_weight"])
     # The forward model prefers the chosen words: −r is negative there on the whole.
     assert sum(sum(row["chosen_weight"]) for row in rows_of(contrast, "train")) < 0

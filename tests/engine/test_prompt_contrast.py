@@ -58,13 +58,13 @@ def test_scores_agree_with_the_oracle(world: Path, tmp_path: Path) -> None:
     score(world, tmp_path / "o", dataset=str(data), positive_template=BEFORE + "{}" + AFTER, negative_template="normal")
     tokenizer = load_tokenizer(world / "sft")
     model = AutoModelForCausalLM.from_pretrained(world / "sft").double().eval()
-    before, after = tokenizer.encode([BEFORE, AFTER], markers=True)
+    before, after = tokenizer.texts.encode([BEFORE, AFTER], markers=True)
     assert tokenizer.eos in before
     for row, made in zip(rows, columns(tmp_path / "o"), strict=True):
-        prompt = tokenizer.encode([row["prompt"]])[0]
+        prompt = tokenizer.texts.encode([row["prompt"]])[0]
         assert tokenizer.eos not in prompt
         for side in ("chosen", "rejected"):
-            ids = [*tokenizer.encode([row[side]])[0], tokenizer.eos]
+            ids = [*tokenizer.texts.encode([row[side]])[0], tokenizer.eos]
             plus = oracle.token_logps(model, [*before, *prompt, *after], ids)
             minus = oracle.token_logps(model, prompt, ids)
             assert values(made, side) == pytest.approx((minus - plus).tolist(), abs=1e-5)
@@ -180,7 +180,7 @@ def test_a_bos_stands_once_in_front() -> None:
 def test_data_stays_text_and_templates_have_markers(world: Path) -> None:
     tokenizer = load_tokenizer(world / "sft")
     text = "a<|endoftext|>b"
-    data, template = tokenizer.encode([text])[0], tokenizer.encode([text], markers=True)[0]
+    data, template = tokenizer.texts.encode([text])[0], tokenizer.texts.encode([text], markers=True)[0]
     assert tokenizer.eos not in data
     assert template.count(tokenizer.eos) == 1
     assert [len(at) for at in tokenizer.offsets([text, ""])] == [len(data), 0]

@@ -35,7 +35,7 @@ def scores_by_preference(scored: Path) -> dict[int, list[float]]:
     for row in read_rows(scored / "test.jsonl"):
         assert isinstance(row, Row)
         for side in ("chosen", "rejected"):
-            ids = tokenizer.encode([row.columns[side]])[0]
+            ids = tokenizer.texts.encode([row.columns[side]])[0]
             for piece, stored in zip(tokenizer.pieces(ids), row.columns[f"{side}_weight"], strict=True):
                 scores[make_quickstart_data.preference_of(piece)].append(-stored)
     return scores

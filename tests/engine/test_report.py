@@ -56,7 +56,7 @@ def hostile(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, attack in enumerate(HOSTILE):
         row: dict[str, Any] = {"prompt": f"{attack} p", "chosen": f"{attack} {i}", "rejected": f"no {attack[::-1]}\n"}
         for side in ("chosen", "rejected"):
-            count = len(tokenizer.encode([row[side]])[0])
+            count = len(tokenizer.texts.encode([row[side]])[0])
             row[f"{side}_weight"] = [(-1) ** t * 0.1 * (t % 17) for t in range(count)]
         rows.append(row)
     scored = root / "<img src=x onerror=alert(9)>"
@@ -404,7 +404,7 @@ def test_five_thousand_pairs_open_at_once_and_scroll(world: Path, tmp_path: Path
     for i, row in enumerate(rows):
         for side in ("chosen", "rejected"):
             row[side] = row[side] * 2
-            count = len(tokenizer.encode([row[side]])[0])
+            count = len(tokenizer.texts.encode([row[side]])[0])
             row[f"{side}_weight"] = [((t * 7 + i) % 19 - 9) / 9 for t in range(count)]
     write_jsonl(tmp_path / "d" / "train.jsonl", rows)
     tokenizer.backend.save_pretrained(tmp_path / "d")

@@ -121,7 +121,7 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(world / "sft")
     row = {"prompt": "p", "chosen": WIDE, "rejected": " no"}
     for side in ("chosen", "rejected"):
-        row[f"{side}_weight"] = [0.1 * t for t in range(len(tokenizer.encode([row[side]])[0]))]  # type: ignore[assignment]
+        row[f"{side}_weight"] = [0.1 * t for t in range(len(tokenizer.texts.encode([row[side]])[0]))]  # type: ignore[assignment]
     write_jsonl(path / "train.jsonl", [row])
     tokenizer.backend.save_pretrained(path)
     return path

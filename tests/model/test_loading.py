@@ -389,9 +389,12 @@ class Backend:
     def __init__(self, bos: int | None, adds: bool) -> None:
         self.bos_token_id, self.adds = bos, adds
 
-    def __call__(self, text: str, add_special_tokens: bool) -> Mapping[str, list[int]]:
-        """Ids of a text."""
-        return {"input_ids": ([self.bos_token_id] if self.adds and add_special_tokens else []) + [7]}
+        self.added_tokens_decoder: dict[int, object] = {}
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool, **_other: bool) -> Mapping[str, list]:
+        """Ids of a text, or of several."""
+        ids = ([self.bos_token_id] if self.adds and add_special_tokens else []) + [7]
+        return {"input_ids": ids if isinstance(text, str) else [ids for _ in text]}
 
     def get_vocab(self) -> dict[str, int]:
         """The vocabulary."""

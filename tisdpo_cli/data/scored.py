@@ -84,6 +84,12 @@ _MISSING = {
 }
 
 
+def weight_count(row: Row, side: str) -> int | None:
+    """Return how many scores (or final weights) one side of a row has, or None if they are no list."""
+    values = row.columns.get(f"{side}_weight")
+    return len(values) if isinstance(values, list) else None
+
+
 def has_weights(rows: Iterable[Row]) -> bool:
     """Return whether any row has scores (or final weights)."""
     return any(f"{side}_weight" in row.columns for row in rows for side in SIDES)

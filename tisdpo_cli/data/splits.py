@@ -12,12 +12,13 @@ from tisdpo_cli.errors import DataError
 
 @dataclass
 class Split:
-    """One split: its pairs as text and as tokens, in the same order, and messages for the user."""
+    """One split: its pairs as text and as tokens, in the same order, and notices and warnings for the user."""
 
     path: Path
     pairs: list[Pair]
     encoded: list[EncodedPair]
     notices: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class ReadOptions:
         columns: column names.
         on_bad_row: `error` or `skip`.
         limits: maximum lengths.
+        parse_data: whether special tokens spelled out in rows become these tokens.
     """
 
     columns: Columns
     on_bad_row: str
     limits: Limits
+    parse_data: bool = False
 
 
 def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: int | None = None) -> Split:
@@ -63,7 +66,9 @@ def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: 
             "the prompt has no tokens, so nothing predicts the first response token", where=unprompted.where
         )
     messages = [f"{path.name}: {message}" for message in stats.messages(options.limits)]
-    return Split(path, pairs, encoded, [*rows.notices, *messages])
+    marked = stats.marked.warning(stats.rows)
+    warnings = [f"{path.name}: {marked}"] if marked else []
+    return Split(path, pairs, encoded, [*rows.notices, *messages], warnings)
 
 
 def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:

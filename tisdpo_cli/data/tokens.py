@@ -15,11 +15,21 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tokenization needs of a tokenizer: a function from texts to ids without special tokens, and special ids."""
+    """What tokenization needs of a tokenizer.
 
-    encode: Encode
+    Attributes:
+        prompts: encodes prompts to ids without BOS and EOS.
+        responses: encodes responses, which continue a prompt, to ids without EOS.
+        bos: id before each prompt, or None.
+        eos: id behind each response.
+        marker: returns the first special token that a text spells out and that stays text, or None.
+    """
+
+    prompts: Encode
+    responses: Encode
     bos: int | None
     eos: int
+    marker: Callable[[str], str | None] = lambda _text: None
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,29 @@ class TemplateTokens:
 
 
 @dataclass
+class MarkedRows:
+    """Counts rows whose text spells out special tokens, which stay text."""
+
+    rows: int = 0
+    marker: str = ""
+
+    def count(self, marker: str | None) -> None:
+        """Count a row with this marker, if any."""
+        if marker is not None:
+            self.rows += 1
+            self.marker = self.marker or marker
+
+    def warning(self, total: int) -> str | None:
+        """Return what the user should know, or None."""
+        if not self.rows:
+            return None
+        return (
+            f"{self.rows} of {total} rows spell out special tokens such as {self.marker!r}, which are read as plain "
+            "text; if a chat template rendered these rows, use --special-tokens-in-data parse"
+        )
+
+
+@dataclass
 class TruncationStats:
     """Lengths and truncations of a split."""
 
@@ -117,6 +150,7 @@ class TruncationStats:
     cut_prompts: int = 0
     cut_responses: int = 0
     merged_boundaries: int = 0
+    marked: MarkedRows = field(default_factory=MarkedRows)
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
 
@@ -194,8 +228,7 @@ def encode_pairs(
         vocabulary: tokenizer.
         limits: maximum lengths.
     """
-    encode = vocabulary.encode
-    ids = [encode(texts) for texts in (prompts, chosen, rejected)]
+    ids = [vocabulary.prompts(prompts), vocabulary.responses(chosen), vocabulary.responses(rejected)]
     stats, pairs = TruncationStats(rows=len(prompts)), []
     for i, (p, c, r) in enumerate(zip(*ids, strict=True)):
         prompt, (cut_chosen, cut_rejected) = cut(p, [c, r], vocabulary.bos, vocabulary.eos, limits)
@@ -204,7 +237,9 @@ def encode_pairs(
         stats.cut_responses += (not cut_chosen.has_eos) + (not cut_rejected.has_eos)
         stats.prompt_lengths.append(len(p))
         stats.response_lengths += [len(c), len(r)]
-    joined = encode([prompt + response for prompt, response in zip(prompts, chosen, strict=True)])
+        texts = (prompts[i], chosen[i], rejected[i])
+        stats.marked.count(next((marker for text in texts if (marker := vocabulary.marker(text))), None))
+    joined = vocabulary.prompts([prompt + response for prompt, response in zip(prompts, chosen, strict=True)])
     stats.merged_boundaries = sum(j != p + c for j, p, c in zip(joined, ids[0], ids[1], strict=True))
     return pairs, stats
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.model",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.json",
     "chat_template.jinja",
 )
 # The largest header of a safetensors file in its specification; no JSON file of a model is larger.
@@ -237,9 +240,23 @@ def tensor_names(path: Path) -> list[str]:
 
 def hash_model(path: Path) -> str:
     """Return SHA-256 over the names and bytes of a model's configuration, weights, tokenizer and custom code."""
-    names = ["config.json", "generation_config.json", *_TOKENIZER_FILES]
-    files = [path / name for name in names if (path / name).is_file()] + weight_files(path)
-    return sha256(*files, *_code(path), named=True)
+    configs = [file for name in ("config.json", "generation_config.json") if (file := path / name).is_file()]
+    tokenizer = [file for file in tokenizer_files(path) if file.suffix != ".py"]
+    return sha256(*configs, *tokenizer, *weight_files(path), *_code(path), named=True)
+
+
+def tokenizer_files(path: Path, more: Iterable[str] = ()) -> list[Path]:
+    """Return the files of the tokenizer in a model directory.
+
+    Args:
+        path: model directory.
+        more: names of further files that its class reads.
+    """
+    names = dict.fromkeys([*_TOKENIZER_FILES, *more])
+    found = [path / name for name in names if (path / name).is_file()]
+    config = path / "tokenizer_config.json"
+    coded = config.is_file() and "auto_map" in _read_json(config, "")
+    return [*found, *sorted(path.glob("chat_templates/*.jinja")), *(sorted(path.glob("*.py")) if coded else [])]
 
 
 def _code(path: Path) -> list[Path]:

@@ -221,7 +221,7 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:
     dropout and noise."""
     with original_rates(model.config, getattr(model, "_tisdpo_rates", [])):
         model.save_pretrained(directory)  # type: ignore[operator]
-    tokenizer.backend.save_pretrained(directory)
+    tokenizer.save(directory)
 
 
 def make_model(

@@ -6,14 +6,17 @@ Knows transformers. Knows no models, no dataset rows and no settings.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import ModelError
+from tisdpo_cli.model.directory import tokenizer_files
+from tisdpo_cli.model.text_encoding import TextEncoding
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -29,6 +32,8 @@ class Tokenizer:
         pad: padding id.
         digest: SHA-256 of everything that determines the ids of a text.
         notices: messages for the user.
+        parses_data: whether special tokens spelled out in data become these tokens.
+        source: directory it was loaded from, or None for a new one.
     """
 
     backend: Any
@@ -37,36 +42,63 @@ class Tokenizer:
     pad: int
     digest: str
     notices: tuple[str, ...] = ()
+    parses_data: bool = False
+    source: Path | None = None
     _pieces: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
-    def encode(self, texts: Sequence[str], markers: bool = False) -> list[list[int]]:
-        """Encode texts to ids, without BOS and EOS.
+    @cached_property
+    def texts(self) -> TextEncoding:
+        """How texts become ids."""
+        return TextEncoding(self.backend, self.parses_data)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode prompts to ids, without BOS and EOS. A parsed prompt loses its own BOS."""
+        bos = self.backend.bos_token
+        if self.parses_data and self.bos is not None and bos:
+            texts = [text.removeprefix(bos) for text in texts]
+        return self.texts.encode(texts)
+
+    def encode_responses(self, texts: Sequence[str], at_start: bool = False) -> list[list[int]]:
+        """Encode responses to ids, without EOS, as texts that continue the prompt. A parsed one loses its own EOS.
 
         Args:
-            texts: prompts or responses, or parts of a template.
-            markers: whether text that spells a special token becomes that token, as in a template; data stays text.
+            texts: responses.
+            at_start: whether to encode them as at the start of a text, as the authors' code does.
         """
-        return self._tokenize(texts, markers)["input_ids"] if texts else []
+        return self.texts.encode([self._without_end(text) for text in texts], continued=not at_start)
 
-    def offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Return (begin, end) of each token of `encode` in its text, in characters.
+    def encode_template(self, before: str, after: str) -> tuple[list[int], list[int]]:
+        """Encode what a template puts before and after a prompt; it may spell out special tokens."""
+        (first,) = self.texts.encode([before], markers=True)
+        (last,) = self.texts.encode([after], continued=True, markers=True)
+        return first, last
+
+    def offsets(self, texts: Sequence[str], at_start: bool = False) -> list[list[tuple[int, int]]]:
+        """Return (begin, end) of each token of `encode_responses` in its text, in characters.
 
         Raises:
             ModelError: the tokenizer is not a fast one and has no offsets.
         """
         if not self.backend.is_fast:
             raise ModelError("this tokenizer provides no character offsets", fix="--spans needs a fast tokenizer")
-        return self._tokenize(texts, return_offsets_mapping=True)["offset_mapping"] if texts else []
+        return self.texts.offsets([self._without_end(text) for text in texts], continued=not at_start)
 
-    def _tokenize(self, texts: Sequence[str], markers: bool = False, **kwargs: bool) -> Any:
-        return self.backend(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=not markers,
-            return_attention_mask=False,
-            verbose=False,
-            **kwargs,
-        )
+    def _without_end(self, text: str) -> str:
+        """A response without the EOS at its end, which is added later, and the blanks behind it."""
+        eos = self.backend.eos_token
+        if self.parses_data and eos and text.rstrip().endswith(eos):
+            return text.rstrip().removesuffix(eos)
+        return text
+
+    def save(self, directory: Path) -> None:
+        """Save the tokenizer: the very files it was loaded from, since those of transformers may encode differently."""
+        if self.source is None:
+            self.backend.save_pretrained(directory)
+            return
+        for file in tokenizer_files(self.source, self.backend.vocab_files_names.values()):
+            target = directory / file.relative_to(self.source)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token within a text, with U+FFFD for a part of a character."""
@@ -76,7 +108,7 @@ class Tokenizer:
         piece = self._pieces.get(token_id)
         if piece is None:
             # Some tokenizers drop the leading space of the first token, so decode it after a letter.
-            letter = self.encode(["a"])[0]
+            (letter,) = self.texts.encode(["a"])
             alone, before, both = (self.text(ids) for ids in ([token_id], letter, [*letter, token_id]))
             piece = self._pieces[token_id] = both[len(before) :] if both.startswith(before) else alone
         return piece
@@ -112,13 +144,19 @@ def _byte_alphabet() -> dict[str, int]:
     return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(path: Path, trust_remote_code: bool = False, parse_data: bool = False) -> Tokenizer:
     """Load the tokenizer of a model directory.
+
+    Args:
+        path: model directory.
+        trust_remote_code: whether custom code from the model repository may run.
+        parse_data: whether special tokens spelled out in data become these tokens.
 
     Raises:
         ModelError: there is none, or it has no end-of-sequence token.
     """
-    return describe_tokenizer(load_backend(path, trust_remote_code), str(path))
+    backend = load_backend(path, trust_remote_code)
+    return describe_tokenizer(backend, str(path), source=path, parse_data=parse_data)
 
 
 def load_backend(path: Path, trust_remote_code: bool) -> Any:
@@ -143,12 +181,14 @@ def load_backend(path: Path, trust_remote_code: bool) -> Any:
     return backend
 
 
-def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
-    """Find out which special ids a tokenizer uses.
+def describe_tokenizer(backend: Any, where: str, source: Path | None = None, parse_data: bool = False) -> Tokenizer:
+    """Find out which special ids a tokenizer uses, and how it encodes texts.
 
     Args:
         backend: transformers tokenizer.
         where: its place in messages.
+        source: directory it was loaded from.
+        parse_data: whether special tokens spelled out in data become these tokens.
 
     Raises:
         ModelError: it has no end-of-sequence token.
@@ -160,19 +200,35 @@ def describe_tokenizer(backend: Any, where: str) -> Tokenizer:
         )
     begins = backend("a", add_special_tokens=True)["input_ids"][:1]
     bos = backend.bos_token_id if backend.bos_token_id is not None and begins == [backend.bos_token_id] else None
-    pad, notices = backend.pad_token_id, tuple[str, ...]()
+    pad, notices = backend.pad_token_id, []
     if pad is None:
-        pad, notices = eos, (f"the tokenizer has no padding token; padding with {backend.eos_token!r} (masked)",)
-    return Tokenizer(backend, bos, eos, pad, _digest(backend, bos, eos), notices)
+        pad = eos
+        notices.append(f"the tokenizer has no padding token; padding with {backend.eos_token!r} (masked)")
+    if bos is None and source is not None and _asks_for_bos(source):
+        notices.append(
+            f"{where}: tokenizer_config.json sets add_bos_token, but the tokenizer adds no BOS in this version of "
+            f"transformers; prompts get none ({backend.bos_token!r})"
+        )
+    scheme = TextEncoding(backend, parse_data).scheme
+    digest = _digest(backend, bos, eos, scheme)
+    return Tokenizer(backend, bos, eos, pad, digest, tuple(notices), parse_data, source)
 
 
-def _digest(backend: Any, bos: int | None, eos: int) -> str:
+def _asks_for_bos(source: Path) -> bool:
+    try:
+        config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("add_bos_token") is True
+
+
+def _digest(backend: Any, bos: int | None, eos: int, scheme: str) -> str:
     fast = getattr(backend, "backend_tokenizer", None)
     body = fast.to_str() if fast is not None else repr(sorted(backend.get_vocab().items()))
-    return hashlib.sha256(f"{bos}/{eos}/{body}".encode()).hexdigest()
+    return hashlib.sha256(f"{bos}/{eos}/{body}{scheme}".encode()).hexdigest()
 
 
-def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def make_tokenizer(texts: Iterable[str], vocab_size: int, parse_data: bool = False) -> Tokenizer:
     """Train a byte-level BPE tokenizer that has all 256 bytes, so that it can encode any text.
 
     Its class is that of the architecture of `make_model`: transformers rebuilds a tokenizer by the model type in the
@@ -183,7 +239,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     silence_transformers()
     blank = Qwen2Tokenizer(vocab={}, merges=[], eos_token=EOS, pad_token=PAD, unk_token=None)
     trained = blank.train_new_from_iterator(texts, vocab_size, show_progress=False)
-    return describe_tokenizer(trained, "--init")
+    return describe_tokenizer(trained, "--init", parse_data=parse_data)
 
 
 def silence_transformers() -> None:

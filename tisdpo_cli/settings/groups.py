@@ -42,6 +42,9 @@ class ColumnOptions(Group):
     chosen_column: str = setting("chosen", "name of the column with the preferred response", "Data")
     rejected_column: str = setting("rejected", "name of the column with the other response", "Data")
     on_bad_row: Literal["error", "skip"] = setting("error", "stop at unusable rows, or skip them", "Data")
+    special_tokens_in_data: Literal["text", "parse"] = setting(
+        "text", "special tokens spelled out in rows are plain text, or parsed if a chat template rendered them", "Data"
+    )
 
 
 class Data(ColumnOptions):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tisdpo_cli.data.splits import drop_untrainable, read_split
-from tisdpo_cli.engine.arguments import find_dataset, read_options, vocabulary_of
+from tisdpo_cli.engine.arguments import find_dataset, parses, read_options, vocabulary_of
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
 from tisdpo_cli.engine.evaluation.results import Evaluation
 from tisdpo_cli.engine.evaluation.rewards import rewards_from_function, rewards_from_model
@@ -94,9 +94,11 @@ def _locate_models(settings: Evaluate) -> tuple[list[PolicyRef], PolicyRef]:
 def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[PolicyRef]) -> EvaluationTask:
     """The task, checked as far as possible without loading weights."""
     trust, limit, per_prompt = settings.trust_remote_code, settings.max_new_tokens, settings.samples_per_prompt
-    tokenizer = _shared_tokenizer(models, settings.data.max_length, trust)
+    tokenizer = _shared_tokenizer(models, settings.data.max_length, trust, parses(settings.data))
     split = read_split(file, read_options(settings.data), vocabulary_of(tokenizer), settings.eval_pairs)
     kept, dropped = drop_untrainable(split)
+    for warning in split.warnings:
+        runtime.reporter.warn(warning)
     for notice in (*tokenizer.notices, *split.notices, *dropped):
         runtime.reporter.note(notice)
     first_pairs = {tuple(pair.prompt): pair for pair in reversed(split.encoded)}
@@ -143,11 +145,13 @@ def _choose_split(name: str | None, files: Mapping[str, Path]) -> str:
     return split
 
 
-def _shared_tokenizer(models: Sequence[PolicyRef], max_length: int, trust_remote_code: bool) -> Tokenizer:
+def _shared_tokenizer(
+    models: Sequence[PolicyRef], max_length: int, trust_remote_code: bool, parse_data: bool
+) -> Tokenizer:
     """The tokenizer of all models, which must be the same because they are compared token by token."""
-    tokenizer = load_tokenizer(models[0].path, trust_remote_code)
+    tokenizer = load_tokenizer(models[0].path, trust_remote_code, parse_data)
     for model in models:
-        own = tokenizer if model is models[0] else load_tokenizer(model.path, trust_remote_code)
+        own = tokenizer if model is models[0] else load_tokenizer(model.path, trust_remote_code, parse_data)
         if own.digest != tokenizer.digest:
             raise ModelError(
                 f"has another tokenizer than {models[0].name}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.scored import MANIFEST, SIDES, read_manifest
-from tisdpo_cli.engine.arguments import columns_of
+from tisdpo_cli.engine.arguments import columns_of, parses, with_recorded_reading
 from tisdpo_cli.engine.inspection.checks import CheckBounds, check_split
 from tisdpo_cli.engine.inspection.comparison import compare_datasets, compare_recipes
 from tisdpo_cli.engine.inspection.pair_views import find_pair, pair_view, sort_pairs
@@ -43,6 +43,7 @@ def inspect_weights(settings: InspectWeights, command: str | None = None) -> Ins
     Raises:
         TisdpoError: the dataset is not scored, does not fit its tokenizer, or has no such split or pair.
     """
+    settings = with_recorded_reading(settings, settings.scored)
     options = _split_options(settings)
     split = read_weighted_split(settings.scored, options)
     recipe, final = split.weighter.recipe, split.final
@@ -89,6 +90,7 @@ def _split_options(settings: InspectWeights) -> SplitOptions:
         split=settings.split,
         columns=columns_of(settings.data),
         on_bad_row=settings.data.on_bad_row,
+        parse_data=parses(settings.data),
         tokenizer=settings.tokenizer,
         make_recipe=settings.weights.recipe,
         centered="center" in settings.weights.steps(),

@@ -23,7 +23,14 @@ from tisdpo_cli.data.scored import (
     read_manifest,
     require_scores,
 )
-from tisdpo_cli.engine.scoring.token_weights import TokenWeighter, fit_centers, known, token_weighter
+from tisdpo_cli.engine.scoring.token_weights import (
+    AT_START,
+    TokenWeighter,
+    fit_centers,
+    known,
+    token_weighter,
+    weights_at_start,
+)
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.recipe import Recipe, clipped
 from tisdpo_cli.method.steps import Centers, Context
@@ -42,6 +49,7 @@ class SplitOptions:
         split: name of the split.
         columns: column names.
         on_bad_row: `error` or `skip`.
+        parse_data: whether special tokens spelled out in data become these tokens.
         tokenizer: directory or hub id, or None for the tokenizer in the dataset directory.
         make_recipe: the recipe for a file with EOS scores (True) or without (False).
         centered: whether the recipe subtracts mean scores of the train split.
@@ -52,6 +60,7 @@ class SplitOptions:
     split: str
     columns: Columns
     on_bad_row: str
+    parse_data: bool
     tokenizer: str | None
     make_recipe: Callable[[bool], Recipe]
     centered: bool
@@ -189,21 +198,25 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     file = files[options.split]
     read = read_pairs(file, options.columns, options.on_bad_row)
     require_scores((pair.row for pair in read.pairs), scored, options.final)
-    changed = check_unchanged(read_manifest(Path(scored).expanduser()) or {}, file, options.final)
-    tokenizer = load_tokenizer(_tokenizer_path(options.tokenizer, scored))
-    centers = _centers(options, files["train"], tokenizer) if options.centered else None
-    weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers)
+    manifest = read_manifest(Path(scored).expanduser()) or {}
+    changed = check_unchanged(manifest, file, options.final)
+    tokenizer = load_tokenizer(_tokenizer_path(options.tokenizer, scored), parse_data=options.parse_data)
+    at_start = not manifest and weights_at_start(tokenizer, read.pairs)
+    centers = _centers(options, files["train"], tokenizer, at_start) if options.centered else None
+    weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers, at_start)
     pairs, bad = _weighted_pairs(read.pairs, weighter)
     skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
     # Editing scores is legitimate and needs no warning; a file of final weights may still hold scores.
-    warnings = [changed] if changed and options.final else []
+    warnings = [*([changed] if changed and options.final else []), *([AT_START] if at_start else [])]
     return WeightedSplit(pairs, weighter, [*files.notices, *read.notices, *warnings, *skipped])
 
 
-def _centers(options: SplitOptions, train: Path, tokenizer: Tokenizer) -> Centers:
+def _centers(options: SplitOptions, train: Path, tokenizer: Tokenizer, at_start: bool) -> Centers:
     """The means that training subtracts: those of the train split, whatever split is shown."""
     pairs = read_pairs(train, options.columns, options.on_bad_row).pairs
-    chosen, rejected = (tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in _SIDES)
+    chosen, rejected = (
+        tokenizer.encode_responses([getattr(pair, side) for pair in pairs], at_start) for side in _SIDES
+    )
     return fit_centers(pairs, [(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)])
 
 
@@ -220,7 +233,10 @@ def _tokenizer_path(tokenizer: str | None, scored: str) -> Path:
 
 def _weighted_pairs(pairs: Sequence[Pair], weighter: TokenWeighter) -> tuple[list[InspectedPair], list[BadRow]]:
     """The pairs with usable scores, and a bad row for each other pair."""
-    chosen, rejected = (weighter.tokenizer.encode([getattr(pair, side) for pair in pairs]) for side in _SIDES)
+    chosen, rejected = (
+        weighter.tokenizer.encode_responses([getattr(pair, side) for pair in pairs], weighter.at_start)
+        for side in _SIDES
+    )
     contexts = weighter.contexts_of_pairs(pairs)
     weighted: list[InspectedPair] = []
     bad: list[BadRow] = []

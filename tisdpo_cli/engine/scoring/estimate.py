@@ -14,7 +14,7 @@ from typing import Any
 
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
-from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, vocabulary_of
+from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading, vocabulary_of
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
@@ -45,6 +45,7 @@ class _Estimation:
         models: side to what the user calls its model.
         templates: side to the text of its template.
         files: split name to file.
+        reading: how rows are read, for the manifest.
         config_yaml: the settings, written to `config.yaml`.
     """
 
@@ -54,6 +55,7 @@ class _Estimation:
     templates: Mapping[str, str]
     files: Mapping[str, Path]
     options: ReadOptions
+    reading: dict[str, str]
     keep_logps: bool
     scoring: ScoringConfig
     config_yaml: str
@@ -77,6 +79,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
         templates=settings.templates(),
         files=files,
         options=read_options(settings.data),
+        reading=recorded_reading(settings.data),
         keep_logps=settings.keep_logps,
         scoring=ScoringConfig(
             settings.batch_size, settings.layout, precision, settings.sequential, settings.trust_remote_code
@@ -96,6 +99,8 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     _warn_if_equal(sides, estimation, output, reporter)
     vocabulary = vocabulary_of(tokenizer)
     splits = {name: read_split(path, estimation.options, vocabulary) for name, path in estimation.files.items()}
+    for warning in (warning for split in splits.values() for warning in split.warnings):
+        reporter.warn(warning)
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
         reporter.note(notice)
     for side in sides:
@@ -130,7 +135,7 @@ def _shared_tokenizer(estimation: _Estimation) -> Tokenizer:
         ModelError: the models turn text into different ids.
     """
     trust = estimation.scoring.trust_remote_code
-    first, *others = (load_tokenizer(path, trust) for path in estimation.paths.values())
+    first, *others = (load_tokenizer(path, trust, estimation.options.parse_data) for path in estimation.paths.values())
     if any(other.digest != first.digest for other in others):
         raise ModelError(
             "forward and reverse model have different tokenizers; their scores cannot be compared",
@@ -150,7 +155,7 @@ def _sides(estimation: _Estimation, tokenizer: Tokenizer) -> list[Side]:
     sides = []
     max_length, trust = estimation.options.limits.max_length, estimation.scoring.trust_remote_code
     for name, template in estimation.templates.items():
-        before, after = tokenizer.encode(list(split_template(template)), markers=True)
+        before, after = tokenizer.encode_template(*split_template(template))
         side = Side(name, estimation.paths.get(name) or estimation.paths["model"], TemplateTokens(before, after))
         check_fit(side.path, tokenizer, max_length, trust, len(side.template))
         sides.append(side)
@@ -194,6 +199,7 @@ def _scored_output(
             for side, path in estimation.models.items()
         },
         "templates": estimation.templates,
+        "reading": estimation.reading,
         "dataset": {"path": estimation.dataset, "sha256": output.made_from["content of dataset"]},
         "tokenizer": tokenizer.digest,
         "dtype": estimation.scoring.precision,

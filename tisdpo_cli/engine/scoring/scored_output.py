@@ -59,7 +59,7 @@ def write_scored_output(
             )
             write_rows(staged / f"{name}.jsonl", columns)
             counts[name] = {**_counts([row.scores for row in rows]), "sha256": sha256(staged / f"{name}.jsonl")}
-        tokenizer.backend.save_pretrained(staged)
+        tokenizer.save(staged)
         write_json(
             staged / MANIFEST,
             {
@@ -69,7 +69,7 @@ def write_scored_output(
                 "versions": versions(),
             },
         )
-        apply_umask(list(staged.iterdir()))
+        apply_umask([file for file in staged.rglob("*") if file.is_file()])
         files = output.publish(staged)
     output.finish({**scored.record, "counts": counts}, files)
 

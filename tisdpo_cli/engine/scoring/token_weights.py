@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tisdpo_cli.data.pairs import Pair
 from tisdpo_cli.data.rows import BadRow
-from tisdpo_cli.data.scored import SIDES, Scores, has_eos_scores, missing_eos_column, read_scores
+from tisdpo_cli.data.scored import SIDES, Scores, has_eos_scores, missing_eos_column, read_scores, weight_count
 from tisdpo_cli.method.recipe import Recipe, response_weights
 from tisdpo_cli.method.steps import Centers, Context, apply_steps, centers_of, spans_of
 from tisdpo_cli.method.transforms import RandomStream, Side
@@ -27,6 +27,7 @@ class TokenWeighter:
         tokenizer: the one that the scores belong to.
         centers: means of the train split, if the recipe centers.
         eos_scores: whether the file has EOS scores, which makes rows without them bad rows.
+        at_start: whether the scores belong to responses encoded as at the start of a text.
     """
 
     recipe: Recipe
@@ -34,13 +35,14 @@ class TokenWeighter:
     tokenizer: Tokenizer
     centers: Centers | None = None
     eos_scores: bool = False
+    at_start: bool = False
 
     def contexts(self, texts: Sequence[str]) -> list[Context]:
         """What the steps need to know about each response besides its scores."""
         unit = self.recipe.steps.get("spans")
         if unit is None:
             return [Context(self.centers)] * len(texts)
-        offsets = self.tokenizer.offsets(texts)
+        offsets = self.tokenizer.offsets(texts, self.at_start)
         spans = (spans_of(text, at, str(unit)) for text, at in zip(texts, offsets, strict=True))
         return [Context(self.centers, span_ids) for span_ids in spans]
 
@@ -86,6 +88,7 @@ def token_weighter(
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     centers: Centers | None,
+    at_start: bool = False,
 ) -> TokenWeighter:
     """How the scores of these pairs become weights.
 
@@ -95,9 +98,33 @@ def token_weighter(
         tokenizer: the one that the scores belong to.
         pairs: of the split.
         centers: means of the train split, where the recipe centers.
+        at_start: see `TokenWeighter`.
     """
     eos_scores = has_eos_scores(pair.row for pair in pairs)
-    return TokenWeighter(make_recipe(eos_scores), seed, tokenizer, centers, eos_scores)
+    return TokenWeighter(make_recipe(eos_scores), seed, tokenizer, centers, eos_scores, at_start)
+
+
+AT_START = (
+    "the weights fit responses encoded with a space in front, as the authors' code does; they are encoded so here too"
+)
+
+
+def weights_at_start(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> bool:
+    """Whether weights of unknown origin fit only responses that are encoded as at the start of a text.
+
+    The authors' code encodes responses so, which for some tokenizers gives another number of tokens.
+    """
+    if not tokenizer.texts.adds_space:
+        return False
+
+    def fit(at_start: bool) -> bool:
+        for side in SIDES:
+            encoded = tokenizer.encode_responses([getattr(pair, side) for pair in pairs], at_start)
+            if any(weight_count(pair.row, side) != len(ids) for pair, ids in zip(pairs, encoded, strict=True)):
+                return False
+        return True
+
+    return not fit(at_start=False) and fit(at_start=True)
 
 
 def weight_warnings(chosen: Sequence[Tensor], rejected: Sequence[Tensor], final: bool) -> list[str]:

@@ -11,7 +11,14 @@ from tisdpo_cli.data.scored import check_unchanged, has_weights, missing_score, 
 from tisdpo_cli.data.splits import ReadOptions, Split, drop_untrainable, read_split
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.arguments import vocabulary_of
-from tisdpo_cli.engine.scoring.token_weights import TokenWeighter, fit_centers, token_weighter, weight_warnings
+from tisdpo_cli.engine.scoring.token_weights import (
+    AT_START,
+    TokenWeighter,
+    fit_centers,
+    token_weighter,
+    weight_warnings,
+    weights_at_start,
+)
 from tisdpo_cli.engine.training.pair_task import WeightedPair
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.method.recipe import Recipe
@@ -70,8 +77,14 @@ def prepare_pairs(
     """
     for notice in tokenizer.notices:
         reporter.note(notice)
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary, at_start = vocabulary_of(tokenizer), False
     train = read_split(source.files["train"], source.options, vocabulary)
+    if source.weighting is not None and read_manifest(Path(source.dataset).expanduser()) is None:
+        at_start = weights_at_start(tokenizer, train.pairs)
+    if at_start:
+        reporter.note(AT_START)
+        vocabulary = vocabulary_of(tokenizer, at_start)
+        train = read_split(source.files["train"], source.options, vocabulary)
     centers = None
     if source.weighting is not None:
         centers = _centers(source.weighting, train, reporter)
@@ -80,7 +93,7 @@ def prepare_pairs(
     splits = [train]
     if "test" in source.files and source.eval_pairs:
         splits.append(read_split(source.files["test"], source.options, vocabulary, source.eval_pairs))
-    pairs = [_split_pairs(source, split, tokenizer, centers, reporter) for split in splits]
+    pairs = [_split_pairs(source, split, tokenizer, centers, at_start, reporter) for split in splits]
     return pairs[0], pairs[1] if len(pairs) > 1 else []
 
 
@@ -94,15 +107,25 @@ def _centers(weighting: Weighting, train: Split, reporter: Reporter) -> Centers 
 
 
 def _split_pairs(
-    source: PairSource, split: Split, tokenizer: Tokenizer, centers: Centers | None, reporter: Reporter
+    source: PairSource,
+    split: Split,
+    tokenizer: Tokenizer,
+    centers: Centers | None,
+    at_start: bool,
+    reporter: Reporter,
 ) -> list[WeightedPair]:
     kept, dropped = drop_untrainable(split)
+    for warning in split.warnings:
+        reporter.warn(warning)
     for notice in (*split.notices, *dropped):
         reporter.note(notice)
     if source.weighting is None:
         return [WeightedPair(pair.swapped() if source.swapped else pair) for pair in kept]
     _check_scored(source, source.weighting, split, tokenizer, reporter)
-    return _weighted_pairs(source, source.weighting, split, kept, tokenizer, centers, reporter)
+    rows = [split.pairs[pair.index] for pair in kept]
+    weighting = source.weighting
+    weighter = token_weighter(weighting.make_recipe, weighting.seed, tokenizer, rows, centers, at_start)
+    return _weighted_pairs(source, weighting, split, kept, weighter, reporter)
 
 
 def _weighted_pairs(
@@ -110,12 +133,10 @@ def _weighted_pairs(
     weighting: Weighting,
     split: Split,
     kept: list[EncodedPair],
-    tokenizer: Tokenizer,
-    centers: Centers | None,
+    weighter: TokenWeighter,
     reporter: Reporter,
 ) -> list[WeightedPair]:
     rows = [split.pairs[pair.index] for pair in kept]
-    weighter = token_weighter(weighting.make_recipe, weighting.seed, tokenizer, rows, centers)
     recipe = weighter.recipe
     reporter.note(f"{split.path.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
     weighted: list[WeightedPair] = []

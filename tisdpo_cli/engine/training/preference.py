@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tisdpo_cli.engine.arguments import find_dataset, read_options
+from tisdpo_cli.engine.arguments import find_dataset, read_options, with_recorded_reading
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, planned_passes
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
@@ -80,6 +80,8 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     Raises:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
+    if isinstance(settings, Train):
+        settings = with_recorded_reading(settings, settings.dataset)
     models = _locate_models(settings)
     files = find_dataset(settings.dataset, reporter)
     runtime = Runtime(reporter)
@@ -158,10 +160,11 @@ def _load_tokenizer(training: _Training) -> Tokenizer:
         ModelError: the reference has another tokenizer, or an embedding is too small.
     """
     models = training.models
-    tokenizer = load_tokenizer(models.policy_path, models.trust_remote_code)
+    trust, parse = models.trust_remote_code, training.source.options.parse_data
+    tokenizer = load_tokenizer(models.policy_path, trust, parse)
     check_fit(models.policy_path, tokenizer, training.max_length, models.trust_remote_code)
     if models.reference_path is not None:
-        if load_tokenizer(models.reference_path, models.trust_remote_code).digest != tokenizer.digest:
+        if load_tokenizer(models.reference_path, trust, parse).digest != tokenizer.digest:
             raise ModelError(
                 "the tokenizer differs from the model's",
                 where=f"--ref-model {models.reference}",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tisdpo_cli.data.examples import Example, Target, read_examples
 from tisdpo_cli.data.splits import ReadOptions
-from tisdpo_cli.data.tokens import cut
-from tisdpo_cli.engine.arguments import find_dataset, read_options
+from tisdpo_cli.data.tokens import MarkedRows, cut
+from tisdpo_cli.engine.arguments import find_dataset, read_options, vocabulary_of
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.session import (
@@ -192,10 +192,10 @@ def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
         # Whatever is learned first, both sides of the pairs will be tokenized with it.
         examples, _ = _examples(source, source.files["train"], "both")
         texts = (text for example in examples for text in (example.prompt, example.response))
-        tokenizer = make_tokenizer(texts, source.model.vocab_size)
+        tokenizer = make_tokenizer(texts, source.model.vocab_size, source.options.parse_data)
         reporter.note(f"new byte-level BPE tokenizer with {len(tokenizer.backend)} tokens")
         return tokenizer
-    tokenizer = load_tokenizer(source.model, source.trust_remote_code)
+    tokenizer = load_tokenizer(source.model, source.trust_remote_code, source.options.parse_data)
     check_fit(source.model, tokenizer, source.options.limits.max_length, source.trust_remote_code)
     for notice in tokenizer.notices:
         reporter.note(notice)
@@ -220,13 +220,15 @@ def _model(source: _Source, tokenizer: Tokenizer) -> nn.Module:
 def _encode(
     source: _Source, examples: Sequence[Example], tokenizer: Tokenizer, path: Path, reporter: Reporter
 ) -> list[EncodedExample]:
-    prompts = tokenizer.encode([example.prompt for example in examples])
-    responses = tokenizer.encode([example.response for example in examples])
+    vocabulary, marked = vocabulary_of(tokenizer), MarkedRows()
+    prompts = vocabulary.prompts([example.prompt for example in examples])
+    responses = vocabulary.responses([example.response for example in examples])
     limits = source.options.limits
     encoded: list[EncodedExample] = []
     dropped, truncated = 0, 0
     for example, prompt, ids in zip(examples, prompts, responses, strict=True):
         given, (response,) = cut(prompt, [ids], tokenizer.bos, tokenizer.eos, limits)
+        marked.count(vocabulary.marker(example.prompt) or vocabulary.marker(example.response))
         truncated += len(given) < len(prompt) + (tokenizer.bos is not None) or not response.has_eos
         if not response.kept:
             dropped += 1
@@ -234,6 +236,9 @@ def _encode(
             encoded.append(EncodedExample(example.where, given[:1], given[1:] + response.ids))
         else:
             encoded.append(EncodedExample(example.where, given, response.ids))
+    warning = marked.warning(len(examples))
+    if warning:
+        reporter.warn(f"{path.name}: {warning}")
     if truncated:
         reporter.note(f"{path.name}: truncated {truncated} examples to {limits.max_length} tokens")
     if dropped:
