@@ -22,7 +22,8 @@ from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.runs.stage import StageResult
 from tisdpo_cli.settings.commands import COMMANDS
-from tisdpo_cli.settings.sources import load, read_yaml
+from tisdpo_cli.settings.sources import load
+from tisdpo_cli.settings.yaml_files import read_yaml
 
 LN2 = math.log(2)
 REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]

@@ -21,6 +21,7 @@ from tisdpo_cli.settings.fields import group_of
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.run import STAGES, Run, Stages
 from tisdpo_cli.settings.wiring import Layer, planned, stage_layer, wiring
+from tisdpo_cli.settings.yaml_files import read_yaml
 
 ENV_PREFIX = "TISDPO_"
 
@@ -190,52 +191,6 @@ def _from_environment(command: type[Command], environ: Mapping[str, str], faults
 
 def _scalar(text: str) -> Any:
     return None if text.strip().lower() in ("null", "~") else text
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys."""
-
-
-def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    # Before merged keys (<<) are inserted, which may be overridden.
-    seen: set[str] = set()
-    for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key_node.start_mark)
-        if key_node.value in seen:
-            raise yaml.MarkedYAMLError(problem=f"duplicate key {key_node.value!r}", problem_mark=key_node.start_mark)
-        seen.add(key_node.value)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
-
-    Raises:
-        UsageError: no such file, not YAML, a key given twice, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = getattr(fault, "strerror", None) or "not UTF-8 text"
-        raise UsageError(f"cannot read the config: {reason}", where=str(path)) from fault
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as fault:
-        mark = getattr(fault, "problem_mark", None)
-        line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageError(getattr(fault, "problem", None) or "not YAML", where=f"{path}{line}") from fault
-    except (ValueError, RecursionError) as fault:
-        raise UsageError("invalid value, or nested too deeply", where=str(path)) from fault
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UsageError("must be a mapping of settings to values", where=str(path))
-    return values
 
 
 # Error messages --------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
-from tisdpo_cli.settings.sources import read_yaml, to_yaml
+from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
+from tisdpo_cli.settings.yaml_files import read_yaml
 
 Settings = TypeVar("Settings", TrainPairs, TrainSft)
 
