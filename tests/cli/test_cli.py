@@ -16,11 +16,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Done, Tisdpo, pair_rows, run_tisdpo, write_jsonl
 from typer.testing import CliRunner
 
 from tisdpo_cli import __version__
 from tisdpo_cli.cli.app import app, main
+from tisdpo_cli.cli.options import normalize_options
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.fields import PANELS
 
@@ -183,6 +185,29 @@ def test_options_may_be_spelt_as_elsewhere(spelling: str) -> None:
     assert done.code == 0
     assert "learning_rate: 0.0001  # flag" in done.out
     assert "model: a_b" in done.out
+
+
+@pytest.mark.parametrize("value", ["-- Q_A", "--max_length", "--lr", "--", "-- a_b=c_d", "-x_y"])
+@pytest.mark.parametrize("option", ["--output-dir", "--output_dir", "-o"])
+def test_a_value_may_look_like_an_option(option: str, value: str) -> None:
+    done = here("train-dpo", option, value, "-m", "m", "--dataset_name", "d", "--max_length", "900", "--print-config")
+    assert done.code == 0, done.err
+    settings = yaml.safe_load(done.out)
+    assert (settings["output_dir"], settings["data"]["max_length"]) == (value, 900)
+
+
+@pytest.mark.parametrize(
+    ("typed", "normalized"),
+    [
+        (["estimate", "--positive-template", "--x_y {}", "--batch_size=2"], "--x_y {}|--batch-size=2"),
+        (["estimate", "--positive-template=--x_y {}"], "--positive-template=--x_y {}"),
+        (["train-dpo", "--set", "--a_b", "--dry_run", "--max_steps", "3"], "--a_b|--dry-run|--max-steps|3"),
+        (["inspect-weights", "--", "--my_scores"], "--|--my_scores"),
+        (["--print_config", "--set_x"], "--print-config|--set-x"),
+    ],
+)
+def test_only_names_of_options_are_normalized(typed: list[str], normalized: str) -> None:
+    assert "|".join(normalize_options(typed, COMMANDS)).endswith(normalized)
 
 
 def test_options_of_trl_can_be_pasted() -> None:

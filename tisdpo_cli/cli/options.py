@@ -106,21 +106,41 @@ def _type_name(annotation: Any) -> str:
 def normalize_options(arguments: Sequence[str], commands: Mapping[str, CommandSpec]) -> list[str]:
     """Replace underscores and second names in options, so that commands of other trainers can be pasted.
 
-    These are no options in their own right: help would show three names for each. Values are left alone.
+    These are no options in their own right: help would show three names for each. Values are left alone, also those
+    that begin like an option.
     """
     spec = commands.get(arguments[0]) if arguments else None
     names = {
         f"--{name.replace('_', '-')}": "--" + path.rpartition(".")[2].replace("_", "-")
         for name, path in (second_names(spec.settings).items() if spec is not None else ())
     }
-    normalized = []
-    for argument in arguments:
+    with_value = _options_with_value(spec)
+    normalized: list[str] = []
+    is_value = False
+    for number, argument in enumerate(arguments):
+        if argument == "--" and not is_value:
+            return normalized + list(arguments[number:])
         name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = name.replace("_", "-")
-            argument = names.get(name, name) + equals + value
+        if is_value or not name.startswith("-"):
+            is_value = False
+        else:
+            if name.startswith("--"):
+                name = name.replace("_", "-")
+                name = names.get(name, name)
+            argument = name + equals + value
+            is_value = name in with_value and not equals
         normalized.append(argument)
     return normalized
+
+
+def _options_with_value(spec: CommandSpec | None) -> set[str]:
+    """The options of a command that take the next argument as their value."""
+    paths = leaf_paths(spec.settings) if spec is not None else {}
+    common = _common(bool(paths)).values()
+    return {
+        *(flag for path, info in paths.items() if info.annotation is not bool for flag in spellings(path, info)),
+        *(flag for kind, _, flags in common if kind is not bool for flag in flags),
+    }
 
 
 # Options that every command has and that are no settings: name to type, default and flags.
