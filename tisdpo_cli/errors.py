@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 
 class UserError:
     """Base of all errors for users: what is wrong, where, and what to do.
@@ -45,6 +49,63 @@ class TrainingError(TisdpoError):
 
 class RankError(TrainingError):
     """An error on one of several processes, which must report it itself."""
+
+
+# What a command does when memory runs out, as far as the advice differs.
+Activity = Literal["", "reading", "loading", "reference", "evaluating", "generating"]
+_ACTIVITIES: dict[Activity, str] = {
+    "": "",
+    "reading": " while reading the dataset",
+    "loading": ": the model does not fit",
+    "reference": " while computing reference log-probs",
+    "evaluating": " while evaluating",
+    "generating": " while generating",
+}
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "bad_alloc",
+)
+
+
+class OutOfMemory(RankError):
+    """Memory ran out: exit 1. Which settings lower it only the settings of the command know.
+
+    Args:
+        activity: what the command did.
+        where: the model or file at fault.
+        fix: what lowers memory.
+    """
+
+    def __init__(self, activity: Activity = "", *, where: str = "", fix: str = "") -> None:
+        super().__init__(f"out of memory{_ACTIVITIES[activity]}", where=where, fix=fix)
+        self.activity = activity
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, which says nothing about a file or a model."""
+    if isinstance(error, UserError):
+        return isinstance(error, OutOfMemory)
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(part in words for part in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def naming_out_of_memory(activity: Activity, where: str = "") -> Iterator[None]:
+    """Turn the many errors for memory that ran out into one that says in what.
+
+    Raises:
+        OutOfMemory: the block ran out of memory; of nested blocks the innermost names it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(activity, where=where) from error
 
 
 class UsageError(TisdpoError):

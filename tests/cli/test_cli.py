@@ -288,19 +288,6 @@ def test_a_fault_of_the_program_is_one_line_too(world: Path, tmp_path: Path, mon
     assert "--debug" in done.error
 
 
-def test_out_of_memory_names_the_settings_to_lower(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-
-    monkeypatch.setattr("tisdpo_cli.cli.preflight.check", full)
-    done = here(*train_dpo(world, tmp_path / "out"))
-    assert_failed(done, 1)
-    assert "out of memory" in done.error
-    assert "--micro-batch-size" in done.error
-
-
 # ---------------------------------------------------------------- results and output directories
 
 SECRETS = {"HF_TOKEN": "hf_secretsecret", "WANDB_API_KEY": "wandb-secretsecret", "OPENAI_API_KEY": "sk-secretsecret"}

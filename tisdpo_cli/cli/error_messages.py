@@ -10,11 +10,10 @@ import typer
 
 from tisdpo_cli.cli.console import print_error
 from tisdpo_cli.cli.process import command_line, is_first_rank
-from tisdpo_cli.errors import Interrupted, RankError, TisdpoError, UsageError
+from tisdpo_cli.errors import Interrupted, OutOfMemory, RankError, TisdpoError, UsageError, is_out_of_memory
 from tisdpo_cli.settings.names import foreign_option_hint
 from tisdpo_cli.text import visible
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 
@@ -30,12 +29,8 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
         if hint is not None:
             return UsageError(f"No such option: {option}", fix=hint)
         return UsageError(fault.format_message().rstrip("."), fix="see --help")
-    if isinstance(fault, MemoryError) or any(words in str(fault).lower() for words in _OUT_OF_MEMORY):
-        return TisdpoError(
-            "out of memory",
-            fix="lower --micro-batch-size (estimate: --batch-size) or --max-length, or use --gradient-checkpointing "
-            "(estimate: --sequential)",
-        )
+    if is_out_of_memory(fault):
+        return OutOfMemory(fix="free memory")
     if isinstance(fault, OSError):
         where = str(fault.filename) if fault.filename else ""
         return TisdpoError(fault.strerror or str(fault), where=where, fix="--debug shows where")

@@ -21,6 +21,7 @@ from tisdpo_cli.files import write_text
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import CommandSpec
 from tisdpo_cli.settings.inspect_weights import InspectWeights
+from tisdpo_cli.settings.memory_advice import explaining_out_of_memory
 from tisdpo_cli.settings.schema import json_schema
 from tisdpo_cli.settings.sources import load, to_yaml
 
@@ -78,9 +79,10 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     offered = {"settings": loaded.settings, "reporter": reporter, "command": command_line()}
     taken = inspect.signature(entry_point).parameters
     check_signals()
-    result = entry_point(**{name: value for name, value in offered.items() if name in taken})
-    check_signals()
-    _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
+    with explaining_out_of_memory(loaded.settings):
+        result = entry_point(**{name: value for name, value in offered.items() if name in taken})
+        check_signals()
+        _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
 
 
 def _show_path(

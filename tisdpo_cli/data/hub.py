@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from tisdpo_cli.errors import DataError, UsageError
+from tisdpo_cli.errors import DataError, UsageError, is_out_of_memory
 from tisdpo_cli.files import PARTIAL, cache_directory
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -55,6 +55,8 @@ def _download(name: str, revision: str | None, folder: Path, splits: tuple[str, 
     try:
         loaded = datasets.load_dataset(name, revision=revision)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot be downloaded: {reason[:160]}", where=f"--dataset {name}") from error
     if "train" not in loaded:

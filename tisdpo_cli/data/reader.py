@@ -10,7 +10,7 @@ from tisdpo_cli.data.parsers import PARSERS, read_saved
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.source import Source
 from tisdpo_cli.data.stdin import STDIN, is_stdin, spooled_stdin
-from tisdpo_cli.errors import DataError, UsageError
+from tisdpo_cli.errors import DataError, UsageError, naming_out_of_memory
 from tisdpo_cli.files import is_unfinished, matching_files, near_matches
 from tisdpo_cli.formats import COMPRESSED, FORMAT_NAMES, FORMAT_OF_SUFFIX, format_of
 
@@ -134,7 +134,8 @@ def read_rows(path: Path, notices: list[str] | None = None) -> Iterator[Row | Ba
     notices = notices if notices is not None else []
     for file in matching_files(path) or [path]:
         parse = read_saved if file.is_dir() else PARSERS[format_of(file.name) or "JSON"]
-        yield from parse(Source(file, shown_path(file)), notices)
+        with naming_out_of_memory("reading", shown_path(file)):
+            yield from parse(Source(file, shown_path(file)), notices)
 
 
 def shown_path(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
 from tisdpo_cli.data.tokens import EncodedPair, Limits, Vocabulary, encode_pairs
-from tisdpo_cli.errors import DataError
+from tisdpo_cli.errors import DataError, naming_out_of_memory
 
 
 @dataclass
@@ -38,6 +38,7 @@ class ReadOptions:
     parse_data: bool = False
 
 
+@naming_out_of_memory("reading")
 def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: int | None = None) -> Split:
     """Read and tokenize all valid rows of a split.
 

@@ -11,7 +11,7 @@ from typing import Any
 from tisdpo_cli.data.json_rows import parse_float
 from tisdpo_cli.data.rows import BadRow, Row, checked_row
 from tisdpo_cli.data.source import MAX_BYTES, MAX_EXPANSION, MAX_TEXT, Source
-from tisdpo_cli.errors import DataError
+from tisdpo_cli.errors import DataError, is_out_of_memory
 
 _BATCH_ROWS = 256
 # More rows than this, in less than a byte each, are repetition: no row with three texts takes so little.
@@ -36,6 +36,8 @@ def read_parquet(source: Source, _notices: list[str]) -> Iterator[Row | BadRow]:
         except DataError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _unreadable(source, "as Parquet", error) from error
 
 
@@ -79,6 +81,8 @@ def read_saved(source: Source, _notices: list[str]) -> Iterator[Row | BadRow]:
     except DataError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise _unreadable(source, "as a saved dataset", error) from error
 
 

@@ -15,6 +15,7 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import StageResult
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.estimate import Estimate
+from tisdpo_cli.settings.memory_advice import explaining_out_of_memory
 from tisdpo_cli.settings.run import Run
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -61,8 +62,11 @@ def run(settings: Run, reporter: Reporter, command: str | None = None) -> Pipeli
     todo = settings.stages()
     for number, (name, stage) in enumerate(todo.items(), start=1):
         reporter.stage(f"{number}/{len(todo)} {name.replace('_', '-')}: {_TITLES[name]}")
-        stages[name] = _stage(stage, reporter)
-    return PipelineResult(Path(settings.output_dir), stages, inspect_weights(settings.inspect_weights, command))
+        with explaining_out_of_memory(stage, name):
+            stages[name] = _stage(stage, reporter)
+    with explaining_out_of_memory(settings.inspect_weights, "inspect_weights"):
+        inspection = inspect_weights(settings.inspect_weights, command)
+    return PipelineResult(Path(settings.output_dir), stages, inspection)
 
 
 def _stage(settings: Command, reporter: Reporter) -> StageResult:

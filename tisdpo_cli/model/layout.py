@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.errors import ModelError
+from tisdpo_cli.errors import ModelError, is_out_of_memory
 from tisdpo_cli.model.batch import collate
 from tisdpo_cli.model.last_layer import LastLayer
-from tisdpo_cli.model.loading import is_out_of_memory, restore_attention, take_notes, use_packed_attention
+from tisdpo_cli.model.loading import restore_attention, take_notes, use_packed_attention
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.lookahead import refuse_lookahead
 from tisdpo_cli.model.row_lengths import EQUAL_LENGTHS, LengthRule, length_rule

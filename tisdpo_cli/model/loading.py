@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.errors import ModelError, UsageError
+from tisdpo_cli.errors import ModelError, UsageError, is_out_of_memory, naming_out_of_memory
 from tisdpo_cli.model.packed_attention import LAYOUT, AttentionSpec
 from tisdpo_cli.model.randomness import disable_dropout_modules, disable_randomness, original_rates
 from tisdpo_cli.model.tokenizer import Tokenizer, first_line, load_backend, silence_transformers
@@ -20,7 +20,6 @@ from tisdpo_cli.model.weights_check import check_weights, untie_own_head
 
 # In the error of transformers if a model has no such attention.
 _NO_SDPA = ("scaled_dot_product_attention", "sdpa")
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def check_fit(
@@ -114,10 +113,11 @@ def move_to_device(model: nn.Module, device: torch.device) -> nn.Module:
     On a CPU its weights are copied from the memory-mapped file: writing to that file would change them, and the first
     optimizer step would copy it page by page, in ten times the time.
     """
-    model = model.to(device)
-    if device.type == "cpu":
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+    with naming_out_of_memory("loading", str(getattr(model, "name_or_path", ""))):
+        model = model.to(device)
+        if device.type == "cpu":
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
     return model
 
 
@@ -139,7 +139,11 @@ def load_reward_model(path: Path) -> tuple[nn.Module, Any]:
 
 def _load(auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str) -> Any:
     silence_transformers()
+    with naming_out_of_memory("loading", str(path)):
+        return _load_checked(auto_class, path, config, trust_remote_code, hint)
 
+
+def _load_checked(auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str) -> Any:
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         return auto_class.from_pretrained(
             path,
@@ -170,12 +174,6 @@ def _load(auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hin
     disable_dropout_modules(model)
     model._tisdpo_notes = check_weights(model, info, path)
     return model.eval()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, which says nothing about the model."""
-    words = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in words for part in _OUT_OF_MEMORY)
 
 
 # Name of our attention in transformers' `AttentionInterface`.

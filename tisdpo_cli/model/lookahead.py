@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.errors import ModelError
-from tisdpo_cli.model.loading import is_out_of_memory
+from tisdpo_cli.errors import ModelError, is_out_of_memory
 
 # Tokens of the probe; the second half is changed.
 _TOKENS = 16

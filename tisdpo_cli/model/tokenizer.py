@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tisdpo_cli.errors import ModelError
+from tisdpo_cli.errors import ModelError, is_out_of_memory
 from tisdpo_cli.model.directory import tokenizer_files
 from tisdpo_cli.model.text_encoding import TextEncoding
 
@@ -171,6 +171,8 @@ def load_backend(path: Path, trust_remote_code: bool) -> Any:
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"the tokenizer cannot be loaded: {first_line(error)}",
             where=str(path),

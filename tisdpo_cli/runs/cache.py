@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tisdpo_cli.errors import TrainingError
+from tisdpo_cli.errors import TrainingError, is_out_of_memory
 from tisdpo_cli.files import PARTIAL, cache_directory, replacing, reporting_write_errors
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class TensorCache:
             tensor = _load(path, key, length)
         except FileNotFoundError:  # another process made room
             return None
-        except Exception:  # whatever a damaged file makes a library raise
+        except Exception as error:  # whatever a damaged file makes a library raise
+            if is_out_of_memory(error):
+                raise
             tensor = None
         if tensor is None:
             self._warn(f"{path} is damaged; recomputing")

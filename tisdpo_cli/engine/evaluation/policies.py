@@ -18,7 +18,7 @@ from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.evaluation.results import PairMetrics, PolicyMetrics, SampleMetrics
 from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, sample_all
 from tisdpo_cli.engine.evaluation.statistics import mean, perplexity, ratio, repetition
-from tisdpo_cli.errors import RankError, UsageError
+from tisdpo_cli.errors import RankError, UsageError, naming_out_of_memory
 from tisdpo_cli.method.objectives import response_sums
 from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.loading import load_model, move_to_device
@@ -227,6 +227,7 @@ def _evaluate_pairs(
     return metrics, theirs
 
 
+@naming_out_of_memory("generating")
 def _generate(task: EvaluationTask, policy: TokenScorer, reference: TokenScorer, progress: Progress) -> Generations:
     """Responses of a policy to all prompts, from the same random numbers for every policy."""
     prompts = [prompt.ids for prompt in task.prompts]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tisdpo_cli.errors import DataError, ModelError, TisdpoError, UsageError
+from tisdpo_cli.errors import DataError, ModelError, TisdpoError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.loading import load_reward_model, move_to_device
 
 # Prompts and their responses to one reward per response; higher is better.
@@ -116,6 +116,7 @@ def _batches_of_equal_length(rows: Sequence[Sequence[int]], batch_size: int) -> 
     return [same[k : k + batch_size] for same in by_length.values() for k in range(0, len(same), batch_size)]
 
 
+@naming_out_of_memory("generating")
 @torch.inference_mode()
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> list[float]:
     logits = model(input_ids=torch.tensor(rows, device=device)).logits

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.training.batching import Microbatching, PaddedCosts
-from tisdpo_cli.errors import DataError
+from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
 from tisdpo_cli.reporter import Progress
@@ -143,6 +143,7 @@ class ReferencePass:
             computed.update(zip(batch, zip(*sides, strict=True), strict=True))
         return torch.cat([logps for i in range(len(pairs)) for logps in computed[i]])
 
+    @naming_out_of_memory("reference")
     @torch.no_grad()
     def _score(self, pairs: Sequence[EncodedPair], progress: Progress) -> tuple[Tensor, list[Group]]:
         """Log-probs [N] of one forward pass, all chosen responses before all rejected ones, and its groups."""

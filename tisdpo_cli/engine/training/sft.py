@@ -24,7 +24,7 @@ from tisdpo_cli.engine.training.session import (
     run_training,
     session_scorer,
 )
-from tisdpo_cli.errors import DataError
+from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit, load_model, make_model, move_to_device
 from tisdpo_cli.model.logprobs import batch_for, score
@@ -165,6 +165,7 @@ def _source(settings: TrainSft, path: Path | None, files: Mapping[str, Path]) ->
 # Below this line there are no settings ----------------------------------------------------------------------------
 
 
+@naming_out_of_memory("reading")
 def _tasks(source: _Source, tokenizer: Tokenizer, reporter: Reporter) -> tuple[SftTask, SftTask | None]:
     """What is trained, and what is evaluated."""
     examples = _read(source, source.files["train"], reporter)
@@ -203,6 +204,7 @@ def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
     return tokenizer
 
 
+@naming_out_of_memory("loading")
 def _model(source: _Source, tokenizer: Tokenizer) -> nn.Module:
     if not isinstance(source.model, NewModel):
         return load_model(source.model, source.trust_remote_code)

@@ -25,7 +25,7 @@ from tisdpo_cli.engine.training.optimizer import (
     restore_optimizer,
 )
 from tisdpo_cli.engine.training.profiling import profiled
-from tisdpo_cli.errors import Interrupted, TrainingError, UsageError
+from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
 from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
@@ -258,6 +258,7 @@ class Trainer:
         means = (sums / task.normaliser(examples)).tolist()
         return dict(zip(task.metrics, means, strict=True))
 
+    @naming_out_of_memory("evaluating")
     def _evaluate(self, evaluation: EvalConfig | None) -> dict[str, float]:
         if evaluation is None:
             return {}
