@@ -123,6 +123,15 @@ def test_deep_nesting_is_refused_with_the_name_of_the_file(refused, model, name)
     assert str(model / name) in message
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", [nested(100_000), "{", "[]"], ids=["deep", "torn", "list"])
+def test_a_damaged_file_of_the_tokenizer_is_named(refused, model, name, content):  # noqa: F811
+    (model / name).write_text(content)
+    code, message = refused(model)
+    assert code == 1
+    assert message.startswith(str(model / name))
+
+
 def test_a_deeply_nested_index_or_header_is_refused_with_the_name_of_the_file(refused, model):  # noqa: F811
     header = nested(100_000).encode()
     (model / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)

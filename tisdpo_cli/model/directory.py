@@ -233,6 +233,17 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     return length, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
+def check_tokenizer_files(path: Path) -> None:
+    """Check that the JSON files of a tokenizer can be read.
+
+    Raises:
+        ModelError: one is damaged.
+    """
+    for name in _TOKENIZER_FILES:
+        if name.endswith(".json") and (path / name).is_file():
+            _read_json(path / name, "")
+
+
 def tensor_names(path: Path) -> list[str]:
     """Return the names of all tensors in the weight files of a model, whose headers are sound."""
     return sorted({name for weights in weight_files(path) for name in _header(weights)[1]})

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import ModelError, is_out_of_memory
-from tisdpo_cli.model.directory import tokenizer_files
+from tisdpo_cli.model.directory import check_tokenizer_files, tokenizer_files
 from tisdpo_cli.model.text_encoding import TextEncoding
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -173,6 +173,7 @@ def load_backend(path: Path, trust_remote_code: bool) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        check_tokenizer_files(path)
         raise ModelError(
             f"the tokenizer cannot be loaded: {first_line(error)}",
             where=str(path),
