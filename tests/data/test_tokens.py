@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tisdpo_cli.data.tokens import Limits, Vocabulary, cut, encode_pairs
+from tisdpo_cli.data.tokens import Limits, Vocabulary, _spread, cut, encode_pairs
 from tisdpo_cli.engine.arguments import vocabulary_of
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.model.loading import make_model, save_model
@@ -301,3 +301,10 @@ def test_pieces_keep_the_space_that_a_decoder_strips():
     assert b"".join(tokenizer.token_bytes(ids)).decode() == " once again, 👍 thanks"
     assert "⟨f0⟩⟨9f⟩⟨91⟩⟨8d⟩" in "".join(tokenizer.labels(ids))
     assert tokenizer.pieces([tokenizer.eos]) == ["</s>"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shown"), [([], "none"), ([7], "7/7/7"), ([14, 2], "14/14/14"), (list(range(1, 101)), "51/95/100")]
+)
+def test_lengths_are_summed_up_in_order(lengths: list[int], shown: str) -> None:
+    assert _spread(lengths) == shown

@@ -6,6 +6,7 @@ one, and an EOS ends each response. Knows no model, and a tokenizer only as a fu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -177,7 +178,7 @@ def _spread(lengths: list[int]) -> str:
     if not lengths:
         return "none"
     ordered = sorted(lengths)
-    return f"{ordered[len(ordered) // 2]}/{ordered[int(0.95 * (len(ordered) - 1))]}/{ordered[-1]}"
+    return f"{ordered[len(ordered) // 2]}/{ordered[math.ceil(0.95 * len(ordered)) - 1]}/{ordered[-1]}"
 
 
 def cut(

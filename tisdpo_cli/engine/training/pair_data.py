@@ -184,8 +184,8 @@ def _eos_reason(weighting: Weighting, recipe: Recipe) -> str:
 
 
 _FIX_MISSING = {
-    False: "`estimate` gives no score to truncated tokens: score with this --max-length and --max-prompt-length, or "
-    "train with those in estimate.json; for an EOS without a score, set --eos-weight zero or one",
+    False: "truncated in `estimate`: use the --max-length and --max-prompt-length in estimate.json, or score with "
+    "these; for the EOS, set --eos-weight zero or one",
     True: "give every trained token a weight; for the EOS, set --eos-weight zero or one",
 }
 
