@@ -70,7 +70,10 @@ def advice(command: str, activity: Any = "", stage: str = "", **given: object) -
     ],
 )  # fmt: skip
 def test_the_advice_is_about_settings_in_force(command: str, given: dict, activity: str, expected: str) -> None:
-    assert advice(command, activity, **given) == expected
+    shown, _, again = advice(command, activity, **given).partition("; ")
+    assert shown == expected
+    pass_of_an_output = command in ("train-dpo", "train-sft", "estimate") and activity not in ("loading", "reading")
+    assert again == ("changed settings need --overwrite" if pass_of_an_output else "")
     known = {f"--{path.rpartition('.')[2].replace('_', '-')}" for path in _paths(command)}
     assert set(re.findall(r"--[\w-]+", expected)) <= known
 
@@ -87,7 +90,7 @@ def test_one_model_under_two_prompts_is_loaded_once() -> None:
 
 def test_a_stage_of_the_pipeline_is_advised_by_names_of_its_file() -> None:
     expected = "lower train.micro_batch_size (now 2) or max_length (now 512), or use train.gradient_checkpointing"
-    assert advice("train-dpo", stage="train", micro_batch_size=2) == expected
+    assert advice("train-dpo", stage="train", micro_batch_size=2).startswith(expected)
 
 
 @EVERY

@@ -63,7 +63,9 @@ def memory_advice(settings: Command, activity: Activity, stage: str = "") -> str
         if advice.values.get("gradient_checkpointing") is False:
             parts.append(f"use {advice.name('gradient_checkpointing')}")
     parts += advice.one_model_at_a_time()
-    return ", or ".join(parts or ["free memory, or use fewer rows"])
+    # An output that was started keeps to its settings.
+    again = "; changed settings need --overwrite" if "overwrite" in advice.values else ""
+    return ", or ".join(parts or ["free memory, or use fewer rows"]) + again
 
 
 @dataclass(frozen=True)
