@@ -97,7 +97,7 @@ def scored(change: Callable[[list[dict[str, Any]]], object], *more: str) -> Plan
         planted: list[dict[str, Any]] = [dict(row) for row in pair_rows(4)]
         for row in planted:
             for side in ("chosen", "rejected"):
-                row[f"{side}_weight"] = [0.1] * len(tokenizer.encode([row[side]])[0])
+                row[f"{side}_weight"] = [0.1] * len(tokenizer.texts.encode([row[side]])[0])
         change(planted)
         path = write_jsonl(box.tmp / "scored" / "train.jsonl", planted).parent
         return ["train", *box.train_dpo("--dry-run", *more, data=path)[1:]]
