@@ -187,3 +187,17 @@ def test_a_trained_model_ends_its_answer_with_the_stop_token_of_its_template(pip
     answer = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1].item() == tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+
+
+def test_rendered_rows_are_parsed_into_the_tokens_of_the_template(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    row = {"prompt": prompt, "chosen": "Paris.<|im_end|>\n", "rejected": "Rome.<|im_end|>\n"}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    dry = ("train-dpo", "-m", smollm2, "-d", rows, "-o", tmp_path / "out", "--dry-run")
+    assert f"first prompt ({len(ids)} tokens)" in command(*dry, "--special-tokens-in-data", "parse").err
+    plain = command(*dry).err
+    assert "2 of 2 rows spell out special tokens such as '<|im_start|>'" in plain
+    assert f"first prompt ({len(ids)} tokens)" not in plain
