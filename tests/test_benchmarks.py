@@ -24,7 +24,7 @@ def ran(script: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_training_is_compared_with_the_same_training() -> None:
     found = ran("train_vs_trl.py", "--pairs", "9")
     ours, *theirs = found["losses"].values()
@@ -42,7 +42,7 @@ def test_training_is_compared_with_the_same_training() -> None:
     assert len({record["work"] for record in runs.values()}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_estimation_is_compared_with_the_same_scores() -> None:
     found = ran("estimate.py", "--pairs", "5")
     assert found["largest_difference"] < 1e-4

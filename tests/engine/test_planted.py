@@ -106,7 +106,7 @@ def test_a_plot_stands_alone() -> None:
     assert "http" not in made.replace("http://www.w3.org/2000/svg", "")
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_experiment_in_small(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
