@@ -315,7 +315,7 @@ def test_the_pages_with_commands_that_do_not_run_are_known() -> None:
 def test_blocks_say_what_they_are(page: Path) -> None:
     """Output is no command, and a command is no output."""
     for block in blocks(page):
-        assert block.language in ("bash", "bibtex", "json", "mermaid", "python", "text", "yaml"), block
+        assert block.language in ("bash", "bibtex", "jinja", "json", "mermaid", "python", "text", "yaml"), block
         assert set(block.labels) <= {"no-run", f"file={block.file}"}, block
         if block.language == "bash":
             assert not re.search(r"^\$ |^error: |…", block.text, re.M), block

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tisdpo_cli.data.tokens import EncodedPair, Limits, encode_pairs
-from tisdpo_cli.engine.arguments import vocabulary_of
+from tisdpo_cli.engine.chat import vocabulary_of
 from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.loading import load_model, move_to_device
 from tisdpo_cli.model.logprobs import batch_for, score

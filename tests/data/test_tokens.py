@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, Vocabulary, _spread, cut, encode_pairs
-from tisdpo_cli.engine.arguments import vocabulary_of
+from tisdpo_cli.engine.chat import vocabulary_of
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.model.loading import make_model, save_model
 from tisdpo_cli.model.tokenizer import describe_tokenizer, load_tokenizer, make_tokenizer

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, encode_pairs
-from tisdpo_cli.engine.arguments import vocabulary_of
+from tisdpo_cli.engine.chat import vocabulary_of
 from tisdpo_cli.engine.training.batching import Microbatching, Plan
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair

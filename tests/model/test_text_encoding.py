@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from tisdpo_cli.data.tokens import Limits, encode_pairs
-from tisdpo_cli.engine.arguments import vocabulary_of
+from tisdpo_cli.engine.chat import vocabulary_of
 from tisdpo_cli.model.text_encoding import TextEncoding
 from tisdpo_cli.model.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer, make_tokenizer
 

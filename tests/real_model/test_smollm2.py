@@ -201,3 +201,46 @@ def test_rendered_rows_are_parsed_into_the_tokens_of_the_template(smollm2: Path,
     plain = command(*dry).err
     assert "2 of 2 rows spell out special tokens such as '<|im_start|>'" in plain
     assert f"first prompt ({len(ids)} tokens)" not in plain
+
+
+@pytest.fixture(scope="module")
+def chat(dialogues: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pairs as messages."""
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": str(row["prompt"]).split("Human:")[-1].split("\n\nAssistant:")[0].strip()}
+            ],
+            **{side: [{"role": "assistant", "content": str(row[side]).strip()}] for side in ("chosen", "rejected")},
+        }
+        for row in read_jsonl(dialogues / "train.jsonl")
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("chat") / "train.jsonl", rows)
+
+
+def test_conversations_go_through_every_command(smollm2: Path, chat: Path, tmp_path: Path) -> None:
+    """Scores are those of plain transformers on the ids of the model's own template, and answers end at its stop."""
+    training = (*SHORT, "--max-steps", "2", "--lr", "1e-6")
+    for name, start in (("train-sft", smollm2), ("train-dpo", tmp_path / "train-sft")):
+        command(name, "-m", start, "-d", chat, "-o", tmp_path / name, *training)
+    command("train-reverse", "-m", tmp_path / "train-sft", "-d", chat, "-o", tmp_path / "train-reverse", *training)
+    sides = ("--forward", tmp_path / "train-dpo", "--reverse", tmp_path / "train-reverse")
+    command("estimate", *sides, "-d", chat, "-o", tmp_path / "scored", *LENGTHS, "--keep-logps")
+    command("train", "-m", tmp_path / "train-sft", "-d", tmp_path / "scored", "-o", tmp_path / "tisdpo", *training)
+    assert "user: " in command("inspect-weights", tmp_path / "scored", "--index", "0").out
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    forward = AutoModelForCausalLM.from_pretrained(tmp_path / "train-dpo")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for row in read_jsonl(tmp_path / "scored" / "train.jsonl")[:6]:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        whole = tokenizer.apply_chat_template([*row["prompt"], *row["chosen"]])["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        response = whole[len(prompt) : whole.index(stop, len(prompt)) + 1]
+        expected = logps(forward, prompt, response)
+        assert torch.tensor(row["chosen_logps_forward"]) == pytest.approx(expected, abs=BOUND)
+        assert len(row["chosen_weight"]) == len(response) - 1
+    evaluated = command(
+        "evaluate", "-m", tmp_path / "tisdpo", "--ref-model", smollm2, "-d", chat, "--split", "train", *LENGTHS,
+        "--eval-pairs", "4", "--sample-prompts", "2", "--max-new-tokens", "60", "--json",
+    )  # fmt: skip
+    assert json.loads(evaluated.out)["pairs"] == 4

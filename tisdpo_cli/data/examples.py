@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tisdpo_cli.data.hints import unused_context
-from tisdpo_cli.data.pairs import Columns, read_pairs, text_problem
+from tisdpo_cli.data.messages import Conversation, is_supervised, supervised_conversation
+from tisdpo_cli.data.pairs import Columns, Pair, read_pairs, text_problem, transcript
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
-from tisdpo_cli.errors import UsageError
+from tisdpo_cli.errors import DataError, UsageError
 
 Target = Literal["chosen", "rejected", "both"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the response to learn."""
+    """A prompt and the response to learn.
+
+    Attributes:
+        conversation: messages with one answer, or None for texts; the texts are then for reading only.
+    """
 
     where: str
     prompt: str
     response: str
+    conversation: Conversation | None = None
 
 
 def read_examples(
@@ -30,7 +36,8 @@ def read_examples(
 ) -> tuple[list[Example], list[str]]:
     """Read the examples of a split, and messages for the user.
 
-    A file whose first valid row has an `instruction` but no chosen column holds instruction rows, any other one pairs.
+    The first valid row decides: without a chosen column, `messages` or `conversations` (or messages in `prompt` and
+    `completion`) are conversations to learn, and `instruction` makes instruction rows; any other file holds pairs.
 
     Args:
         path: file of the split.
@@ -43,31 +50,57 @@ def read_examples(
         DataError: rows are invalid.
         UsageError: the target is the rejected response of instruction rows.
     """
-    if not _holds_instructions(path, columns):
+    kind = _kind(path, columns)
+    if kind == "pairs":
         split = read_pairs(path, columns, on_bad_row)
         sides = ("chosen", "rejected") if target == "both" else (target,)
-        examples = [Example(p.row.where, p.prompt, getattr(p, side)) for p in split.pairs for side in sides]
-        return examples, split.notices
+        return [_of_pair(pair, side) for pair in split.pairs for side in sides], split.notices
     if target == "rejected":
-        raise UsageError("instruction rows have no rejected response", where=f"{path}: --target rejected")
+        raise UsageError(f"{kind} rows have no rejected response", where=f"{path}: --target rejected")
     examples, bad = [], []
     notices: list[str] = []
     rows: list[Row] = []
     for row in read_rows(path, notices):
         rows += [row] if isinstance(row, Row) else []
-        example = row if isinstance(row, BadRow) else _instruction(row, instruction_template)
+        example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
         bad.append(example) if isinstance(example, BadRow) else examples.append(example)
     notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
-    return examples, [*notices, *unused_context(path.name, rows, _INSTRUCTION_COLUMNS)]
+    return examples, [*notices, *unused_context(path.name, rows, _USED[kind])]
 
 
-# Of a row in Alpaca's format.
-_INSTRUCTION_COLUMNS = ("instruction", "input", "output")
+Kind = Literal["pairs", "instruction", "messages"]
+_USED = {
+    # Of a row in Alpaca's format.
+    "instruction": ("instruction", "input", "output"),
+    "messages": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
+}
 
 
-def _holds_instructions(path: Path, columns: Columns) -> bool:
+def _kind(path: Path, columns: Columns) -> Kind:
+    """What a file holds, by its first row."""
     first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
-    return first is not None and "instruction" in first.columns and columns.chosen not in first.columns
+    if first is None or columns.chosen in first.columns:
+        return "pairs"
+    if is_supervised(first.columns):
+        return "messages"
+    return "instruction" if "instruction" in first.columns else "pairs"
+
+
+def _of_pair(pair: Pair, side: str) -> Example:
+    conversation = pair.conversation
+    if conversation is not None:
+        conversation = replace(conversation, answers=(conversation.answers[side == "rejected"],))
+    return Example(pair.row.where, pair.prompt, getattr(pair, side), conversation)
+
+
+def _example(row: Row, kind: Kind, template: str) -> Example | BadRow:
+    if kind == "instruction":
+        return _instruction(row, template)
+    try:
+        conversation = supervised_conversation(row.columns)
+    except DataError as error:
+        return BadRow(row.where, error.what)
+    return Example(row.where, transcript(conversation), str(conversation.answers[0]["content"]), conversation)
 
 
 def _instruction(row: Row, template: str) -> Example | BadRow:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.data.dialogues import dialogue_conversation
 from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
+from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
 from tisdpo_cli.data.reader import read_rows, shown_path
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError
@@ -17,11 +19,16 @@ from tisdpo_cli.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names of a preference dataset."""
+    """Column names of a preference dataset.
+
+    Attributes:
+        dialogue: whether the texts are dialogues with turns of "Human:" and "Assistant:", to be read as messages.
+    """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    dialogue: bool = False
 
     def named(self) -> dict[str, str]:
         """Return role to column name."""
@@ -38,6 +45,7 @@ class Pair:
         chosen: text of the chosen response.
         rejected: text of the rejected response.
         row: the row with all its columns.
+        conversation: the messages, or None for a row of texts; the texts are then for reading only.
     """
 
     index: int
@@ -45,6 +53,7 @@ class Pair:
     chosen: str
     rejected: str
     row: Row
+    conversation: Conversation | None = None
 
 
 @dataclass
@@ -66,31 +75,57 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
     Raises:
         DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
     """
-    rows, bad, total = [], [], 0
+    objects: list[Row] = []
+    pairs: list[Pair] = []
+    bad: list[BadRow] = []
     notices: list[str] = []
+    total, chat = 0, columns.dialogue
     for row in read_rows(path, notices):
         total += 1
-        problem = row if isinstance(row, BadRow) else _find_problem(row, columns)
-        if problem is not None:
-            bad.append(problem)
         if isinstance(row, Row):
-            rows.append((row, problem is None))
+            # The first row decides what the file holds.
+            chat = chat or (not objects and is_conversational(row.columns, list(columns.named().values())))
+            objects.append(row)
+        pair = row if isinstance(row, BadRow) else _pair(row, columns, len(pairs), chat)
+        bad.append(pair) if isinstance(pair, BadRow) else pairs.append(pair)
     if not total:
         raise DataError("the file has no rows", where=shown_path(path))
-    objects = [row for row, _ in rows]
-    error = missing_columns(path, shown_path(path), objects, columns.named()) if objects else None
+    needed = {role: name for role, name in columns.named().items() if role != "prompt" or not chat}
+    error = missing_columns(path, shown_path(path), objects, needed) if objects else None
     if error is None and len(bad) == total:
         error = other_shape(path, shown_path(path))
     if error is not None:
         raise error
     notices += handle_bad_rows(bad, total, on_bad_row)
-    valid = [row for row, is_valid in rows if is_valid]
-    pairs = [
-        Pair(i, row.columns[columns.prompt], row.columns[columns.chosen], row.columns[columns.rejected], row)
-        for i, row in enumerate(valid)
-    ]
-    unused = unused_context(path.name, valid, list(columns.named().values()))
+    used = [*columns.named().values(), *(_CHAT_COLUMNS if chat else ())]
+    unused = unused_context(path.name, [pair.row for pair in pairs], used)
     return Pairs(pairs, [*notices, *unused, *_contradictions(path, pairs)])
+
+
+# Columns that conversations use besides those of the pair.
+_CHAT_COLUMNS = ("system", "tools", "conversations", "chat_template_kwargs")
+
+
+def _pair(row: Row, columns: Columns, index: int, chat: bool) -> Pair | BadRow:
+    names = (columns.prompt, columns.chosen, columns.rejected)
+    if not chat:
+        problem = _find_problem(row, columns)
+        prompt, chosen, rejected = (row.columns.get(name) for name in names)
+        return problem or Pair(index, str(prompt), str(chosen), str(rejected), row)
+    if not columns.dialogue and not is_conversational(row.columns, names):
+        return BadRow(row.where, "a row of texts in a file of conversations; keep each kind in a file of its own")
+    read = dialogue_conversation if columns.dialogue else preference_conversation
+    try:
+        conversation = read(row.columns, *names)
+    except DataError as error:
+        return BadRow(row.where, error.what)
+    chosen, rejected = (str(answer["content"]) for answer in conversation.answers)
+    return Pair(index, transcript(conversation), chosen, rejected, row, conversation)
+
+
+def transcript(conversation: Conversation) -> str:
+    """Return the prompt of a conversation as text for people to read."""
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in conversation.prompt)
 
 
 def _find_problem(row: Row, columns: Columns) -> BadRow | None:
@@ -106,10 +141,7 @@ def _find_problem(row: Row, columns: Columns) -> BadRow | None:
 def text_problem(value: Any) -> str | None:
     """Return why a value cannot be the text of a prompt or response, or None."""
     if isinstance(value, list):
-        return (
-            "is a list; a string is needed (for a conversation: the text rendered by the model's chat template, with "
-            "--special-tokens-in-data parse)"
-        )
+        return "is a list; a string is needed, as in the first row of the file"
     if not isinstance(value, str):
         return f"is {'null' if value is None else type(value).__name__}; a string is needed"
     if not value.strip():

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tisdpo_cli.data.chat_tokens import ChatOptions, ChatStats, encode_chat
 from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
-from tisdpo_cli.data.tokens import EncodedPair, Limits, Vocabulary, encode_pairs
+from tisdpo_cli.data.rows import BadRow, handle_bad_rows
+from tisdpo_cli.data.tokens import EncodedPair, Limits, TruncationStats, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 
 
 @dataclass
 class Split:
-    """One split: its pairs as text and as tokens, in the same order, and notices and warnings for the user."""
+    """One split: its pairs as text and as tokens, in the same order, and notices and warnings for the user.
+
+    Attributes:
+        stops: ids that end the answers of conversations.
+    """
 
     path: Path
     pairs: list[Pair]
     encoded: list[EncodedPair]
     notices: list[str] = field(default_factory=list)
+    stops: set[int] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -30,12 +37,14 @@ class ReadOptions:
         on_bad_row: `error` or `skip`.
         limits: maximum lengths.
         parse_data: whether special tokens spelled out in rows become these tokens.
+        chat: how conversations are rendered.
     """
 
     columns: Columns
     on_bad_row: str
     limits: Limits
     parse_data: bool = False
+    chat: ChatOptions | None = None
 
 
 @naming_out_of_memory("reading")
@@ -53,6 +62,8 @@ def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: 
     """
     rows = read_pairs(path, options.columns, options.on_bad_row)
     pairs = rows.pairs[:first] if first is not None else rows.pairs
+    if any(pair.conversation is not None for pair in pairs):
+        return _read_conversations(path, pairs, rows.notices, options, vocabulary)
     encoded, stats = encode_pairs(
         [pair.prompt for pair in pairs],
         [pair.chosen for pair in pairs],
@@ -69,7 +80,32 @@ def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: 
     messages = [f"{path.name}: {message}" for message in stats.messages(options.limits)]
     marked = stats.marked.warning(stats.rows)
     warnings = [f"{path.name}: {marked}"] if marked else []
-    return Split(path, pairs, encoded, [*rows.notices, *messages], warnings)
+    return Split(path, pairs, encoded, [*rows.notices, *messages], warnings=warnings)
+
+
+def _read_conversations(
+    path: Path, pairs: list[Pair], notices: list[str], options: ReadOptions, vocabulary: Vocabulary
+) -> Split:
+    stats, chat_stats = TruncationStats(), ChatStats()
+    kept: list[Pair] = []
+    encoded: list[EncodedPair] = []
+    bad: list[BadRow] = []
+    for pair in pairs:
+        assert pair.conversation is not None
+        chat = encode_chat(
+            pair.conversation, pair.row.where, vocabulary.chat, vocabulary.bos, options.limits, chat_stats
+        )
+        if isinstance(chat, BadRow):
+            bad.append(chat)
+            continue
+        chosen, rejected = chat.responses
+        kept.append(replace(pair, index=len(kept)))
+        encoded.append(EncodedPair(len(encoded), pair.row.where, chat.prompt, chosen, rejected))
+        stats.count(encoded[-1], chat.whole_prompt, chat.whole_prompt)
+    skipped = handle_bad_rows(bad, len(pairs), options.on_bad_row)
+    messages = [*stats.messages(options.limits), *chat_stats.notices(options.limits)]
+    named = [f"{path.name}: {message}" for message in messages]
+    return Split(path, kept, encoded, [*notices, *skipped, *named], chat_stats.stops)
 
 
 def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:

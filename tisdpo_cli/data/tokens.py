@@ -9,9 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+from tisdpo_cli.data.messages import Conversation
+from tisdpo_cli.errors import DataError
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+class ChatIds(Protocol):
+    """A conversation as ids: the prompt, each answer without its stop, and the stop."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """Ids of the prompt, with the generation prompt."""
+
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        """Ids of each answer."""
+
+    @property
+    def stop(self) -> int:
+        """Id that ends each answer."""
+
+
+# From a conversation and the number of ids that its prompt should have at most (None: all), to its ids and how many old
+# messages were left out.
+EncodeChat = Callable[[Conversation, int | None], tuple[ChatIds, int]]
+
+
+def _no_chat(_conversation: Conversation, _limit: int | None) -> tuple[ChatIds, int]:
+    raise DataError("conversations need a chat template")
 
 
 @dataclass(frozen=True)
@@ -23,6 +51,7 @@ class Vocabulary:
         responses: encodes responses, which continue a prompt, to ids without EOS.
         bos: id before each prompt, or None.
         eos: id behind each response.
+        chat: encodes conversations.
         marker: returns the first special token that a text spells out and that stays text, or None.
     """
 
@@ -31,6 +60,7 @@ class Vocabulary:
     bos: int | None
     eos: int
     marker: Callable[[str], str | None] = lambda _text: None
+    chat: EncodeChat = _no_chat
 
 
 @dataclass(frozen=True)
@@ -155,6 +185,20 @@ class TruncationStats:
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
 
+    def count(self, pair: EncodedPair, prompt: int, uncut: int) -> None:
+        """Count a pair.
+
+        Args:
+            pair: after truncation.
+            prompt: tokens of its prompt before truncation, without a BOS that the tokenizer adds.
+            uncut: the same with this BOS.
+        """
+        self.rows += 1
+        self.cut_prompts += len(pair.prompt) < uncut
+        self.cut_responses += (not pair.chosen.has_eos) + (not pair.rejected.has_eos)
+        self.prompt_lengths.append(prompt)
+        self.response_lengths += [pair.chosen.uncut, pair.rejected.uncut]
+
     def messages(self, limits: Limits) -> list[str]:
         """Return messages for the user, one line each."""
         messages = [
@@ -230,14 +274,12 @@ def encode_pairs(
         limits: maximum lengths.
     """
     ids = [vocabulary.prompts(prompts), vocabulary.responses(chosen), vocabulary.responses(rejected)]
-    stats, pairs = TruncationStats(rows=len(prompts)), []
+    stats = TruncationStats()
+    pairs: list[EncodedPair] = []
     for i, (p, c, r) in enumerate(zip(*ids, strict=True)):
         prompt, (cut_chosen, cut_rejected) = cut(p, [c, r], vocabulary.bos, vocabulary.eos, limits)
         pairs.append(EncodedPair(i, wheres[i], prompt, cut_chosen, cut_rejected))
-        stats.cut_prompts += len(prompt) < len(p) + (vocabulary.bos is not None)
-        stats.cut_responses += (not cut_chosen.has_eos) + (not cut_rejected.has_eos)
-        stats.prompt_lengths.append(len(p))
-        stats.response_lengths += [len(c), len(r)]
+        stats.count(pairs[-1], len(p), len(p) + (vocabulary.bos is not None))
         texts = (prompts[i], chosen[i], rejected[i])
         stats.marked.count(next((marker for text in texts if (marker := vocabulary.marker(text))), None))
     joined = vocabulary.prompts([prompt + response for prompt, response in zip(prompts, chosen, strict=True)])

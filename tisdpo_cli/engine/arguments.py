@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.pairs import Columns
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.scored import read_manifest
 from tisdpo_cli.data.splits import ReadOptions
-from tisdpo_cli.data.tokens import Limits, Vocabulary
+from tisdpo_cli.data.tokens import Limits
+from tisdpo_cli.engine.chat import DEFAULT_DAY
+from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.directory import content_hashes
-from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
 from tisdpo_cli.settings.groups import ColumnOptions, Data
@@ -32,7 +35,7 @@ def find_dataset(dataset: str, reporter: Reporter) -> dict[str, Path]:
 
 def columns_of(data: ColumnOptions) -> Columns:
     """The column names of the settings."""
-    return Columns(data.prompt_column, data.chosen_column, data.rejected_column)
+    return Columns(data.prompt_column, data.chosen_column, data.rejected_column, data.dialogue == "hh")
 
 
 def limits_of(data: Data) -> Limits:
@@ -40,26 +43,26 @@ def limits_of(data: Data) -> Limits:
     return Limits(data.max_length, data.max_prompt_length, data.keep_prompt)
 
 
-def vocabulary_of(tokenizer: Tokenizer, at_start: bool = False) -> Vocabulary:
-    """What tokenization needs of a tokenizer.
-
-    Args:
-        tokenizer: of the model in use.
-        at_start: whether responses are encoded as at the start of a text; see `Tokenizer.encode_responses`.
-    """
-
-    def responses(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer.encode_responses(texts, at_start)
-
-    def marker(text: str) -> str | None:
-        return None if tokenizer.parses_data else tokenizer.texts.marker(text)
-
-    return Vocabulary(tokenizer.encode_prompts, responses, tokenizer.bos, tokenizer.eos, marker)
-
-
 def read_options(data: Data) -> ReadOptions:
     """How rows are read and cut."""
-    return ReadOptions(columns_of(data), data.on_bad_row, limits_of(data), parses(data))
+    return ReadOptions(columns_of(data), data.on_bad_row, limits_of(data), parses(data), chat_options(data))
+
+
+def chat_options(data: ColumnOptions) -> ChatOptions:
+    """How conversations are rendered.
+
+    Raises:
+        UsageError: the file of the template cannot be read.
+    """
+    template = None
+    if data.chat_template is not None:
+        try:
+            template = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UsageError(f"cannot be read: {reason}", where=f"--chat-template {data.chat_template}") from error
+    day = date.fromisoformat(data.chat_date) if data.chat_date is not None else DEFAULT_DAY
+    return ChatOptions(template, data.template_variables(), day)
 
 
 def parses(data: ColumnOptions) -> bool:
@@ -68,10 +71,13 @@ def parses(data: ColumnOptions) -> bool:
 
 
 # What a scored dataset records of how its rows were read.
-_RECORDED = ("prompt_column", "chosen_column", "rejected_column", "special_tokens_in_data")
+_RECORDED = (
+    "prompt_column", "chosen_column", "rejected_column", "special_tokens_in_data", "dialogue", "chat_template_kwargs",
+    "chat_date",
+)  # fmt: skip
 
 
-def recorded_reading(data: ColumnOptions) -> dict[str, str]:
+def recorded_reading(data: ColumnOptions) -> dict[str, Any]:
     """How rows are read, for the manifest of a scored dataset."""
     return {name: getattr(data, name) for name in _RECORDED}
 
@@ -87,7 +93,7 @@ def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
     recorded, given = manifest.get("reading"), settings.data.model_fields_set
     if not isinstance(recorded, dict):
         return settings
-    values = {f"data.{name}": str(recorded[name]) for name in _RECORDED if name in recorded and name not in given}
+    values = {f"data.{name}": recorded[name] for name in _RECORDED if name in recorded and name not in given}
     return settings.with_values(values)  # type: ignore[return-value]
 
 

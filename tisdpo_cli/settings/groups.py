@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from tisdpo_cli.settings.base import resume_setting
 from tisdpo_cli.settings.fields import (
     Group,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     setting,
@@ -45,6 +48,44 @@ class ColumnOptions(Group):
     special_tokens_in_data: Literal["text", "parse"] = setting(
         "text", "special tokens spelled out in rows are plain text, or parsed if a chat template rendered them", "Data"
     )
+    dialogue: Literal["none", "hh"] = setting(
+        "none", "hh: texts are dialogues with turns of Human: and Assistant:, to be read as messages", "Data"
+    )
+    chat_template: PathText | None = setting(
+        None, "file of the chat template for rows of messages (default: the tokenizer's)", "Data", metavar="FILE"
+    )
+    chat_template_kwargs: PathText | None = setting(
+        None, "variables of the chat template, as a JSON object", "Data", metavar="JSON"
+    )
+    chat_date: str | None = setting(
+        None, "day that a chat template writes (default: 2025-01-01)", "Data", metavar="YYYY-MM-DD"
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _is_an_object(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                found = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise ValueError("must be a JSON object") from error
+            if not isinstance(found, dict):
+                raise ValueError("must be a JSON object")
+        return value
+
+    @field_validator("chat_date")
+    @classmethod
+    def _is_a_day(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                date.fromisoformat(value)
+            except ValueError as error:
+                raise ValueError("must be a day, as in 2025-01-31") from error
+        return value
+
+    def template_variables(self) -> dict[str, Any]:
+        """The variables of the chat template."""
+        return json.loads(self.chat_template_kwargs) if self.chat_template_kwargs else {}
 
 
 class Data(ColumnOptions):

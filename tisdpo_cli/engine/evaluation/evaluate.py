@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from tisdpo_cli.data.splits import drop_untrainable, read_split
-from tisdpo_cli.engine.arguments import find_dataset, parses, read_options, vocabulary_of
+from tisdpo_cli.engine.arguments import find_dataset, parses, read_options
+from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
 from tisdpo_cli.engine.evaluation.results import Evaluation
 from tisdpo_cli.engine.evaluation.rewards import rewards_from_function, rewards_from_model
@@ -95,11 +96,13 @@ def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[Pol
     """The task, checked as far as possible without loading weights."""
     trust, limit, per_prompt = settings.trust_remote_code, settings.max_new_tokens, settings.samples_per_prompt
     tokenizer = _shared_tokenizer(models, settings.data.max_length, trust, parses(settings.data))
-    split = read_split(file, read_options(settings.data), vocabulary_of(tokenizer), settings.eval_pairs)
+    options = read_options(settings.data)
+    chat = ChatEncoder(tokenizer, options.chat)
+    split = read_split(file, options, vocabulary_of(tokenizer, chat), settings.eval_pairs)
     kept, dropped = drop_untrainable(split)
     for warning in split.warnings:
         runtime.reporter.warn(warning)
-    for notice in (*tokenizer.notices, *split.notices, *dropped):
+    for notice in (*tokenizer.notices, *chat.notices(), *split.notices, *dropped):
         runtime.reporter.note(notice)
     first_pairs = {tuple(pair.prompt): pair for pair in reversed(split.encoded)}
     prompted = sorted(first_pairs.values(), key=lambda pair: pair.index)[: settings.sample_prompts]
@@ -110,7 +113,7 @@ def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[Pol
     keys = [(pair.index, number) for pair in prompted for number in range(per_prompt)]
     autocast = autocast_dtype(runtime.precision(settings.dtype, scoring=True))
     # The same for all models, which share a tokenizer.
-    ends = {tokenizer.eos}.union(*(end_ids(model.path) for model in models))
+    ends = {tokenizer.eos, *split.stops}.union(*(end_ids(model.path) for model in models))
     return EvaluationTask(
         runtime=runtime,
         tokenizer=tokenizer,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.scored import MANIFEST, SIDES, read_manifest
-from tisdpo_cli.engine.arguments import columns_of, parses, with_recorded_reading
+from tisdpo_cli.engine.arguments import chat_options, columns_of, parses, with_recorded_reading
 from tisdpo_cli.engine.inspection.checks import CheckBounds, check_split
 from tisdpo_cli.engine.inspection.comparison import compare_datasets, compare_recipes
 from tisdpo_cli.engine.inspection.pair_views import find_pair, pair_view, sort_pairs
@@ -91,6 +91,7 @@ def _split_options(settings: InspectWeights) -> SplitOptions:
         columns=columns_of(settings.data),
         on_bad_row=settings.data.on_bad_row,
         parse_data=parses(settings.data),
+        chat=chat_options(settings.data),
         tokenizer=settings.tokenizer,
         make_recipe=settings.weights.recipe,
         centered="center" in settings.weights.steps(),

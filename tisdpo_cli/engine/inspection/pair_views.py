@@ -96,7 +96,7 @@ def _facts(response: WeightedResponse, final: bool) -> ResponseFacts:
 
 def _tokens(split: WeightedSplit, pair: InspectedPair, side: Side, response: WeightedResponse) -> list[Token]:
     weighter = split.weighter
-    ids = [*response.ids, *([weighter.tokenizer.eos] if response.has_eos else [])]
+    ids = [*response.ids, *([response.stop] if response.has_eos else [])]
     texts, parts = weighter.tokenizer.pieces(ids), weighter.tokenizer.token_bytes(ids)
     groups = _character_groups(parts)
     stream = RandomStream(weighter.seed, pair.pair.index, side)

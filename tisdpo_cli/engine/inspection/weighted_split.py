@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tisdpo_cli.data.chat_tokens import ChatOptions, response_ids
 from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
 from tisdpo_cli.data.reader import find_splits
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
@@ -23,6 +24,8 @@ from tisdpo_cli.data.scored import (
     read_manifest,
     require_scores,
 )
+from tisdpo_cli.data.tokens import Vocabulary
+from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.token_weights import (
     AT_START,
     TokenWeighter,
@@ -50,6 +53,7 @@ class SplitOptions:
         columns: column names.
         on_bad_row: `error` or `skip`.
         parse_data: whether special tokens spelled out in data become these tokens.
+        chat: how conversations are rendered.
         tokenizer: directory or hub id, or None for the tokenizer in the dataset directory.
         make_recipe: the recipe for a file with EOS scores (True) or without (False).
         centered: whether the recipe subtracts mean scores of the train split.
@@ -61,6 +65,7 @@ class SplitOptions:
     columns: Columns
     on_bad_row: str
     parse_data: bool
+    chat: ChatOptions
     tokenizer: str | None
     make_recipe: Callable[[bool], Recipe]
     centered: bool
@@ -84,6 +89,7 @@ class WeightedResponse:
         clipped: [n] whether the transform clamps the adjusted score.
         eos_adjusted: score of the EOS after the steps, or None.
         context: what the steps need to know about the response besides its scores.
+        stop: id that ends the response.
     """
 
     ids: list[int]
@@ -95,6 +101,7 @@ class WeightedResponse:
     clipped: Tensor
     eos_adjusted: float | None
     context: Context
+    stop: int
 
     @property
     def has_eos(self) -> bool:
@@ -204,7 +211,10 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     at_start = not manifest and weights_at_start(tokenizer, read.pairs)
     centers = _centers(options, files["train"], tokenizer, at_start) if options.centered else None
     weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers, at_start)
-    pairs, bad = _weighted_pairs(read.pairs, weighter)
+    chat = ChatEncoder(tokenizer, options.chat)
+    encoded = _encoded(read.pairs, vocabulary_of(tokenizer, chat, at_start))
+    chat.check(manifest.get("chat"), scored)
+    pairs, bad = _weighted_pairs(read.pairs, encoded, weighter)
     skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
     # Editing scores is legitimate and needs no warning; a file of final weights may still hold scores.
     warnings = [*([changed] if changed and options.final else []), *([AT_START] if at_start else [])]
@@ -214,10 +224,17 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
 def _centers(options: SplitOptions, train: Path, tokenizer: Tokenizer, at_start: bool) -> Centers:
     """The means that training subtracts: those of the train split, whatever split is shown."""
     pairs = read_pairs(train, options.columns, options.on_bad_row).pairs
-    chosen, rejected = (
-        tokenizer.encode_responses([getattr(pair, side) for pair in pairs], at_start) for side in _SIDES
-    )
-    return fit_centers(pairs, [(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)])
+    encoded = _encoded(pairs, vocabulary_of(tokenizer, ChatEncoder(tokenizer, options.chat), at_start))
+    return fit_centers(pairs, [(len(chosen), len(rejected)) for (chosen, rejected), _ in encoded])
+
+
+def _encoded(pairs: Sequence[Pair], vocabulary: Vocabulary) -> list[tuple[tuple[list[int], ...], int]]:
+    """Ids of both untruncated responses of each pair, without what ends them, and the id that does."""
+    conversations = [pair.conversation for pair in pairs if pair.conversation is not None]
+    if conversations:
+        return response_ids(conversations, [pair.row.where for pair in pairs], vocabulary.chat)
+    both = (vocabulary.responses([getattr(pair, side) for pair in pairs]) for side in _SIDES)
+    return [(ids, vocabulary.eos) for ids in zip(*both, strict=True)]
 
 
 def _tokenizer_path(tokenizer: str | None, scored: str) -> Path:
@@ -231,18 +248,16 @@ def _tokenizer_path(tokenizer: str | None, scored: str) -> Path:
     return folder
 
 
-def _weighted_pairs(pairs: Sequence[Pair], weighter: TokenWeighter) -> tuple[list[InspectedPair], list[BadRow]]:
+def _weighted_pairs(
+    pairs: Sequence[Pair], encoded: Sequence[tuple[tuple[list[int], ...], int]], weighter: TokenWeighter
+) -> tuple[list[InspectedPair], list[BadRow]]:
     """The pairs with usable scores, and a bad row for each other pair."""
-    chosen, rejected = (
-        weighter.tokenizer.encode_responses([getattr(pair, side) for pair in pairs], weighter.at_start)
-        for side in _SIDES
-    )
     contexts = weighter.contexts_of_pairs(pairs)
     weighted: list[InspectedPair] = []
     bad: list[BadRow] = []
-    for pair, both, *ids in zip(pairs, contexts, chosen, rejected, strict=True):
+    for pair, both, (ids, stop) in zip(pairs, contexts, encoded, strict=True):
         responses = [
-            _weighted(pair, side, side_ids, weighter, context)
+            _weighted(pair, side, side_ids, stop, weighter, context)
             for side, side_ids, context in zip(_SIDES, ids, both, strict=True)
         ]
         usable = [response for response in responses if isinstance(response, WeightedResponse)]
@@ -254,7 +269,7 @@ def _weighted_pairs(pairs: Sequence[Pair], weighter: TokenWeighter) -> tuple[lis
 
 
 def _weighted(
-    pair: Pair, side: Side, ids: list[int], weighter: TokenWeighter, context: Context
+    pair: Pair, side: Side, ids: list[int], stop: int, weighter: TokenWeighter, context: Context
 ) -> WeightedResponse | BadRow:
     scores = weighter.read(pair, side, len(ids), "the tokenizer in use")
     logps = read_logps(pair.row, side, len(ids))
@@ -279,4 +294,5 @@ def _weighted(
         clipped=clipped(adjusted, side, weighter.recipe),
         eos_adjusted=eos_adjusted[0] if eos_adjusted else None,
         context=context,
+        stop=stop,
     )

@@ -14,11 +14,12 @@ from typing import Any
 
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
-from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading, vocabulary_of
+from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading
+from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
-from tisdpo_cli.errors import ModelError
+from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.method.prompt_templates import split_template
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit
@@ -55,7 +56,7 @@ class _Estimation:
     templates: Mapping[str, str]
     files: Mapping[str, Path]
     options: ReadOptions
-    reading: dict[str, str]
+    reading: dict[str, Any]
     keep_logps: bool
     scoring: ScoringConfig
     config_yaml: str
@@ -97,8 +98,15 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     tokenizer = _shared_tokenizer(estimation)
     sides = _sides(estimation, tokenizer)
     _warn_if_equal(sides, estimation, output, reporter)
-    vocabulary = vocabulary_of(tokenizer)
+    chat = ChatEncoder(tokenizer, estimation.options.chat)
+    vocabulary = vocabulary_of(tokenizer, chat)
     splits = {name: read_split(path, estimation.options, vocabulary) for name, path in estimation.files.items()}
+    if chat.used and any(len(side.template) for side in sides):
+        raise UsageError(
+            "prompt templates on conversations are not supported yet", where=estimation.dataset, fix="use two models"
+        )
+    for notice in chat.notices():
+        reporter.note(notice)
     for warning in (warning for split in splits.values() for warning in split.warnings):
         reporter.warn(warning)
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
@@ -120,7 +128,7 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     tokens = sum(runtime.gather([tokens]))
     seconds = time.time() - started
     timing = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
-    scored = _scored_output(estimation, output, tokenizer, timing)
+    scored = _scored_output(estimation, output, tokenizer, chat, splits, timing)
     runtime.on_main(lambda: write_scored_output(scored, output, tokenizer, splits, parts))
     result = StageResult(output.path, output.record(), fresh=True)
     _report_counts(result.record["counts"], reporter)
@@ -184,13 +192,26 @@ def _warn_of_bf16(
     )
 
 
+def _chat_record(chat: ChatEncoder, splits: Mapping[str, Split]) -> dict[str, Any] | None:
+    """The template and the ids that end responses, or None if the rows are texts."""
+    record = chat.record()
+    if record is None:
+        return None
+    return {**record, "stop_ids": sorted({stop for split in splits.values() for stop in split.stops})}
+
+
 def _parts(estimation: _Estimation, splits: Mapping[str, Split]) -> list[Part]:
     size, layout = estimation.scoring.batch_size, estimation.scoring.layout
     return [part for name, split in splits.items() for part in split_into_parts(name, split.encoded, size, layout)]
 
 
 def _scored_output(
-    estimation: _Estimation, output: Output, tokenizer: Tokenizer, timing: Mapping[str, float]
+    estimation: _Estimation,
+    output: Output,
+    tokenizer: Tokenizer,
+    chat: ChatEncoder,
+    splits: Mapping[str, Split],
+    timing: Mapping[str, float],
 ) -> ScoredOutput:
     limits = estimation.options.limits
     manifest: dict[str, Any] = {
@@ -200,6 +221,7 @@ def _scored_output(
         },
         "templates": estimation.templates,
         "reading": estimation.reading,
+        "chat": _chat_record(chat, splits),
         "dataset": {"path": estimation.dataset, "sha256": output.made_from["content of dataset"]},
         "tokenizer": tokenizer.digest,
         "dtype": estimation.scoring.precision,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tisdpo_cli.data.pairs import Pair
 from tisdpo_cli.data.rows import BadRow
 from tisdpo_cli.data.scored import SIDES, Scores, has_eos_scores, missing_eos_column, read_scores, weight_count
+from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.recipe import Recipe, response_weights
 from tisdpo_cli.method.steps import Centers, Context, apply_steps, centers_of, spans_of
 from tisdpo_cli.method.transforms import RandomStream, Side
@@ -48,6 +49,8 @@ class TokenWeighter:
 
     def contexts_of_pairs(self, pairs: Sequence[Pair]) -> list[tuple[Context, Context]]:
         """The same for both responses of each pair."""
+        if self.recipe.steps.get("spans") is not None and any(pair.conversation is not None for pair in pairs):
+            raise UsageError("spans of conversations are not supported yet", where="--spans", fix="leave it out")
         chosen, rejected = (self.contexts([getattr(pair, side) for pair in pairs]) for side in SIDES)
         return list(zip(chosen, rejected, strict=True))
 
@@ -114,7 +117,7 @@ def weights_at_start(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> bool:
 
     The authors' code encodes responses so, which for some tokenizers gives another number of tokens.
     """
-    if not tokenizer.texts.adds_space:
+    if not tokenizer.texts.adds_space or any(pair.conversation is not None for pair in pairs):
         return False
 
     def fit(at_start: bool) -> bool:

@@ -10,7 +10,7 @@ from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.scored import check_unchanged, has_weights, missing_score, read_manifest, require_scores
 from tisdpo_cli.data.splits import ReadOptions, Split, drop_untrainable, read_split
 from tisdpo_cli.data.tokens import EncodedPair, Response
-from tisdpo_cli.engine.arguments import vocabulary_of
+from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.token_weights import (
     AT_START,
     TokenWeighter,
@@ -77,13 +77,14 @@ def prepare_pairs(
     """
     for notice in tokenizer.notices:
         reporter.note(notice)
-    vocabulary, at_start = vocabulary_of(tokenizer), False
+    chat, at_start = ChatEncoder(tokenizer, source.options.chat), False
+    vocabulary = vocabulary_of(tokenizer, chat)
     train = read_split(source.files["train"], source.options, vocabulary)
     if source.weighting is not None and read_manifest(Path(source.dataset).expanduser()) is None:
         at_start = weights_at_start(tokenizer, train.pairs)
     if at_start:
         reporter.note(AT_START)
-        vocabulary = vocabulary_of(tokenizer, at_start)
+        vocabulary = vocabulary_of(tokenizer, chat, at_start)
         train = read_split(source.files["train"], source.options, vocabulary)
     centers = None
     if source.weighting is not None:
@@ -93,6 +94,11 @@ def prepare_pairs(
     splits = [train]
     if "test" in source.files and source.eval_pairs:
         splits.append(read_split(source.files["test"], source.options, vocabulary, source.eval_pairs))
+    for notice in chat.notices():
+        reporter.note(notice)
+    if source.weighting is not None:
+        manifest = read_manifest(Path(source.dataset).expanduser()) or {}
+        chat.check(manifest.get("chat"), source.dataset)
     pairs = [_split_pairs(source, split, tokenizer, centers, at_start, reporter) for split in splits]
     return pairs[0], pairs[1] if len(pairs) > 1 else []
 

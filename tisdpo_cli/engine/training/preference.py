@@ -93,8 +93,8 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
         tokenizer = _load_tokenizer(training)
-        report_end_token(runtime.reporter, models.policy_path, tokenizer)
         pairs = prepare_pairs(training.source, tokenizer, runtime.reporter)
+        report_end_token(runtime.reporter, models.policy_path, tokenizer, _taught_end(pairs[0], tokenizer))
         plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
         policy = _load_scorer(runtime, training, pairs)
         if output is None:
@@ -177,6 +177,11 @@ def _load_tokenizer(training: _Training) -> Tokenizer:
 def _plan_costs(training: _Training, pairs: Sequence[WeightedPair]) -> Sequence[int]:
     """Costs before the model is loaded, when `auto` is taken to pack."""
     return pair_costs(pairs, packed=training.session.layout != "separate")
+
+
+def _taught_end(pairs: Sequence[WeightedPair], tokenizer: Tokenizer) -> int:
+    responses = (response for pair in pairs for response in (pair.tokens.chosen, pair.tokens.rejected))
+    return next((response.ids[-1] for response in responses if response.has_eos), tokenizer.eos)
 
 
 def _longest(pairs: _Pairs) -> int:

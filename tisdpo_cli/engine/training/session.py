@@ -82,14 +82,14 @@ def apply_gradient_checkpointing(config: SessionConfig, scorer: TokenScorer) -> 
         recompute_activations(scorer)
 
 
-def report_end_token(reporter: Reporter, path: Path, tokenizer: Tokenizer) -> None:
+def report_end_token(reporter: Reporter, path: Path, tokenizer: Tokenizer, end: int) -> None:
     """Report which token a training teaches as the end of a response, if the model ends with others too."""
     ids = end_ids(path)
-    if ids == [tokenizer.eos]:
+    if ids == [end]:
         return
-    others = ", ".join(_token_name(token, tokenizer) for token in ids if token != tokenizer.eos)
-    its_ends = "names none" if not ids else f"{'also ' if tokenizer.eos in ids else ''}names {others}"
-    taught = _token_name(tokenizer.eos, tokenizer)
+    others = ", ".join(_token_name(token, tokenizer) for token in ids if token != end)
+    its_ends = "names none" if not ids else f"{'also ' if end in ids else ''}names {others}"
+    taught = _token_name(end, tokenizer)
     reporter.note(f"training teaches {taught} as the end of a response; the model's generation_config {its_ends}")
 
 

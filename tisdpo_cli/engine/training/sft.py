@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.data.chat_tokens import ChatStats, encode_chat
 from tisdpo_cli.data.examples import Example, Target, read_examples
+from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.splits import ReadOptions
-from tisdpo_cli.data.tokens import MarkedRows, cut
-from tisdpo_cli.engine.arguments import find_dataset, read_options, vocabulary_of
+from tisdpo_cli.data.tokens import MarkedRows, Response, Vocabulary, cut
+from tisdpo_cli.engine.arguments import find_dataset, read_options
+from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.session import (
@@ -37,11 +40,12 @@ from tisdpo_cli.settings.train_sft import TrainSft
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A tokenized example: tokens given as context, and tokens to learn."""
+    """A tokenized example: tokens given as context, tokens to learn, and whether these end the response."""
 
     where: str
     given: list[int]
     learned: list[int]
+    has_end: bool = True
 
 
 class SftTask:
@@ -59,6 +63,10 @@ class SftTask:
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max(self.costs)
+
+    def end(self, default: int) -> int:
+        """The id that ends responses, or another if all are truncated."""
+        return next((example.learned[-1] for example in self.examples if example.has_end), default)
 
     def where(self, example: int) -> str:
         """FILE:LINE of an example."""
@@ -127,6 +135,8 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
             return finished_result(runtime, output)
         tokenizer = _tokenizer(source, runtime.reporter)
         task, eval_task = _tasks(source, tokenizer, runtime.reporter)
+        if path is not None:
+            report_end_token(runtime.reporter, path, tokenizer, task.end(tokenizer.eos))
         costs = task.padded_costs if session.layout == "separate" else task.costs
         plan = plan_training(runtime, session, costs, SftTask.unit)
         if output is None:
@@ -200,7 +210,6 @@ def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
     check_fit(source.model, tokenizer, source.options.limits.max_length, source.trust_remote_code)
     for notice in tokenizer.notices:
         reporter.note(notice)
-    report_end_token(reporter, source.model, tokenizer)
     return tokenizer
 
 
@@ -222,22 +231,22 @@ def _model(source: _Source, tokenizer: Tokenizer) -> nn.Module:
 def _encode(
     source: _Source, examples: Sequence[Example], tokenizer: Tokenizer, path: Path, reporter: Reporter
 ) -> list[EncodedExample]:
-    vocabulary, marked = vocabulary_of(tokenizer), MarkedRows()
-    prompts = vocabulary.prompts([example.prompt for example in examples])
-    responses = vocabulary.responses([example.response for example in examples])
-    limits = source.options.limits
+    chat, marked = ChatEncoder(tokenizer, source.options.chat), MarkedRows()
+    vocabulary, limits = vocabulary_of(tokenizer, chat), source.options.limits
+    conversations = any(example.conversation is not None for example in examples)
+    cut_all = _cut_conversations if conversations else _cut_texts
     encoded: list[EncodedExample] = []
     dropped, truncated = 0, 0
-    for example, prompt, ids in zip(examples, prompts, responses, strict=True):
-        given, (response,) = cut(prompt, [ids], tokenizer.bos, tokenizer.eos, limits)
-        marked.count(vocabulary.marker(example.prompt) or vocabulary.marker(example.response))
-        truncated += len(given) < len(prompt) + (tokenizer.bos is not None) or not response.has_eos
+    for example, given, response, whole in cut_all(source, examples, vocabulary, marked, reporter):
+        truncated += len(given) < whole or not response.has_eos
         if not response.kept:
             dropped += 1
         elif source.train_on_prompt:
-            encoded.append(EncodedExample(example.where, given[:1], given[1:] + response.ids))
+            encoded.append(EncodedExample(example.where, given[:1], given[1:] + response.ids, response.has_eos))
         else:
-            encoded.append(EncodedExample(example.where, given, response.ids))
+            encoded.append(EncodedExample(example.where, given, response.ids, response.has_eos))
+    for notice in chat.notices():
+        reporter.note(notice)
     warning = marked.warning(len(examples))
     if warning:
         reporter.warn(f"{path.name}: {warning}")
@@ -254,3 +263,39 @@ def _encode(
     tokens = sum(len(example.learned) for example in encoded)
     reporter.note(f"{path.name}: {len(encoded)} examples, {tokens} learned tokens")
     return encoded
+
+
+# An example with its prompt and response after truncation, and the tokens of its prompt before.
+_Cut = tuple[Example, list[int], Response, int]
+
+
+def _cut_texts(
+    source: _Source, examples: Sequence[Example], vocabulary: Vocabulary, marked: MarkedRows, _reporter: Reporter
+) -> Iterator[_Cut]:
+    prompts = vocabulary.prompts([example.prompt for example in examples])
+    responses = vocabulary.responses([example.response for example in examples])
+    for example, prompt, ids in zip(examples, prompts, responses, strict=True):
+        given, (response,) = cut(prompt, [ids], vocabulary.bos, vocabulary.eos, source.options.limits)
+        marked.count(vocabulary.marker(example.prompt) or vocabulary.marker(example.response))
+        yield example, given, response, len(prompt) + (vocabulary.bos is not None)
+
+
+def _cut_conversations(
+    source: _Source, examples: Sequence[Example], vocabulary: Vocabulary, _marked: MarkedRows, reporter: Reporter
+) -> Iterator[_Cut]:
+    """The same for conversations.
+
+    Raises:
+        DataError: the template cannot show one, and such rows are not skipped.
+    """
+    limits, stats = source.options.limits, ChatStats()
+    bad: list[BadRow] = []
+    for example in examples:
+        assert example.conversation is not None
+        chat = encode_chat(example.conversation, example.where, vocabulary.chat, vocabulary.bos, limits, stats)
+        if isinstance(chat, BadRow):
+            bad.append(chat)
+        else:
+            yield example, chat.prompt, chat.responses[0], chat.whole_prompt
+    for notice in (*handle_bad_rows(bad, len(examples), source.options.on_bad_row), *stats.notices(limits)):
+        reporter.note(notice)
