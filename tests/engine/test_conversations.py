@@ -218,3 +218,25 @@ def test_variables_of_a_template_are_an_object(world: Path, chat: Path, tmp_path
     options = ("-m", world / "sft", "-d", chat, "-o", tmp_path / "out")
     refused = run_here("train-dpo", *options, "--chat-template-kwargs", value)
     assert (refused.code, "must be a JSON object" in refused.error) == (2, True)
+
+
+def test_a_changed_template_is_another_setting(world: Path, chat: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE)
+    options = ("-m", world / "sft", "-d", chat, "-o", tmp_path / "out", "--chat-template", file, *TRAINING)
+    done("train-dpo", *options)
+    file.rename(tmp_path / "moved.jinja")
+    again = [tmp_path / "moved.jinja" if option == file else option for option in options]
+    done("train-dpo", *again)
+    (tmp_path / "moved.jinja").write_text(TEMPLATE.replace("': '", "' says '"))
+    refused = run_here("train-dpo", *again)
+    assert (refused.code, "the content of chat_template has changed" in refused.error) == (2, True)
+
+
+def test_options_that_would_do_nothing_are_said(
+    world: Path, chat: Path, rendered: Path, template: Path, tmp_path: Path
+) -> None:
+    options = ("-m", world / "sft", "-o", tmp_path / "out", "--chat-template", template, "--dry-run")
+    assert "no rows of messages: the chat template is not used" in done("train-dpo", "-d", rendered, *options).err
+    refused = run_here("train-dpo", "-d", chat, *options, "--special-tokens-in-data", "parse")
+    assert (refused.code, "their text stays text" in refused.error) == (2, True)

@@ -502,13 +502,6 @@ def test_a_tool_result_keeps_its_call() -> None:
     assert (encoded.prompt, dropped) == (TEMPLATES["qwen"].encode(talk[5:], [YES, NO]).prompt, 5)
 
 
-def test_turns_are_found_among_the_ids() -> None:
-    for family, chat in TEMPLATES.items():
-        encoded, tokenizer = chat.encode(TALK, [YES, NO]), FAMILIES[family].tokenizer
-        texts = [shown(tokenizer, encoded.prompt[t.begin : t.end]).replace("▁", " ") for t in chat.turns(TALK, encoded)]
-        assert texts == ["Be brief.", "Hi", "Hello.", "Why?", "No", "Well?"], family
-
-
 # ---------------------------------------------------------------- what is recorded
 
 

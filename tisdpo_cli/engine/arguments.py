@@ -15,6 +15,7 @@ from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import Limits
 from tisdpo_cli.engine.chat import DEFAULT_DAY
 from tisdpo_cli.errors import UsageError
+from tisdpo_cli.files import sha256
 from tisdpo_cli.model.directory import content_hashes
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
@@ -70,6 +71,13 @@ def parses(data: ColumnOptions) -> bool:
     return data.special_tokens_in_data == "parse"
 
 
+def _template_hash(data: ColumnOptions) -> dict[str, str]:
+    """The content of the chat template of the settings, which is compared by content, not by name."""
+    if data.chat_template is None:
+        return {}
+    return {"content of chat_template": sha256(Path(data.chat_template).expanduser())}
+
+
 # What a scored dataset records of how its rows were read.
 _RECORDED = (
     "prompt_column", "chosen_column", "rejected_column", "special_tokens_in_data", "dialogue", "chat_template_kwargs",
@@ -114,7 +122,7 @@ def output_request(
         command=settings.command,
         fingerprint={**settings.fingerprint(), **resolved},
         inputs=[path for path in (*models.values(), *files.values()) if path is not None],
-        content_hashes=lambda: content_hashes(models, files),
+        content_hashes=lambda: {**content_hashes(models, files), **_template_hash(settings.data)},
         overwrite=settings.overwrite,
         restart=resume == "never",
     )

@@ -10,7 +10,7 @@ from typing import Any
 from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.messages import Conversation
 from tisdpo_cli.data.tokens import Vocabulary
-from tisdpo_cli.errors import DataError, ModelError
+from tisdpo_cli.errors import DataError, ModelError, UsageError
 from tisdpo_cli.model.chat_template import ChatTemplate, EncodedConversation
 from tisdpo_cli.model.tokenizer import Tokenizer
 
@@ -37,6 +37,10 @@ def vocabulary_of(tokenizer: Tokenizer, chat: ChatEncoder | None = None, at_star
     return Vocabulary(tokenizer.encode_prompts, responses, tokenizer.bos, tokenizer.eos, marker, encoder)
 
 
+# Conversations whose boundary of prompt and answer is looked at.
+_CHECKED = 100
+
+
 class ChatEncoder:
     """Encodes conversations for one tokenizer.
 
@@ -47,6 +51,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, options: ChatOptions | None = None) -> None:
         self._tokenizer, self._options = tokenizer, options or ChatOptions(None, {}, DEFAULT_DAY)
         self.used = False
+        self._checked = self._apart = 0
 
     def __call__(self, conversation: Conversation, limit: int | None) -> tuple[EncodedConversation, int]:
         """Encode a conversation, without its oldest turns if its prompt has more ids than a limit.
@@ -57,12 +62,23 @@ class ChatEncoder:
         Raises:
             DataError: the template cannot show it.
             ModelError: there is no template, or it is invalid.
+            UsageError: special tokens in data are to be parsed.
         """
+        if self._tokenizer.parses_data:
+            raise UsageError(
+                "rows of messages are rendered here, and their text stays text",
+                where="--special-tokens-in-data parse",
+                fix="leave it out",
+            )
         self.used = True
         prompt, answers = conversation.prompt, conversation.answers
         tools, kwargs = conversation.tools, conversation.template_kwargs
         if limit is None:
-            return self.template.encode(prompt, answers, tools, kwargs), 0
+            encoded = self.template.encode(prompt, answers, tools, kwargs)
+            if self._checked < _CHECKED:
+                self._checked += 1
+                self._apart += not self.template.joins(encoded)
+            return encoded, 0
         return self.template.shortened(prompt, answers, limit, tools, kwargs)
 
     @cached_property
@@ -79,10 +95,18 @@ class ChatEncoder:
 
     def notices(self) -> list[str]:
         """What the user should know of the template."""
-        day = self.template.day if self.used else None
-        if day is None:
-            return []
-        return [f"the chat template writes the date: {day.isoformat()} (--chat-date)"]
+        if not self.used:
+            given = self._options.template is not None or self._options.kwargs
+            return ["no rows of messages: the chat template is not used"] if given else []
+        notices, day = [], self.template.day
+        if day is not None:
+            notices.append(f"the chat template writes the date: {day.isoformat()} (--chat-date)")
+        if self._apart:
+            notices.append(
+                f"{self._apart} of the first {self._checked} conversations would tokenize differently with prompt and "
+                "answer joined; the model generates them apart"
+            )
+        return notices
 
     def record(self) -> dict[str, Any] | None:
         """What determines the ids, for a manifest; None if there were no conversations."""

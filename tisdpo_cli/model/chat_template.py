@@ -56,15 +56,6 @@ class EncodedConversation:
         return all(answer == self.answers[0] for answer in self.answers)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Where the text of a message is among the ids of a prompt, and its role."""
-
-    role: str
-    begin: int
-    end: int
-
-
 class ChatTemplate:
     """The chat template of a tokenizer.
 
@@ -214,18 +205,6 @@ class ChatTemplate:
                     break
         return best, dropped
 
-    def turns(self, prompt: Sequence[Message], encoded: EncodedConversation) -> list[Turn]:
-        """Find the texts of the messages among the ids of a prompt; those that the template changes are left out."""
-        text, turns, at = encoded._marked[0], [], 0
-        for message in prompt:
-            content = self._encoding.mark(message.get("content") or "").strip()
-            begin = text.find(content, at) if content else -1
-            if begin >= 0:
-                at = begin + len(content)
-                ends = (_common(encoded.prompt, self._encoding.encode_marked(text[:i])) for i in (begin, at))
-                turns.append(Turn(message["role"], *ends))
-        return turns
-
 
 def _own_templates(backend: Any) -> dict[str, str]:
     """The tokenizer's template, and its template for tools if it has one of its own."""
@@ -251,8 +230,3 @@ def _frame(backend: Any, renderer: Renderer) -> tuple[str, ...]:
 
 def _is_system(message: Message) -> bool:
     return message["role"] in ("system", "developer")
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of what both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -52,7 +52,11 @@ class ColumnOptions(Group):
         "none", "hh: texts are dialogues with turns of Human: and Assistant:, to be read as messages", "Data"
     )
     chat_template: PathText | None = setting(
-        None, "file of the chat template for rows of messages (default: the tokenizer's)", "Data", metavar="FILE"
+        None,
+        "file of the chat template for rows of messages (default: the tokenizer's)",
+        "Data",
+        shapes_result=False,
+        metavar="FILE",
     )
     chat_template_kwargs: PathText | None = setting(
         None, "variables of the chat template, as a JSON object", "Data", metavar="JSON"
