@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def byte_level(special: Sequence[str], plain: Sequence[str] = (), **names: str) -> PreTrainedTokenizerFast:
@@ -60,25 +62,25 @@ def _finished(
 
 def shown(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """Ids as text, with ⟦ and ⟧ around each added token."""
-    added, text, run = tokenizer.added_tokens_decoder, "", b""
-    alphabet = _bytes_of_characters()
-    for i in ids:
-        piece = tokenizer.convert_ids_to_tokens(i)
+    pieces = _pieces(tokenizer)
+    return b"".join(pieces[i] for i in ids).decode()
+
+
+@cache
+def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of each token."""
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    is_byte_level = isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+    added, pieces = tokenizer.added_tokens_decoder, []
+    for i in range(len(tokenizer)):
+        token = tokenizer.convert_ids_to_tokens(i)
         if i in added:
-            text, run = f"{text}{run.decode()}⟦{piece}⟧", b""
-        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            run += bytes([int(piece[3:5], 16)])
-        elif isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
-            run += bytes(alphabet[character] for character in piece)
+            pieces.append(f"⟦{token}⟧".encode())
+        elif is_byte_level:
+            pieces.append(bytes(alphabet[character] for character in token))
         else:
-            run += piece.encode()
-    return text + run.decode()
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+            pieces.append(bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.encode())
+    return pieces
 
 
 @dataclass(frozen=True)
