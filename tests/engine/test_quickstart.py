@@ -41,7 +41,7 @@ def scores_by_preference(scored: Path) -> dict[int, list[float]]:
     return scores
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_words_that_carry_the_preference_stand_out(tmp_path: Path) -> None:
     done = run_tisdpo(
         "run", "--config", EXAMPLES / "quickstart.yaml", "--dataset", EXAMPLES / "quickstart_data",
