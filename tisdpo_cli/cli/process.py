@@ -55,9 +55,9 @@ def leave(code: int) -> NoReturn:
 
 
 def _ignore_signals() -> None:
-    """All is done and reported: a signal while the interpreter shuts down must not change the exit code.
+    """Keep the exit code if a signal comes while the interpreter shuts down.
 
-    Python replaces handlers of its own by the system's default before the libraries' destructors run, which end late.
+    Python restores the system's handlers before the destructors of libraries run, and those can take a while.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         with suppress(AttributeError, ValueError):

@@ -161,7 +161,7 @@ def _answer(messages: list[Message], name: str) -> Message:
 
 
 def _messages(value: Any, name: str, text_role: str = "") -> list[Message]:
-    """A list of messages, from a list, one message, or a text where one stands for a message of `text_role`."""
+    """Return messages from a list, from one message, or from a text, which becomes a message of `text_role`."""
     if isinstance(value, str) and text_role:
         value = [{"role": text_role, "content": value}]
     if isinstance(value, dict):

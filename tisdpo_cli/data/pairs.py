@@ -113,7 +113,7 @@ def _pair(row: Row, columns: Columns, index: int, chat: bool) -> Pair | BadRow:
         prompt, chosen, rejected = (row.columns.get(name) for name in names)
         return problem or Pair(index, str(prompt), str(chosen), str(rejected), row)
     if not columns.dialogue and not is_conversational(row.columns, names):
-        return BadRow(row.where, "a row of texts in a file of conversations; keep each kind in a file of its own")
+        return BadRow(row.where, "a row of texts in a file of conversations; use one file per kind")
     read = dialogue_conversation if columns.dialogue else preference_conversation
     try:
         conversation = read(row.columns, *names)

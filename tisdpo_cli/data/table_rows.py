@@ -6,6 +6,7 @@ Knows no column names.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tisdpo_cli.data.json_rows import parse_float
@@ -27,18 +28,11 @@ def read_parquet(source: Source, _notices: list[str]) -> Iterator[Row | BadRow]:
     """
     import pyarrow.parquet as pq
 
-    with source.open() as stream:
-        try:
-            file = pq.ParquetFile(stream)
-            _limit_size(source, file.metadata)
-            batches = file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
-            yield from _numbered_rows(source, batches)
-        except DataError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise _unreadable(source, "as Parquet", error) from error
+    with source.open() as stream, _reporting_damage(source, "as Parquet"):
+        file = pq.ParquetFile(stream)
+        _limit_size(source, file.metadata)
+        batches = file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+        yield from _numbered_rows(source, batches)
 
 
 def _limit_size(source: Source, metadata: Any) -> None:
@@ -75,23 +69,26 @@ def read_saved(source: Source, _notices: list[str]) -> Iterator[Row | BadRow]:
     """
     import datasets
 
-    try:
+    with _reporting_damage(source, "as a saved dataset"):
         tables = datasets.load_from_disk(str(source.path)).with_format("arrow").iter(batch_size=_BATCH_ROWS)
         yield from _numbered_rows(source, (batch for table in tables for batch in table.to_batches()))
+
+
+@contextmanager
+def _reporting_damage(source: Source, what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise on a damaged file into one error; running out of memory stays what it is."""
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise _unreadable(source, "as a saved dataset", error) from error
-
-
-def _unreadable(source: Source, what: str, error: Exception) -> DataError:
-    # The message of a damaged file may itself be damaged.
-    reason = "damaged" if isinstance(error, (UnicodeError, SystemError)) else (str(error).strip() or "damaged")
-    return DataError(
-        f"cannot be read {what}: {reason.splitlines()[0][:120]}", where=source.shown, fix="create it again"
-    )
+        # The message of a damaged file may itself be damaged.
+        reason = "damaged" if isinstance(error, (UnicodeError, SystemError)) else (str(error).strip() or "damaged")
+        raise DataError(
+            f"cannot be read {what}: {reason.splitlines()[0][:120]}", where=source.shown, fix="create it again"
+        ) from error
 
 
 def _numbered_rows(source: Source, batches: Iterator[Any]) -> Iterator[Row | BadRow]:

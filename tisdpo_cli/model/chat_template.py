@@ -207,7 +207,7 @@ class ChatTemplate:
 
 
 def _own_templates(backend: Any) -> dict[str, str]:
-    """The tokenizer's template, and its template for tools if it has one of its own."""
+    """Return the tokenizer's template, and its separate template for tools if there is one."""
     own = backend.chat_template
     found = {"default": own} if isinstance(own, str) else {k: v for k, v in (own or {}).items() if isinstance(v, str)}
     if not found.get("default"):

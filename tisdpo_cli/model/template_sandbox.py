@@ -1,4 +1,4 @@
-"""Compiles chat templates in an immutable sandbox whose clock stands at one day. Knows no tokenizers."""
+"""Compiles chat templates in an immutable sandbox with a fixed date. Knows no tokenizers."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from tisdpo_cli.method.recipe import Recipe, clipped
 from tisdpo_cli.method.steps import Centers, Context
 from tisdpo_cli.method.transforms import Side
 from tisdpo_cli.model.directory import locate_model
-from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
+from tisdpo_cli.model.tokenizer import load_tokenizer
 
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
@@ -209,10 +209,11 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     changed = check_unchanged(manifest, file, options.final)
     tokenizer = load_tokenizer(_tokenizer_path(options.tokenizer, scored), parse_data=options.parse_data)
     at_start = not manifest and weights_at_start(tokenizer, read.pairs)
-    centers = _centers(options, files["train"], tokenizer, at_start) if options.centered else None
-    weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers, at_start)
     chat = ChatEncoder(tokenizer, options.chat)
-    encoded = _encoded(read.pairs, vocabulary_of(tokenizer, chat, at_start))
+    vocabulary = vocabulary_of(tokenizer, chat, at_start)
+    centers = _centers(options, files["train"], vocabulary) if options.centered else None
+    weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers, at_start)
+    encoded = _encoded(read.pairs, vocabulary)
     chat.check(manifest.get("chat"), scored)
     pairs, bad = _weighted_pairs(read.pairs, encoded, weighter)
     skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
@@ -221,10 +222,10 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     return WeightedSplit(pairs, weighter, [*files.notices, *read.notices, *warnings, *skipped])
 
 
-def _centers(options: SplitOptions, train: Path, tokenizer: Tokenizer, at_start: bool) -> Centers:
+def _centers(options: SplitOptions, train: Path, vocabulary: Vocabulary) -> Centers:
     """The means that training subtracts: those of the train split, whatever split is shown."""
     pairs = read_pairs(train, options.columns, options.on_bad_row).pairs
-    encoded = _encoded(pairs, vocabulary_of(tokenizer, ChatEncoder(tokenizer, options.chat), at_start))
+    encoded = _encoded(pairs, vocabulary)
     return fit_centers(pairs, [(len(chosen), len(rejected)) for (chosen, rejected), _ in encoded])
 
 

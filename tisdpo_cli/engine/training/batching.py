@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.errors import UsageError
 
 
@@ -60,6 +61,13 @@ class PaddedCosts(list[int]):
     """Tokens of each example in rows that are padded to the longest one of their pass: a pass costs its number of
     examples times the largest of them, where packed examples cost their sum.
     """
+
+
+def pair_costs(pairs: Iterable[EncodedPair], packed: bool) -> Sequence[int]:
+    """Tokens of each pair in a forward pass: packed, or both responses in rows as long as the longer one."""
+    if packed:
+        return [pair.tokens for pair in pairs]
+    return PaddedCosts(2 * pair.longest for pair in pairs)
 
 
 @dataclass(frozen=True)

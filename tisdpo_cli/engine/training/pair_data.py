@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.scored import check_unchanged, has_weights, missing_score, read_manifest, require_scores
@@ -67,6 +68,23 @@ class PairSource:
     weighting: Weighting | None
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """What the weights of all splits share.
+
+    Attributes:
+        manifest: `estimate.json` of the dataset, or None if it has none.
+        tokenizer: the one that the scores must belong to.
+        centers: means of the train split, if the recipe centers.
+        at_start: see `TokenWeighter`.
+    """
+
+    manifest: dict[str, Any] | None
+    tokenizer: Tokenizer
+    centers: Centers | None
+    at_start: bool
+
+
 def prepare_pairs(
     source: PairSource, tokenizer: Tokenizer, reporter: Reporter
 ) -> tuple[list[WeightedPair], list[WeightedPair]]:
@@ -77,18 +95,17 @@ def prepare_pairs(
     """
     for notice in tokenizer.notices:
         reporter.note(notice)
-    chat, at_start = ChatEncoder(tokenizer, source.options.chat), False
+    chat, scored = ChatEncoder(tokenizer, source.options.chat), None
     vocabulary = vocabulary_of(tokenizer, chat)
     train = read_split(source.files["train"], source.options, vocabulary)
-    if source.weighting is not None and read_manifest(Path(source.dataset).expanduser()) is None:
-        at_start = weights_at_start(tokenizer, train.pairs)
-    if at_start:
-        reporter.note(AT_START)
-        vocabulary = vocabulary_of(tokenizer, chat, at_start)
-        train = read_split(source.files["train"], source.options, vocabulary)
-    centers = None
     if source.weighting is not None:
-        centers = _centers(source.weighting, train, reporter)
+        manifest = read_manifest(Path(source.dataset).expanduser())
+        at_start = manifest is None and weights_at_start(tokenizer, train.pairs)
+        if at_start:
+            reporter.note(AT_START)
+            vocabulary = vocabulary_of(tokenizer, chat, at_start)
+            train = read_split(source.files["train"], source.options, vocabulary)
+        scored = _Scored(manifest, tokenizer, _centers(source.weighting, train, reporter), at_start)
     elif has_weights(pair.row for pair in train.pairs):
         reporter.note("ignoring the token weights in this dataset; use `tisdpo train` to train with them")
     splits = [train]
@@ -96,10 +113,9 @@ def prepare_pairs(
         splits.append(read_split(source.files["test"], source.options, vocabulary, source.eval_pairs))
     for notice in chat.notices():
         reporter.note(notice)
-    if source.weighting is not None:
-        manifest = read_manifest(Path(source.dataset).expanduser()) or {}
-        chat.check(manifest.get("chat"), source.dataset)
-    pairs = [_split_pairs(source, split, tokenizer, centers, at_start, reporter) for split in splits]
+    if scored is not None and scored.manifest is not None:
+        chat.check(scored.manifest.get("chat"), source.dataset)
+    pairs = [_split_pairs(source, split, scored, reporter) for split in splits]
     return pairs[0], pairs[1] if len(pairs) > 1 else []
 
 
@@ -112,26 +128,16 @@ def _centers(weighting: Weighting, train: Split, reporter: Reporter) -> Centers 
     return fit_centers(train.pairs, [(pair.chosen.uncut, pair.rejected.uncut) for pair in train.encoded])
 
 
-def _split_pairs(
-    source: PairSource,
-    split: Split,
-    tokenizer: Tokenizer,
-    centers: Centers | None,
-    at_start: bool,
-    reporter: Reporter,
-) -> list[WeightedPair]:
+def _split_pairs(source: PairSource, split: Split, scored: _Scored | None, reporter: Reporter) -> list[WeightedPair]:
     kept, dropped = drop_untrainable(split)
     for warning in split.warnings:
         reporter.warn(warning)
     for notice in (*split.notices, *dropped):
         reporter.note(notice)
-    if source.weighting is None:
+    if source.weighting is None or scored is None:
         return [WeightedPair(pair.swapped() if source.swapped else pair) for pair in kept]
-    _check_scored(source, source.weighting, split, tokenizer, reporter)
-    rows = [split.pairs[pair.index] for pair in kept]
-    weighting = source.weighting
-    weighter = token_weighter(weighting.make_recipe, weighting.seed, tokenizer, rows, centers, at_start)
-    return _weighted_pairs(source, weighting, split, kept, weighter, reporter)
+    _check_scored(source, source.weighting, split, scored, reporter)
+    return _weighted_pairs(source, source.weighting, split, kept, scored, reporter)
 
 
 def _weighted_pairs(
@@ -139,10 +145,13 @@ def _weighted_pairs(
     weighting: Weighting,
     split: Split,
     kept: list[EncodedPair],
-    weighter: TokenWeighter,
+    scored: _Scored,
     reporter: Reporter,
 ) -> list[WeightedPair]:
     rows = [split.pairs[pair.index] for pair in kept]
+    weighter = token_weighter(
+        weighting.make_recipe, weighting.seed, scored.tokenizer, rows, scored.centers, scored.at_start
+    )
     recipe = weighter.recipe
     reporter.note(f"{split.path.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
     weighted: list[WeightedPair] = []
@@ -159,19 +168,17 @@ def _weighted_pairs(
     return weighted
 
 
-def _check_scored(
-    source: PairSource, weighting: Weighting, split: Split, tokenizer: Tokenizer, reporter: Reporter
-) -> None:
-    """Check that the file holds scores (or weights) for this tokenizer.
+def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored: _Scored, reporter: Reporter) -> None:
+    """Check that the file holds scores (or weights) for the tokenizer.
 
     Raises:
         DataError: it has none, or they belong to another tokenizer.
     """
     require_scores((pair.row for pair in split.pairs), str(split.path), weighting.final)
-    manifest = read_manifest(Path(source.dataset).expanduser())
+    manifest = scored.manifest
     if manifest is None:
         return
-    if manifest.get("tokenizer") != tokenizer.digest:
+    if manifest.get("tokenizer") != scored.tokenizer.digest:
         raise DataError(
             "scored with a different tokenizer than this model's",
             where=source.dataset,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.data.tokens import EncodedPair
-from tisdpo_cli.engine.training.batching import PaddedCosts
+from tisdpo_cli.engine.training.batching import pair_costs
 from tisdpo_cli.engine.training.reference import Logps
 from tisdpo_cli.method.objectives import Loss, pair_losses, response_sums
 from tisdpo_cli.model.batch import Batch
@@ -37,13 +37,6 @@ class WeightedPair:
     tokens: EncodedPair
     weights: tuple[Tensor, Tensor] | None = None
     reference: Logps | None = None
-
-
-def pair_costs(pairs: Sequence[WeightedPair], packed: bool) -> Sequence[int]:
-    """Tokens of each pair in a forward pass: packed, or both responses in rows as long as the longer one."""
-    if packed:
-        return [pair.tokens.tokens for pair in pairs]
-    return PaddedCosts(2 * pair.tokens.longest for pair in pairs)
 
 
 class PairTask:
@@ -74,8 +67,8 @@ class PairTask:
         self.weighted = any(pair.weights is not None for pair in pairs)
         computes_kl = loss.needs.divergence is not None
         self.metrics: tuple[str, ...] = _PLAIN + (_WEIGHTED if self.weighted else ()) + (_KL if computes_kl else ())
-        self.costs: Sequence[int] = pair_costs(pairs, packed=True)
-        self.padded_costs = pair_costs(pairs, packed=False)
+        encoded = [pair.tokens for pair in pairs]
+        self.costs, self.padded_costs = (pair_costs(encoded, packed) for packed in (True, False))
 
     def where(self, example: int) -> str:
         """FILE:LINE of a pair."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tisdpo_cli.engine.arguments import find_dataset, read_options, with_recorded_reading
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
-from tisdpo_cli.engine.training.batching import Microbatching, Plan, planned_passes
+from tisdpo_cli.engine.training.batching import Microbatching, Plan, pair_costs, planned_passes
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
-from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair, pair_costs
+from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
 from tisdpo_cli.engine.training.reference import ReferencePass
 from tisdpo_cli.engine.training.session import (
     SessionConfig,
@@ -176,7 +176,7 @@ def _load_tokenizer(training: _Training) -> Tokenizer:
 
 def _plan_costs(training: _Training, pairs: Sequence[WeightedPair]) -> Sequence[int]:
     """Costs before the model is loaded, when `auto` is taken to pack."""
-    return pair_costs(pairs, packed=training.session.layout != "separate")
+    return pair_costs([pair.tokens for pair in pairs], packed=training.session.layout != "separate")
 
 
 def _taught_end(pairs: Sequence[WeightedPair], tokenizer: Tokenizer) -> int:
@@ -289,15 +289,17 @@ def _aligned_tasks(
     session, world, rank = training.session, runtime.world, runtime.rank
     # A layer that recomputes its activations computes all positions, the reference then too.
     apply_gradient_checkpointing(session, reference_pass.scorer)
-    passes = planned_passes(plan, session.microbatching, pair_costs(train, packed), world, rank)
-    logps = reference_pass.run_passes([pair.tokens for pair in train], passes)
+    encoded = [pair.tokens for pair in train]
+    passes = planned_passes(plan, session.microbatching, pair_costs(encoded, packed), world, rank)
+    logps = reference_pass.run_passes(encoded, passes)
     task = PairTask(train, logps, training.loss, pad)
     if not test:
         return task, None
-    costs = pair_costs(test, packed)
+    encoded = [pair.tokens for pair in test]
+    costs = pair_costs(encoded, packed)
     split = Microbatching(micro=session.eval_batch_size)
     passes = [examples for examples in split.passes_of(range(len(test)), costs, world, rank) if examples]
-    return task, PairTask(test, reference_pass.run_passes([pair.tokens for pair in test], passes), training.loss, pad)
+    return task, PairTask(test, reference_pass.run_passes(encoded, passes), training.loss, pad)
 
 
 def _with_reference_logps(pairs: Sequence[WeightedPair], reference: ReferencePass, swapped: bool) -> list[WeightedPair]:

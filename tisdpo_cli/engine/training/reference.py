@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tisdpo_cli.data.tokens import EncodedPair
-from tisdpo_cli.engine.training.batching import Microbatching, PaddedCosts
+from tisdpo_cli.engine.training.batching import Microbatching, pair_costs
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
@@ -133,8 +133,7 @@ class ReferencePass:
     def _compute(self, pairs: Sequence[EncodedPair], progress: Progress) -> Tensor:
         """Log-probs [N] of these pairs, one after the other, chosen before rejected."""
         computed: dict[int, Logps] = {}
-        packed = self.scorer.packed
-        costs = [pair.tokens for pair in pairs] if packed else PaddedCosts(2 * pair.longest for pair in pairs)
+        costs = pair_costs(pairs, self.scorer.packed)
         for batch in self.microbatching.split(range(len(pairs)), costs, world=1)[0]:
             logps, groups = self._score([pairs[i] for i in batch], progress)
             sides = [
