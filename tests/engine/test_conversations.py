@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import random
 from pathlib import Path
 
+import oracle
 import pytest
 from conftest import Done, read_jsonl, run_here, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from tisdpo_cli.model.tokenizer import load_tokenizer
 
 # The turn of the assistant ends with the EOS, so that rows rendered by hand as text end alike.
 TEMPLATE = (
@@ -196,14 +202,81 @@ def test_old_turns_go_before_tokens(world: Path, template: Path, tmp_path: Path)
     assert "'s' 'y' 's' 't' 'e' 'm'" in cut.err.split("first prompt")[1]
 
 
-def test_what_conversations_cannot_do_yet_is_said(world: Path, chat: Path, template: Path, tmp_path: Path) -> None:
-    options = ("-d", chat, "-o", tmp_path / "scored", "--chat-template", template)
-    prompts = ("--model", world / "sft", "--positive-template", "Be kind. {}", "--negative-template", "Be rude. {}")
-    refused = run_here("estimate", *prompts, *options)
-    assert (refused.code, "prompt templates on conversations are not supported" in refused.error) == (2, True)
-    done("estimate", "--forward", world / "sft", "--reverse", world / "sft", *options)
-    refused = run_here("inspect-weights", tmp_path / "scored", "--chat-template", template, "--spans", "word")
-    assert (refused.code, "spans of conversations are not supported" in refused.error) == (2, True)
+@pytest.mark.parametrize("unit", ["word", "clause", "sentence"])
+def test_spans_are_those_of_the_answer_as_text(
+    world: Path, chat: Path, rendered: Path, template: Path, tmp_path: Path, unit: str
+) -> None:
+    weights = []
+    for kind, data, options in (("chat", chat, ("--chat-template", template)), ("text", rendered, ())):
+        scored = tmp_path / f"scored-{kind}"
+        done("estimate", "--model", world / "sft", "-d", data, "-o", scored, "--positive-template", "normal",
+             "--negative-template", "normal", *options)  # fmt: skip
+        noise = random.Random(0)
+        rows = read_jsonl(scored / "train.jsonl")
+        for row in rows:
+            for side in ("chosen", "rejected"):
+                row[f"{side}_weight"] = [round(noise.gauss(0, 1), 3) for _ in row[f"{side}_weight"]]
+        write_jsonl(scored / "train.jsonl", rows)
+        table = tmp_path / f"{kind}.csv"
+        done("inspect-weights", scored, "--spans", unit, "--transform", "exp", "--table", table, *options)
+        trained = tmp_path / f"trained-{kind}"
+        done("train", "-m", world / "sft", "-d", scored, "-o", trained, "--spans", unit, *TRAINING, *options)
+        lines = list(csv.DictReader(table.open()))
+        weights.append(([line["weight"] for line in lines], (trained / "model.safetensors").read_bytes()))
+    assert weights[0] == weights[1]
+    assert len(set(weights[0][0])) > 5
+
+
+def test_a_prompt_template_is_a_system_message(world: Path, chat: Path, template: Path, tmp_path: Path) -> None:
+    """Scores are those of texts that hold the system message, truncated or not; both sides score the same tokens."""
+    limits = {"whole": (), "truncated": ("--max-length", "40", "--max-prompt-length", "25")}
+    system, after = "\n\nsystem: Be rude.", " Think."
+    tokenizer = load_tokenizer(world / "sft")
+    model = AutoModelForCausalLM.from_pretrained(world / "sft").double().eval()
+    for name, cut in limits.items():
+        scored = tmp_path / name
+        done("estimate", "--model", world / "sft", "-d", chat, "-o", scored, "--chat-template", template,
+             "--positive-template", "normal", "--negative-template", "Be rude.\n\n{}" + after, *cut)  # fmt: skip
+        for row in read_jsonl(scored / "train.jsonl"):
+            said = row["prompt"][0]["content"]
+            plain, framed = (
+                tokenizer.encode_prompts([f"{head}\n\nuser: {said}{tail}\n\nassistant:"])[0]
+                for head, tail in (("", ""), (system, after))
+            )
+            if cut and len(plain) > 25:
+                (whole,) = tokenizer.encode_prompts([system])
+                rest = framed[-(25 + len(framed) - len(plain) - len(whole)) :]
+                plain, framed = plain[-25:], whole + rest
+            for side in ("chosen", "rejected"):
+                scores = row[f"{side}_weight"]
+                (ids,) = tokenizer.encode_responses([f" {row[side][0]['content']}"])
+                kept = ids[: sum(r is not None for r in scores)]
+                forward, reverse = (oracle.token_logps(model, prompt, kept) for prompt in (plain, framed))
+                assert [r for r in scores if r is not None] == pytest.approx((reverse - forward).tolist(), abs=1e-5)
+    assert any(None in row["chosen_weight"] for row in read_jsonl(tmp_path / "truncated" / "train.jsonl"))
+
+
+def test_a_prompt_template_joins_the_system_message_there_is(world: Path, template: Path, tmp_path: Path) -> None:
+    """Where old turns go, the same go on both sides; a template that shows no system message is named."""
+    turns = [message for i in range(6) for message in (user(f"question {i}"), *answer(f"answer {i}"))]
+    prompt = [{"role": "system", "content": "Be kind."}, *turns, user("the last one")]
+    joined = [{"role": "system", "content": "Be rude.\n\nBe kind."}, user("the last one")]
+    rows = [{"prompt": messages, "chosen": answer("yes"), "rejected": answer("no")} for messages in (prompt, joined)]
+    limits = ("--max-length", "80", "--max-prompt-length", "60", "--chat-template", template)
+    scores = []
+    for row, negative in zip(rows, ("Be rude. {}", "normal"), strict=True):
+        data = one_row(tmp_path / negative, **row)
+        done("estimate", "--model", world / "sft", "-d", data, "-o", tmp_path / f"{negative}-scored", *limits,
+             "--positive-template", "harmful", "--negative-template", negative, "--keep-logps")  # fmt: skip
+        (scored,) = read_jsonl(tmp_path / f"{negative}-scored" / "train.jsonl")
+        scores.append(scored["chosen_logps_reverse"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    silent = tmp_path / "silent.jinja"
+    silent.write_text(TEMPLATE.replace("{{ '\n\n' + m.role", "{{ '' if m.role == 'system' else '\n\n' + m.role"))
+    refused = run_here("estimate", "--model", world / "sft", "-d", tmp_path / "normal", "-o", tmp_path / "x",
+                       "--chat-template", silent)  # fmt: skip
+    assert refused.code == 1
+    assert "leaves out message 1 of the prompt (system)" in refused.error
 
 
 def test_a_conversation_is_shown_with_its_roles(world: Path, chat: Path, template: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from tisdpo_cli.data.messages import Conversation
+from tisdpo_cli.data.messages import Conversation, with_template, without_oldest
 from tisdpo_cli.data.rows import BadRow
-from tisdpo_cli.data.tokens import EncodeChat, Limits, Response, cut
+from tisdpo_cli.data.tokens import ChatIds, EncodeChat, Limits, Response, cut
 from tisdpo_cli.errors import DataError
 
 
@@ -36,15 +36,15 @@ class EncodedChat:
         prompt: ids of the prompt.
         responses: the answers after truncation, each with the stop if it was not truncated.
         whole_prompt: number of ids of the prompt before truncation.
-        dropped: number of old messages left out.
         stop: id that ends each answer.
+        framed: ids of the prompt under each prompt template.
     """
 
     prompt: list[int]
     responses: list[Response]
     whole_prompt: int
-    dropped: int
     stop: int
+    framed: tuple[list[int], ...] = ()
 
 
 @dataclass
@@ -66,9 +66,17 @@ class ChatStats:
 
 
 def encode_chat(
-    conversation: Conversation, where: str, encode: EncodeChat, bos: int | None, limits: Limits, stats: ChatStats
+    conversation: Conversation,
+    where: str,
+    encode: EncodeChat,
+    bos: int | None,
+    limits: Limits,
+    stats: ChatStats,
+    templates: Sequence[tuple[str, str]] = (),
 ) -> EncodedChat | BadRow:
     """Encode a conversation, and truncate it if prompt and longest answer exceed `max_length`.
+
+    Prompt templates are added to what is left, so that they change nothing about which tokens are kept.
 
     Args:
         conversation: prompt and answers.
@@ -77,6 +85,7 @@ def encode_chat(
         bos: id that is never cut off where the template begins with it.
         limits: maximum lengths.
         stats: counts what is left out.
+        templates: prompt templates, each the text before and after the prompt; see `with_template`.
 
     Returns:
         The conversation, or the reason why the template cannot show it.
@@ -87,14 +96,77 @@ def encode_chat(
         longest = max(len(answer) for answer in ids.answers) + 1
         if whole_prompt + longest > limits.max_length and whole_prompt > limits.max_prompt_length:
             ids, dropped = encode(conversation, limits.max_prompt_length)
+        head = ids.prompt[:1] if bos is not None and ids.prompt[:1] == [bos] else []
+        prompt, responses = cut(ids.prompt[len(head) :], list(ids.answers), head[0] if head else None, stop, limits)
+        kept = _kept(len(head), len(prompt), len(ids.prompt), limits)
+        shown = without_oldest(conversation, dropped)
+        framed = tuple(_framed(shown, template, ids, head, kept, encode) for template in templates)
     except DataError as error:
         return BadRow(where, error.what)
     stats.shortened += dropped > 0
     stats.messages += dropped
     stats.stops.add(stop)
-    has_bos = bos is not None and ids.prompt[:1] == [bos]
-    prompt, responses = cut(ids.prompt[has_bos:], list(ids.answers), bos if has_bos else None, stop, limits)
-    return EncodedChat(prompt, responses, whole_prompt, dropped, stop)
+    return EncodedChat(prompt, responses, whole_prompt, stop, framed)
+
+
+def _kept(head: int, kept: int, whole: int, limits: Limits) -> range:
+    """The positions of a prompt of `whole` ids that are left after truncation to `kept`, without its BOS."""
+    return range(head + whole - kept, whole) if limits.keep_prompt == "end" else range(head, kept)
+
+
+def _framed(
+    conversation: Conversation,
+    template: tuple[str, str],
+    ids: ChatIds,
+    head: list[int],
+    kept: range,
+    encode: EncodeChat,
+) -> list[int]:
+    """Ids of a prompt under a prompt template, truncated as without it.
+
+    Args:
+        conversation: without the messages that were left out.
+        template: text before and after the prompt.
+        ids: the conversation without the template, not truncated.
+        head: the BOS that truncation spares, if any.
+        kept: positions of its prompt that truncation leaves, beside the BOS.
+        encode: chat template.
+
+    Raises:
+        DataError: the chat template cannot show it, or changes an answer.
+    """
+    plain, before = ids.prompt, _templated(conversation, (template[0], ""), ids, encode)
+    both = _templated(conversation, template, ids, encode) if template[1] else before
+    if len(head) + len(kept) == len(plain):
+        return both
+    # What the template adds stays whole, with the frame of its turn in front of it.
+    _, begin = _difference(plain, before) if before != plain else (0, 0)
+    opening = before[: len(before) - (len(plain) - begin)] if before != plain else head
+    start, end = max(kept.start, begin), max(kept.stop, begin)
+    rest = plain[start:end]
+    at, behind = _difference(before, both)
+    added = both[at : len(both) - (len(before) - behind)]
+    at, behind = (min(max(i - len(before) + len(plain) - start, 0), len(rest)) for i in (at, behind))
+    return [*opening, *rest[:at], *added, *rest[behind:]]
+
+
+def _templated(conversation: Conversation, template: tuple[str, str], ids: ChatIds, encode: EncodeChat) -> list[int]:
+    framed, _ = encode(with_template(conversation, *template), None)
+    if (tuple(framed.answers), framed.stop) != (tuple(ids.answers), ids.stop):
+        raise DataError("the chat template shows an answer in another way under the prompt template")
+    return framed.prompt
+
+
+def _difference(plain: list[int], changed: list[int]) -> tuple[int, int]:
+    """Where ids differ from others, as (begin, end) in the first.
+
+    >>> _difference([1, 2, 3], [1, 9, 9, 2, 3])
+    (1, 1)
+    """
+    shortest = min(len(plain), len(changed))
+    begin = next((i for i in range(shortest) if plain[i] != changed[i]), shortest)
+    same = next((i for i in range(shortest - begin) if plain[-1 - i] != changed[-1 - i]), shortest - begin)
+    return begin, len(plain) - same
 
 
 def response_ids(

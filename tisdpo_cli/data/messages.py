@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tisdpo_cli.errors import DataError
@@ -118,6 +118,39 @@ def _conversation(columns: Mapping[str, Any], prompt: list[Message], answers: tu
     if prompt[-1]["role"] not in ("user", "tool"):
         raise DataError(f"the prompt ends with a message of role {prompt[-1]['role']!r}; it must end with a user's")
     return Conversation(_with_system(columns, prompt), answers, _tools(columns), _template_kwargs(columns))
+
+
+def with_template(conversation: Conversation, before: str, after: str) -> Conversation:
+    """Return a conversation with a prompt template around its prompt.
+
+    Args:
+        conversation: prompt and answers.
+        before: becomes a system message, in front of the text of one that is there.
+        after: goes to the end of the last user message, or of the last message if no user has one.
+    """
+    prompt = list(conversation.prompt)
+    text = before.strip()
+    if text and is_system(prompt[0]):
+        prompt[0] = {**prompt[0], "content": f"{text}\n\n{prompt[0]['content']}"}
+    elif text:
+        prompt.insert(0, {"role": "system", "content": text})
+    if after:
+        users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+        last = users[-1] if users else len(prompt) - 1
+        prompt[last] = {**prompt[last], "content": prompt[last]["content"] + after}
+    return replace(conversation, prompt=prompt)
+
+
+def without_oldest(conversation: Conversation, count: int) -> Conversation:
+    """Return a conversation without its oldest messages; leading system messages stay."""
+    prompt = conversation.prompt
+    head = next((i for i, message in enumerate(prompt) if not is_system(message)), len(prompt))
+    return replace(conversation, prompt=[*prompt[:head], *prompt[head + count :]])
+
+
+def is_system(message: Mapping[str, Any]) -> bool:
+    """Whether a message instructs the assistant rather than talks to it."""
+    return message["role"] in ("system", "developer")
 
 
 # Prompt and answers ------------------------------------------------------------------------------------------------
@@ -240,7 +273,7 @@ def _with_system(columns: Mapping[str, Any], prompt: list[Message]) -> list[Mess
     if not text.strip():
         raise DataError("'system' is empty")
     first = prompt[0]
-    if first["role"] not in ("system", "developer"):
+    if not is_system(first):
         return [{"role": "system", "content": text}, *prompt]
     if first["content"] != text:
         raise DataError(f"the row has both a 'system' column and a {first['role']} message")

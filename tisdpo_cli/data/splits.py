@@ -38,6 +38,7 @@ class ReadOptions:
         limits: maximum lengths.
         parse_data: whether special tokens spelled out in rows become these tokens.
         chat: how conversations are rendered.
+        templates: prompt templates to put around the prompts of conversations, each the text before and after.
     """
 
     columns: Columns
@@ -45,6 +46,7 @@ class ReadOptions:
     limits: Limits
     parse_data: bool = False
     chat: ChatOptions | None = None
+    templates: tuple[tuple[str, str], ...] = ()
 
 
 @naming_out_of_memory("reading")
@@ -92,15 +94,14 @@ def _read_conversations(
     bad: list[BadRow] = []
     for pair in pairs:
         assert pair.conversation is not None
-        chat = encode_chat(
-            pair.conversation, pair.row.where, vocabulary.chat, vocabulary.bos, options.limits, chat_stats
-        )
+        encode, bos, templates = vocabulary.chat, vocabulary.bos, options.templates
+        chat = encode_chat(pair.conversation, pair.row.where, encode, bos, options.limits, chat_stats, templates)
         if isinstance(chat, BadRow):
             bad.append(chat)
             continue
         chosen, rejected = chat.responses
         kept.append(replace(pair, index=len(kept)))
-        encoded.append(EncodedPair(len(encoded), pair.row.where, chat.prompt, chosen, rejected))
+        encoded.append(EncodedPair(len(encoded), pair.row.where, chat.prompt, chosen, rejected, chat.framed))
         stats.count(encoded[-1], chat.whole_prompt, chat.whole_prompt)
     skipped = handle_bad_rows(bad, len(pairs), options.on_bad_row)
     messages = [*stats.messages(options.limits), *chat_stats.notices(options.limits)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from tisdpo_cli.data.messages import Conversation
@@ -100,17 +100,23 @@ class Response:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A tokenized pair, whose prompt (with its BOS) is the same for both responses."""
+    """A tokenized pair, whose prompt (with its BOS) is the same for both responses.
+
+    Attributes:
+        framed: the prompt under each prompt template, where the chat template rendered it; see `TemplateTokens` for
+            texts.
+    """
 
     index: int
     where: str
     prompt: list[int]
     chosen: Response
     rejected: Response
+    framed: tuple[list[int], ...] = ()
 
     def swapped(self) -> EncodedPair:
         """Return the pair with chosen and rejected swapped."""
-        return EncodedPair(self.index, self.where, self.prompt, self.rejected, self.chosen)
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
 
     @property
     def tokens(self) -> int:

@@ -103,8 +103,8 @@ class ChatEncoder:
             notices.append(f"the chat template writes the date: {day.isoformat()} (--chat-date)")
         if self._apart:
             notices.append(
-                f"{self._apart} of the first {self._checked} conversations would tokenize differently with prompt and "
-                "answer joined; the model generates them apart"
+                f"{self._apart} of the first {self._checked} rendered conversations would tokenize differently with "
+                "prompt and answer joined; the model generates them apart"
             )
         return notices
 

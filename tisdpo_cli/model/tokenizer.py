@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,16 @@ class Tokenizer:
         if not self.backend.is_fast:
             raise ModelError("this tokenizer provides no character offsets", fix="--spans needs a fast tokenizer")
         return self.texts.offsets([self._without_end(text) for text in texts], continued=not at_start)
+
+    def spelled(self, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text that ids spell, and (begin, end) of each of them in it, in characters."""
+        parts = self.token_bytes(ids)
+        # Every byte of UTF-8 but the first of a character has the bits 10 in front.
+        firsts = [[byte & 0xC0 != 0x80 for byte in part] for part in parts]
+        ends = list(accumulate(map(sum, firsts)))
+        begins = [end - sum(first) - bool(first and not first[0]) for end, first in zip(ends, firsts, strict=True)]
+        text = b"".join(parts).decode("utf-8", errors="replace")
+        return text, list(zip(begins, ends, strict=True))
 
     def _without_end(self, text: str) -> str:
         """A response without the EOS at its end, which is added later, and the blanks behind it."""

@@ -215,7 +215,8 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers, at_start)
     encoded = _encoded(read.pairs, vocabulary)
     chat.check(manifest.get("chat"), scored)
-    pairs, bad = _weighted_pairs(read.pairs, encoded, weighter)
+    contexts = weighter.contexts_of_pairs(read.pairs, chat)
+    pairs, bad = _weighted_pairs(read.pairs, encoded, contexts, weighter)
     skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
     # Editing scores is legitimate and needs no warning; a file of final weights may still hold scores.
     warnings = [*([changed] if changed and options.final else []), *([AT_START] if at_start else [])]
@@ -250,10 +251,12 @@ def _tokenizer_path(tokenizer: str | None, scored: str) -> Path:
 
 
 def _weighted_pairs(
-    pairs: Sequence[Pair], encoded: Sequence[tuple[tuple[list[int], ...], int]], weighter: TokenWeighter
+    pairs: Sequence[Pair],
+    encoded: Sequence[tuple[tuple[list[int], ...], int]],
+    contexts: Sequence[tuple[Context, Context]],
+    weighter: TokenWeighter,
 ) -> tuple[list[InspectedPair], list[BadRow]]:
     """The pairs with usable scores, and a bad row for each other pair."""
-    contexts = weighter.contexts_of_pairs(pairs)
     weighted: list[InspectedPair] = []
     bad: list[BadRow] = []
     for pair, both, (ids, stop) in zip(pairs, contexts, encoded, strict=True):

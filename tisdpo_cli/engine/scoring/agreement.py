@@ -43,7 +43,7 @@ def bf16_agreement(
 ) -> Agreement:
     """Score a sample of pairs, spread over all, in both precisions; one model is in memory at a time."""
     sample = [pairs[i * len(pairs) // _ROWS] for i in range(_ROWS)] if len(pairs) > _ROWS else list(pairs)
-    longest = max(pair.longest for pair in sample) + max(len(side.template) for side in sides)
+    longest = max(pair.longest for pair in sample) + max(side.added(sample) for side in sides)
     logps: dict[tuple[str, str], Tensor] = {}
     for path in dict.fromkeys(side.path for side in sides):
         model = move_to_device(load_model(path, config.trust_remote_code), runtime.device).requires_grad_(False)
@@ -51,7 +51,7 @@ def bf16_agreement(
             scorer = make_scorer(model, config.layout, dtype, longest, lambda _: None, str(path))
             for side in sides:
                 if side.path == path:
-                    parts = [score_pairs(scorer, side.template, [pair], tokenizer)[0] for pair in sample]
+                    parts = [score_pairs(scorer, side, [pair], tokenizer)[0] for pair in sample]
                     logps[name, side.name] = torch.cat(parts)
     exact, rounded = (
         logps[name, sides[0].name].double() - logps[name, sides[1].name].double() for name in ("float32", "bf16")

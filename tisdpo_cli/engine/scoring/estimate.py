@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
-from tisdpo_cli.errors import ModelError, UsageError
+from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.prompt_templates import split_template
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit
@@ -100,21 +100,15 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     _warn_if_equal(sides, estimation, output, reporter)
     chat = ChatEncoder(tokenizer, estimation.options.chat)
     vocabulary = vocabulary_of(tokenizer, chat)
-    splits = {name: read_split(path, estimation.options, vocabulary) for name, path in estimation.files.items()}
-    if chat.used and any(len(side.template) for side in sides):
-        raise UsageError(
-            "prompt templates on conversations are not supported yet", where=estimation.dataset, fix="use two models"
-        )
+    options = replace(estimation.options, templates=tuple(map(split_template, estimation.templates.values())))
+    splits = {name: read_split(path, options, vocabulary) for name, path in estimation.files.items()}
     for notice in chat.notices():
         reporter.note(notice)
     for warning in (warning for split in splits.values() for warning in split.warnings):
         reporter.warn(warning)
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
         reporter.note(notice)
-    for side in sides:
-        if len(side.template):
-            text = estimation.templates[side.name]
-            reporter.note(f"{side.name}: prompt template {text!r} adds {len(side.template)} tokens beyond --max-length")
+    _report_templates(estimation, tokenizer, sides, splits, reporter)
     if estimation.scoring.precision == "bf16":
         _warn_of_bf16(estimation, runtime, tokenizer, sides, next(iter(splits.values())))
     started = time.time()
@@ -160,14 +154,33 @@ def _sides(estimation: _Estimation, tokenizer: Tokenizer) -> list[Side]:
         ModelError: a model and the tokenizer do not fit.
         UsageError: rows with their templates would be longer than a model can read.
     """
-    sides = []
+    sides: list[Side] = []
     max_length, trust = estimation.options.limits.max_length, estimation.scoring.trust_remote_code
     for name, template in estimation.templates.items():
         before, after = tokenizer.encode_template(*split_template(template))
-        side = Side(name, estimation.paths.get(name) or estimation.paths["model"], TemplateTokens(before, after))
+        side = Side(
+            name, estimation.paths.get(name) or estimation.paths["model"], TemplateTokens(before, after), len(sides)
+        )
         check_fit(side.path, tokenizer, max_length, trust, len(side.template))
         sides.append(side)
     return sides
+
+
+def _report_templates(
+    estimation: _Estimation, tokenizer: Tokenizer, sides: list[Side], splits: Mapping[str, Split], reporter: Reporter
+) -> None:
+    """Say how many tokens the prompt templates add, and check that the models can read them.
+
+    Raises:
+        UsageError: rows with their templates would be longer than a model can read.
+    """
+    max_length, trust = estimation.options.limits.max_length, estimation.scoring.trust_remote_code
+    pairs = [pair for split in splits.values() for pair in split.encoded]
+    for side in sides:
+        added, text = side.added(pairs), estimation.templates[side.name]
+        check_fit(side.path, tokenizer, max_length, trust, added)
+        if added:
+            reporter.note(f"{side.name}: prompt template {text!r} adds {added} tokens beyond --max-length")
 
 
 def _warn_if_equal(sides: list[Side], estimation: _Estimation, output: Output, reporter: Reporter) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,11 +36,28 @@ _BATCHES_PER_PART = 16
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the contrast: a model, and the tokens that a template puts around its prompts."""
+    """One side of the contrast.
+
+    Attributes:
+        path: its model.
+        template: tokens that its prompt template puts around prompts that are texts.
+        number: of its prompt template, for prompts that a chat template rendered; see `EncodedPair.framed`.
+    """
 
     name: str
     path: Path
     template: TemplateTokens
+    number: int
+
+    def prompt(self, pair: EncodedPair, bos: int | None) -> list[int]:
+        """The prompt of a pair under the prompt template of this side."""
+        return pair.framed[self.number] if pair.framed else self.template.wrap(pair.prompt, bos)
+
+    def added(self, pairs: Iterable[EncodedPair]) -> int:
+        """The most tokens that the prompt template adds to a pair."""
+        return max(
+            len(pair.framed[self.number]) - len(pair.prompt) if pair.framed else len(self.template) for pair in pairs
+        )
 
 
 @dataclass(frozen=True)
@@ -154,8 +171,9 @@ class PartScorer:
     def _load(self, path: Path, sides: Sequence[Side]) -> TokenScorer:
         model = move_to_device(load_model(path, self.config.trust_remote_code), self.runtime.device)
         model.requires_grad_(False)
-        template = max(len(side.template) for side in sides if side.path == path)
-        longest = template + max(pair.longest for split in self.splits.values() for pair in split.encoded)
+        pairs = [pair for split in self.splits.values() for pair in split.encoded]
+        template = max(side.added(pairs) for side in sides if side.path == path)
+        longest = template + max(pair.longest for pair in pairs)
         autocast = autocast_dtype(self.config.precision)
         return make_scorer(model, self.config.layout, autocast, longest, self.runtime.reporter.note, str(path))
 
@@ -165,7 +183,7 @@ class PartScorer:
         for number, batch in enumerate(part.batches):
             _stop_if_asked(stop)
             started = time.perf_counter()
-            logps, count = score_pairs(scorer, side.template, [encoded[i] for i in batch], self.tokenizer)
+            logps, count = score_pairs(scorer, side, [encoded[i] for i in batch], self.tokenizer)
             if not torch.isfinite(logps).all():
                 raise RankError("a log-prob is not finite", where=encoded[batch[0]].where, fix="use --dtype float32")
             tensors[str(number)] = logps
@@ -178,13 +196,13 @@ class PartScorer:
 
 
 def score_pairs(
-    scorer: TokenScorer, template: TemplateTokens, pairs: Sequence[EncodedPair], tokenizer: Tokenizer
+    scorer: TokenScorer, side: Side, pairs: Sequence[EncodedPair], tokenizer: Tokenizer
 ) -> tuple[Tensor, int]:
     """Log-probs [N] of all response tokens of some pairs in one forward pass, and the tokens that went through it.
 
     All chosen responses come first, then all rejected ones.
     """
-    groups = [(template.wrap(pair.prompt, tokenizer.bos), (pair.chosen.ids, pair.rejected.ids)) for pair in pairs]
+    groups = [(side.prompt(pair, tokenizer.bos), (pair.chosen.ids, pair.rejected.ids)) for pair in pairs]
     batch = batch_for(scorer, groups, tokenizer.pad)
     with torch.inference_mode():
         return score(scorer, batch).cpu().clone(), batch.real_tokens

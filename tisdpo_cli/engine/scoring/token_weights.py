@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tisdpo_cli.data.chat_tokens import response_ids
 from tisdpo_cli.data.pairs import Pair
 from tisdpo_cli.data.rows import BadRow
 from tisdpo_cli.data.scored import SIDES, Scores, has_eos_scores, missing_eos_column, read_scores, weight_count
-from tisdpo_cli.errors import UsageError
+from tisdpo_cli.data.tokens import EncodeChat
 from tisdpo_cli.method.recipe import Recipe, response_weights
 from tisdpo_cli.method.steps import Centers, Context, apply_steps, centers_of, spans_of
 from tisdpo_cli.method.transforms import RandomStream, Side
@@ -47,12 +48,24 @@ class TokenWeighter:
         spans = (spans_of(text, at, str(unit)) for text, at in zip(texts, offsets, strict=True))
         return [Context(self.centers, span_ids) for span_ids in spans]
 
-    def contexts_of_pairs(self, pairs: Sequence[Pair]) -> list[tuple[Context, Context]]:
-        """The same for both responses of each pair."""
-        if self.recipe.steps.get("spans") is not None and any(pair.conversation is not None for pair in pairs):
-            raise UsageError("spans of conversations are not supported yet", where="--spans", fix="leave it out")
-        chosen, rejected = (self.contexts([getattr(pair, side) for pair in pairs]) for side in SIDES)
-        return list(zip(chosen, rejected, strict=True))
+    def contexts_of_pairs(self, pairs: Sequence[Pair], chat: EncodeChat) -> list[tuple[Context, Context]]:
+        """The same for both responses of each pair.
+
+        Args:
+            pairs: of texts or of conversations.
+            chat: encodes conversations.
+        """
+        unit = self.recipe.steps.get("spans")
+        conversations = [pair.conversation for pair in pairs if pair.conversation is not None]
+        if unit is None or not conversations:
+            chosen, rejected = (self.contexts([getattr(pair, side) for pair in pairs]) for side in SIDES)
+            return list(zip(chosen, rejected, strict=True))
+        contexts = []
+        for answers, _ in response_ids(conversations, [pair.row.where for pair in pairs], chat):
+            spelled = map(self.tokenizer.spelled, answers)
+            first, second = (Context(self.centers, spans_of(text, at, str(unit))) for text, at in spelled)
+            contexts.append((first, second))
+        return contexts
 
     def read(self, pair: Pair, side: str, tokens: int, shown: str) -> Scores | BadRow:
         """The checked scores of a response with this many tokens; see `read_scores`."""

@@ -75,12 +75,14 @@ class _Scored:
     Attributes:
         manifest: `estimate.json` of the dataset, or None if it has none.
         tokenizer: the one that the scores must belong to.
+        chat: encodes conversations.
         centers: means of the train split, if the recipe centers.
         at_start: see `TokenWeighter`.
     """
 
     manifest: dict[str, Any] | None
     tokenizer: Tokenizer
+    chat: ChatEncoder
     centers: Centers | None
     at_start: bool
 
@@ -105,7 +107,7 @@ def prepare_pairs(
             reporter.note(AT_START)
             vocabulary = vocabulary_of(tokenizer, chat, at_start)
             train = read_split(source.files["train"], source.options, vocabulary)
-        scored = _Scored(manifest, tokenizer, _centers(source.weighting, train, reporter), at_start)
+        scored = _Scored(manifest, tokenizer, chat, _centers(source.weighting, train, reporter), at_start)
     elif has_weights(pair.row for pair in train.pairs):
         reporter.note("ignoring the token weights in this dataset; use `tisdpo train` to train with them")
     splits = [train]
@@ -156,7 +158,7 @@ def _weighted_pairs(
     reporter.note(f"{split.path.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
     weighted: list[WeightedPair] = []
     bad: list[BadRow] = []
-    for pair, contexts in zip(kept, weighter.contexts_of_pairs(rows), strict=True):
+    for pair, contexts in zip(kept, weighter.contexts_of_pairs(rows, scored.chat), strict=True):
         result = _weigh(split, pair, weighter, contexts)
         bad.append(result) if isinstance(result, BadRow) else weighted.append(result)
     for line in handle_bad_rows(bad, len(kept), source.options.on_bad_row):
