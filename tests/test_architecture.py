@@ -188,6 +188,7 @@ def test_parts_that_need_no_tensors_import_no_torch(part: str) -> None:
 # Settings stop at the engine's door: the entry points, and what turns settings into plain arguments for them.
 DOORS = {
     "engine/arguments.py",
+    "engine/merging.py",
     "engine/pipeline.py",
     "engine/evaluation/evaluate.py",
     "engine/inspection/inspect_weights.py",
@@ -216,7 +217,9 @@ def test_the_entry_points_of_the_engine_are_loaded_when_used() -> None:
         "print(*engine.__all__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["estimate", "evaluate", "inspect_weights", "run", "train_pairs", "train_sft"]
+    assert done.stdout.split() == [
+        "estimate", "evaluate", "inspect_weights", "merge", "run", "train_pairs", "train_sft",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -314,11 +317,13 @@ def test_the_declared_dependencies_are_those_imported() -> None:
     declared = {
         re.split(r"[<>=\[]", entry)[0].lower().replace("-", "_") for entry in re.findall(r'"([^"]+)"', block[1])
     }
-    # flash-attn is used where it is installed.
+    # flash-attn is used where it is installed; these are extras.
+    extras = {"peft"}
     imported = {
         DISTRIBUTIONS.get(first, first).lower()
         for path in FILES
         for item in imports_of(path)
         if (first := item.name.split(".")[0]) != PACKAGE and first not in sys.stdlib_module_names
     }
-    assert imported == declared
+    assert imported - extras == declared
+    assert all(re.search(rf'^{name} = \["{name}>=', text, re.M) for name in extras)

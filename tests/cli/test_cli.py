@@ -80,7 +80,7 @@ def test_help_is_there_in_panels(command: str, flag: str) -> None:
         order = [panel for panel in (*PANELS, "Configuration") if panel in panels]
         assert panels == order
         assert panels[-1] == "Configuration"
-        assert ("Data" in panels) == (command != "env")
+        assert ("Data" in panels) == (command not in ("env", "merge"))
         assert re.search(rf"Example: +tisdpo {command} ", shown.stdout)
 
 
@@ -88,7 +88,7 @@ def test_the_two_panels_of_commands_are_shown() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"}).stdout
     method, around = shown.index("The method:"), shown.index("Tools:")
     positions = {command: shown.index(f"\n  {command} ") for command in COMMANDS}
-    others = ("train-sft", "evaluate", "env")
+    others = ("train-sft", "evaluate", "merge", "env")
     assert all(method < positions[c] < around for c in COMMANDS if c not in others)
     assert all(positions[c] > around for c in others)
 
@@ -146,7 +146,7 @@ def test_no_command_shows_the_help_and_no_empty_error() -> None:
         # What other trainers have, and what to use in its place.
         (["train-dpo", "--bf16"], "No such option: --bf16; use --dtype bf16"),
         (["train", "--warmup_ratio=0.1"], "--warmup-steps"),
-        (["train-dpo", "--use-peft"], "adapters are not supported"),
+        (["train-dpo", "--use-peft"], "use --lora-r"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -457,10 +457,10 @@ def test_a_trial_of_the_pipeline_works_or_is_refused_as_such(world: Path, tmp_pa
 def test_what_is_typed_wrong_is_told_before_a_model_is_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
-    def no_model(*_: object) -> None:
+    def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("tisdpo_cli.engine.training.preference.load_model", no_model)
+    monkeypatch.setattr("tisdpo_cli.engine.training.policy.load_model", no_model)
     done = here(*train_dpo(world, tmp_path / "out"), *arguments)
     assert_failed(done, 2)
     assert arguments[0] in done.error or arguments[-1] in done.error

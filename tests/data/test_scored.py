@@ -346,14 +346,14 @@ def test_weights_beyond_float32_are_found_before_a_model_is_loaded(
 ) -> None:
     """e^150 is too large; e^-100 is 0 in every token, and no mean divides it. The row and the parameters are named."""
 
-    def no_model(*_: object) -> None:
+    def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
     def strong(rows: list[dict]) -> None:
         rows[2]["chosen_weight"] = [-9.0] * len(rows[2]["chosen_weight"])
 
     dataset = scored(strong)
-    monkeypatch.setattr("tisdpo_cli.engine.training.preference.load_model", no_model)
+    monkeypatch.setattr("tisdpo_cli.engine.training.policy.load_model", no_model)
     for run in (train, inspect):
         message = fault(run, dataset, *sets)
         assert re.search(r"train\.jsonl:\d+: (chosen|rejected): ", message)

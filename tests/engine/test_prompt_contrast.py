@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.scoring import estimate as engine
-from tisdpo_cli.engine.scoring import scorer
 from tisdpo_cli.errors import UsageError
+from tisdpo_cli.model import loading
 from tisdpo_cli.model.loading import check_fit
 from tisdpo_cli.model.tokenizer import load_tokenizer
 from tisdpo_cli.settings.estimate import Estimate
@@ -81,8 +81,8 @@ def test_the_other_way_round_the_scores_change_their_sign(world: Path, tmp_path:
 @pytest.mark.parametrize("sequential", [False, True])
 def test_one_model_is_loaded_once(world: Path, tmp_path: Path, monkeypatch, sequential: bool) -> None:
     loaded = []
-    load = scorer.load_model
-    monkeypatch.setattr(scorer, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    load = loading._load_whole
+    monkeypatch.setattr(loading, "_load_whole", lambda path, *rest: loaded.append(path) or load(path, *rest))
     score(world, tmp_path / "o", sequential=sequential)
     assert loaded == [world / "sft"]
 

@@ -13,7 +13,8 @@ import torch
 from conftest import Done, pair_rows, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.engine.training import preference as pairs
-from tisdpo_cli.engine.training import reference
+from tisdpo_cli.engine.training import policy, reference, reference_model
+from tisdpo_cli.model import loading
 from tisdpo_cli.runs.cache import TensorCache, key_of
 
 FEW = ("--max-steps", "3", "--batch-size", "8", "--lr", "1e-3", "--warmup-steps", "0")
@@ -60,10 +61,10 @@ def test_the_reference_is_not_in_memory_while_training(
     contrast: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref] = []
-    load, run = pairs.load_model, pairs.run_training
+    load, run = loading.load_model, pairs.run_training
 
-    def remembered(*args: object) -> torch.nn.Module:
-        model = load(*args)
+    def remembered(*args: object, **kwargs: object) -> torch.nn.Module:
+        model = load(*args, **kwargs)
         loaded.append(weakref.ref(model))
         return model
 
@@ -72,7 +73,8 @@ def test_the_reference_is_not_in_memory_while_training(
         assert [reference() is None for reference in loaded] == [False, True]
         return run(*args)
 
-    monkeypatch.setattr(pairs, "load_model", remembered)
+    for module in (policy, reference_model):
+        monkeypatch.setattr(module, "load_model", remembered)
     monkeypatch.setattr(pairs, "run_training", checked)
     train("train-dpo", contrast, tmp_path / "out", cache, "--ref-model", contrast / "dpo")
     assert len(loaded) == 2

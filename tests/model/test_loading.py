@@ -17,7 +17,8 @@ from tisdpo_cli.cli.preflight import check
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.errors import TisdpoError, UsageError
-from tisdpo_cli.model.directory import hash_model, locate_model
+from tisdpo_cli.model.content_hashes import hash_model
+from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import load_model, move_to_device
 from tisdpo_cli.model.tokenizer import describe_tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Silent
@@ -419,10 +420,10 @@ def test_lengths_beyond_the_positions_of_the_model_are_refused(refused, attempt,
 def scoring(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run estimate with two models that must not get as far as a forward pass."""
 
-    def no_model(*_: object) -> None:
+    def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("tisdpo_cli.engine.scoring.scorer.load_model", no_model)
+    monkeypatch.setattr("tisdpo_cli.model.loading.load_model", no_model)
 
     def run(forward: Path, reverse: Path) -> tuple[int, str]:
         flags = {"forward": str(forward), "reverse": str(reverse), "dataset": str(world / "data")}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_loading import NORM, WEIGHTS, attempt, change_json, change_weights, model, refused  # noqa: F401
 
 from tisdpo_cli.errors import ModelError, OutOfMemory, UsageError
-from tisdpo_cli.model.directory import hash_model, locate_model
+from tisdpo_cli.model.content_hashes import hash_model
+from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import load_model, save_model, take_notes
 from tisdpo_cli.model.randomness import disable_randomness
 from tisdpo_cli.model.tokenizer import load_tokenizer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tisdpo_cli.engine.evaluation.evaluate import evaluate
     from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
+    from tisdpo_cli.engine.merging import merge
     from tisdpo_cli.engine.pipeline import run
     from tisdpo_cli.engine.scoring.estimate import estimate
     from tisdpo_cli.engine.training.preference import train_pairs
@@ -22,10 +23,11 @@ _ENTRY_POINTS = {
     "estimate": "scoring.estimate",
     "inspect_weights": "inspection.inspect_weights",
     "evaluate": "evaluation.evaluate",
+    "merge": "merging",
     "run": "pipeline",
 }
 
-__all__ = ["estimate", "evaluate", "inspect_weights", "run", "train_pairs", "train_sft"]
+__all__ = ["estimate", "evaluate", "inspect_weights", "merge", "run", "train_pairs", "train_sft"]
 
 
 def __getattr__(name: str) -> Any:

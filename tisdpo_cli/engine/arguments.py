@@ -16,7 +16,8 @@ from tisdpo_cli.data.tokens import Limits
 from tisdpo_cli.engine.chat import DEFAULT_DAY
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import sha256
-from tisdpo_cli.model.directory import content_hashes
+from tisdpo_cli.model.content_hashes import content_hashes
+from tisdpo_cli.model.directory import base_of
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
 from tisdpo_cli.settings.groups import ColumnOptions, Data
@@ -116,12 +117,13 @@ def output_request(
         models: option name to directory of the models it reads, or None.
         files: split name to file of the dataset it reads.
     """
+    read = [path for path in models.values() if path is not None]
     resume = settings.resume if hasattr(settings, "resume") else settings.checkpoints.resume
     return OutputRequest(
         path=Path(settings.output_dir),
         command=settings.command,
         fingerprint={**settings.fingerprint(), **resolved},
-        inputs=[path for path in (*models.values(), *files.values()) if path is not None],
+        inputs=[*read, *map(base_of, read), *files.values()],
         content_hashes=lambda: {**content_hashes(models, files), **_template_hash(settings.data)},
         overwrite=settings.overwrite,
         restart=resume == "never",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import ModelError, UsageError
-from tisdpo_cli.files import is_unfinished, near_matches, sha256
+from tisdpo_cli.files import is_unfinished, near_matches
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_TIMEOUT_SECONDS = 1.5
@@ -30,6 +30,9 @@ _TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What an adapter records of its base model.
+BASE_RECORD = "base_model.json"
 # The largest header of a safetensors file in its specification; no JSON file of a model is larger.
 _MAX_HEADER = 100_000_000
 # Configuration keys, at any depth, that name an implementation which transformers may fetch as native code.
@@ -52,14 +55,20 @@ def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Pat
     if not path.is_dir():
         path = _from_hub(name, option)
     _refuse_unfinished(path)
-    config = _read_json(path / "config.json", "a model directory has a config.json", adapter=path)
+    if is_adapter(path):
+        base = base_of(path)
+        if is_adapter(base):
+            raise ModelError("the base of this adapter is an adapter itself", where=str(path), fix="merge that one")
+        locate_model(str(base), option, trust_remote_code)
+        return path
+    config = read_json(path / "config.json", "a model directory has a config.json")
     if not trust_remote_code:
         _refuse_code(config, f"{option} {name}")
     _refuse_adapter(path)
     _refuse_unsupported(config, path / "config.json")
     for other in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (path / other).is_file():
-            _read_json(path / other, "")
+            read_json(path / other, "")
     for weights in weight_files(path):
         check_safetensors(weights)
     return path
@@ -98,14 +107,49 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(part)
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter rather than a whole model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(path: Path) -> Path:
+    """Return the directory of the base model of an adapter, or that of a whole model itself.
+
+    Raises:
+        ModelError: the adapter is damaged or of a kind that is not supported, or its base model is not there.
+    """
+    if not is_adapter(path):
+        return path
+    config = read_json(path / ADAPTER_CONFIG, "")
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"an adapter of type {config.get('peft_type')!r}; only LORA is supported", where=str(path))
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"no {ADAPTER_WEIGHTS}", where=str(path), fix="save the adapter again, in safetensors")
+    check_safetensors(path / ADAPTER_WEIGHTS)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{ADAPTER_CONFIG} names no base model", where=str(path), fix="add base_model_name_or_path")
+    base = Path(name).expanduser()
+    if base.is_dir():
+        return base
+    try:
+        return _from_hub(name, "base model")
+    except UsageError as error:
+        raise ModelError(
+            f"the base model of this adapter is not there: {name}",
+            where=str(path),
+            fix=f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}",
+        ) from error
+
+
 def _refuse_adapter(path: Path) -> None:
     """Refuse an adapter beside a whole model, which transformers would apply."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if (path / name).exists():
             raise ModelError(
-                "an adapter beside a whole model; adapters are not supported yet",
+                "an adapter beside a whole model, so either could be meant",
                 where=str(path / name),
-                fix="move it elsewhere, or merge it into the model with peft",
+                fix="move the adapter into a directory of its own",
             )
 
 
@@ -134,7 +178,7 @@ def _from_hub(name: str, option: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     with suppress(Exception):  # not in the cache, or only part of it: ask the hub
         cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        _read_json(cached / "config.json", "")
+        read_json(cached / "config.json", "")
         weight_files(cached)
         return cached
     try:
@@ -151,12 +195,13 @@ def _refuse_unfinished(path: Path) -> None:
         raise ModelError("incomplete output", where=str(path), fix="rerun the command that created it to resume")
 
 
-def _read_json(path: Path, hint: str, adapter: Path | None = None) -> dict[str, Any]:
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: it is not there (with `hint` as what to do), or damaged.
+    """
     if not path.is_file():
-        if adapter is not None and (adapter / "adapter_config.json").is_file():
-            raise ModelError(
-                "an adapter, not a full model", where=str(adapter), fix="merge it into its base model with peft"
-            )
         raise ModelError("not found", where=str(path), fix=hint)
     if path.stat().st_size > _MAX_HEADER:
         raise ModelError("damaged: larger than 100 MB", where=str(path), fix="copy the model again")
@@ -193,7 +238,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    weight_map = _read_json(index, "").get("weight_map")
+    weight_map = read_json(index, "").get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
         raise ModelError("damaged: lists no weight files", where=str(index), fix="copy the model again")
     shards = sorted(set(weight_map.values()))
@@ -241,19 +286,12 @@ def check_tokenizer_files(path: Path) -> None:
     """
     for name in _TOKENIZER_FILES:
         if name.endswith(".json") and (path / name).is_file():
-            _read_json(path / name, "")
+            read_json(path / name, "")
 
 
 def tensor_names(path: Path) -> list[str]:
     """Return the names of all tensors in the weight files of a model, whose headers are sound."""
     return sorted({name for weights in weight_files(path) for name in _header(weights)[1]})
-
-
-def hash_model(path: Path) -> str:
-    """Return SHA-256 over the names and bytes of a model's configuration, weights, tokenizer and custom code."""
-    configs = [file for name in ("config.json", "generation_config.json") if (file := path / name).is_file()]
-    tokenizer = [file for file in tokenizer_files(path) if file.suffix != ".py"]
-    return sha256(*configs, *tokenizer, *weight_files(path), *_code(path), named=True)
 
 
 def tokenizer_files(path: Path, more: Iterable[str] = ()) -> list[Path]:
@@ -266,33 +304,16 @@ def tokenizer_files(path: Path, more: Iterable[str] = ()) -> list[Path]:
     names = dict.fromkeys([*_TOKENIZER_FILES, *more])
     found = [path / name for name in names if (path / name).is_file()]
     config = path / "tokenizer_config.json"
-    coded = config.is_file() and "auto_map" in _read_json(config, "")
+    coded = config.is_file() and "auto_map" in read_json(config, "")
     return [*found, *sorted(path.glob("chat_templates/*.jinja")), *(sorted(path.glob("*.py")) if coded else [])]
-
-
-def _code(path: Path) -> list[Path]:
-    """Python files of a model that comes with custom code."""
-    configs = (path / name for name in ("config.json", "tokenizer_config.json"))
-    coded = any("auto_map" in _read_json(config, "") for config in configs if config.is_file())
-    return sorted(path.rglob("*.py")) if coded else []
 
 
 def end_ids(path: Path) -> list[int]:
     """Ids of the tokens with which a model ends a response, from its generation config or else its configuration."""
+    path = base_of(path)
     generation = path / "generation_config.json"
-    config = _read_json(generation if generation.is_file() else path / "config.json", "")
+    config = read_json(generation if generation.is_file() else path / "config.json", "")
     ids = config.get("eos_token_id")
     if ids is None and not generation.is_file() and isinstance(config.get("text_config"), dict):
         ids = config["text_config"].get("eos_token_id")
     return sorted({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0})
-
-
-def content_hashes(models: Mapping[str, Path | None], files: Mapping[str, Path]) -> dict[str, str]:
-    """Hash the models and the dataset that a command reads, under the keys `content of NAME`.
-
-    Args:
-        models: option name to model directory, or None if the option is not set.
-        files: split name to file of the dataset.
-    """
-    hashes = {f"content of {name}": hash_model(path) for name, path in models.items() if path is not None}
-    return {**hashes, "content of dataset": sha256(*files.values(), named=True)}

@@ -40,9 +40,9 @@ class PlainHead:
         Args:
             hidden: input of the head.
             targets: token ids.
-            dtype: dtype of the matrix products; that of the weights where None.
+            dtype: dtype of the matrix products; that of the hidden states where None.
         """
-        dtype = dtype or self.linear.weight.dtype
+        dtype = dtype or hidden.dtype
         weight, bias = self.linear.weight, self.linear.bias
         backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return _HeadLogps.apply(hidden, weight, bias, targets, self, dtype, backward)

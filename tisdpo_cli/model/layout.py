@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tisdpo_cli.errors import ModelError, is_out_of_memory
 from tisdpo_cli.model.batch import collate
+from tisdpo_cli.model.exact import in_float32
 from tisdpo_cli.model.last_layer import LastLayer
 from tisdpo_cli.model.loading import restore_attention, take_notes, use_packed_attention
 from tisdpo_cli.model.logprobs import TokenScorer
@@ -46,11 +47,12 @@ def make_scorer(
     for text in take_notes(model):
         note(f"{name}: {text}")
     restore_attention(model)
-    refuse_lookahead(model, name)
-    groups = _probe(model, longest)
-    alone = _logps_alone(model, groups)
-    rule = _length_rule(model, groups, alone, name)
-    last, problem = _try_sharing(model, groups, alone, rule) if layout != "separate" else (None, None)
+    with in_float32(model):
+        refuse_lookahead(model, name)
+        groups = _probe(model, longest)
+        alone = _logps_alone(model, groups)
+        rule = _length_rule(model, groups, alone, name)
+        last, problem = _try_sharing(model, groups, alone, rule) if layout != "separate" else (None, None)
     if problem is not None:
         message = f"cannot share prompts between responses ({problem})"
         if layout == "shared-prefix":
@@ -60,6 +62,12 @@ def make_scorer(
     if shared:
         use_packed_attention(model)
     return TokenScorer(model, autocast, packed=shared, last=last, rule=rule)
+
+
+@torch.inference_mode()
+def probe_logps(model: nn.Module) -> Tensor:
+    """Log-probs [N] float32 of a few random tokens, to tell whether two models are the same."""
+    return _logps_alone(model, _probe(model, _SHORT))
 
 
 def recompute_activations(scorer: TokenScorer) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.errors import ModelError, UsageError, is_out_of_memory, naming_out_of_memory
+from tisdpo_cli.model.adapters import BaseModel, adapters_of, attach_saved
+from tisdpo_cli.model.directory import base_of
 from tisdpo_cli.model.packed_attention import LAYOUT, AttentionSpec
 from tisdpo_cli.model.randomness import disable_dropout_modules, disable_randomness, original_rates
 from tisdpo_cli.model.tokenizer import Tokenizer, first_line, load_backend, silence_transformers
@@ -75,6 +77,7 @@ def _positions(config: Any) -> int | None:
 def _config(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    path = base_of(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -83,21 +86,77 @@ def _config(path: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def load_model(path: Path, trust_remote_code: bool = False) -> nn.Module:
-    """Load a causal LM in float32 with nothing random in it, and check that every weight exists, fits and is finite.
+def load_model(
+    path: Path,
+    trust_remote_code: bool = False,
+    *,
+    onto: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+) -> nn.Module:
+    """Load a causal LM with nothing random in it, and check that every weight exists, fits and is finite.
+
+    Args:
+        path: directory of a model, or of an adapter, which is put on its base model.
+        trust_remote_code: whether custom code from the model repository may run.
+        onto: base model of the adapter, if it is loaded already; it is returned with the adapter switched on.
+        dtype: of the weights.
+        trained: whether an adapter will be trained.
 
     Raises:
         ModelError: a tensor is missing, unexpected, has another shape or contains NaN; or the architecture is not a
             causal LM.
     """
+    base = base_of(path)
+    model = onto if onto is not None else _load_whole(base, trust_remote_code, dtype)
+    if base != path:
+        with naming_out_of_memory("loading", str(path)):
+            attach_saved(model, path, trained)
+    return model
+
+
+def _load_whole(path: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = _config(path, trust_remote_code)
     rates = disable_randomness(config)
-    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, "use a causal language model")
+    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, "use a causal language model", dtype)
     model._tisdpo_notes += untie_own_head(model)
     model._tisdpo_rates = rates
     return model
+
+
+class SharedModels:
+    """Frozen models on a device, in which adapters of one base model share it.
+
+    A scorer that is made right after `load` keeps to the adapter that was loaded; see `TokenScorer.adapter`.
+    """
+
+    def __init__(self, device: torch.device, trust_remote_code: bool) -> None:
+        self._device, self._trust_remote_code = device, trust_remote_code
+        self._bases: dict[Path, nn.Module] = {}
+
+    def load(self, path: Path, keep: bool = True) -> nn.Module:
+        """Load a model or an adapter, whose adapter (or none) is then active.
+
+        Args:
+            path: its directory.
+            keep: whether others may be put on its base model later.
+        """
+        base = base_of(path)
+        shared = self._bases.get(base.resolve())
+        if shared is None:
+            model = load_model(path, self._trust_remote_code, trained=False)
+            model = move_to_device(model, self._device).requires_grad_(False)
+            if keep:
+                self._bases[base.resolve()] = model
+            return model
+        if base != path:
+            return load_model(path, onto=shared, trained=False).to(self._device)
+        adapters = adapters_of(shared)
+        if adapters is not None:
+            adapters.switch(None)
+        return shared
 
 
 def take_notes(model: nn.Module) -> list[str]:
@@ -137,18 +196,22 @@ def load_reward_model(path: Path) -> tuple[nn.Module, Any]:
     return _load(AutoModelForSequenceClassification, path, config, False, hint), load_backend(path, False)
 
 
-def _load(auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str) -> Any:
+def _load(
+    auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str, dtype: torch.dtype = torch.float32
+) -> Any:
     silence_transformers()
     with naming_out_of_memory("loading", str(path)):
-        return _load_checked(auto_class, path, config, trust_remote_code, hint)
+        return _load_checked(auto_class, path, config, trust_remote_code, hint, dtype)
 
 
-def _load_checked(auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str) -> Any:
+def _load_checked(
+    auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str, dtype: torch.dtype
+) -> Any:
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         return auto_class.from_pretrained(
             path,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             # Chosen here, never by config.json: an implementation there may name code to download.
             attn_implementation=attention,
             use_safetensors=True,
@@ -214,9 +277,22 @@ def _attend(
     return packed_attention(query, key, value, kwargs[LAYOUT], spec).transpose(1, 2).contiguous(), None
 
 
-def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path) -> None:
-    """Save model and tokenizer in the layout of `save_pretrained`, with the model's original rates of
-    dropout and noise."""
+def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: BaseModel | None = None) -> None:
+    """Save model and tokenizer in the layout of `save_pretrained`, with the model's original rates of dropout and
+    noise; of a model with an adapter, the adapter alone.
+
+    Args:
+        model: with or without an adapter.
+        tokenizer: saved beside it.
+        directory: where to.
+        base: what the adapter is put on.
+    """
+    adapters = adapters_of(model)
+    if adapters is not None:
+        assert base is not None
+        adapters.save(directory, base)
+        tokenizer.save(directory)
+        return
     with original_rates(model.config, getattr(model, "_tisdpo_rates", [])):
         model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save(directory)

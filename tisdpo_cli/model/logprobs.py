@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.batch import Batch, Group, collate
+from tisdpo_cli.model.exact import in_float32
 from tisdpo_cli.model.head import PlainHead, candidates
 from tisdpo_cli.model.last_layer import LastLayer, at_positions
 from tisdpo_cli.model.packed_attention import LAYOUT
@@ -53,6 +55,10 @@ class TokenScorer(nn.Module):
         packed: whether batches are packed rows.
         last: the model's last layer if it can run at the scored positions only, or None.
         rule: which rows may share a forward pass; by default that of the model's positions.
+
+    Attributes:
+        adapter: the adapter of the model that is active when the scorer is made, or None: the one that it scores with,
+            whatever is active later.
     """
 
     def __init__(
@@ -68,8 +74,20 @@ class TokenScorer(nn.Module):
         self.model = model
         self.autocast_dtype = autocast
         self.packed = packed
+        adapters = adapters_of(model)
+        self.adapter = None if adapters is None else adapters.active
         self._last = last
         self._plain = self._plain_head()
+
+    def using_adapter(self) -> AbstractContextManager[object]:
+        """Within this context, the adapter of this scorer is active."""
+        adapters = adapters_of(self.model)
+        return nullcontext() if adapters is None else adapters.using(self.adapter)
+
+    @property
+    def cut_short(self) -> dict[str, bool]:
+        """Which parts of the model are computed in another way than its own code does, which changes the last bits."""
+        return {"last_layer": self._last is not None, "plain_head": self._plain is not None}
 
     def forward(
         self, batch: Batch, reference: TokenScorer | None = None, divergence: str | None = None
@@ -94,8 +112,8 @@ class TokenScorer(nn.Module):
         """Return the head as a `PlainHead` if that reproduces the model's own logits, else None."""
         for head in candidates(self.model):
             width, weight = head.linear.weight.shape[1], head.linear.weight
-            probe = torch.linspace(-2, 2, 4 * width, device=weight.device, dtype=weight.dtype).view(4, width).sin()
-            with torch.no_grad():
+            probe = torch.linspace(-2, 2, 4 * width, device=weight.device).view(4, width).sin()
+            with torch.no_grad(), in_float32(self.model):
                 expected = self._logits(probe).float().log_softmax(-1)
                 logps = head.logps(probe, expected.argmin(-1), None)
             if torch.allclose(logps, expected.min(-1).values, rtol=1e-5, atol=1e-5):
@@ -151,7 +169,7 @@ class TokenScorer(nn.Module):
 
         kwargs = {} if batch.layout is None else {"position_ids": batch.position_ids, LAYOUT: batch.layout}
         scored_only = nullcontext() if last is None else last.at(batch.positions)
-        with scored_only, _replace_input(self._head(), capture):
+        with self.using_adapter(), scored_only, _replace_input(self._head(), capture):
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **kwargs).logits
         return captured[0] if captured else at_positions(logits, batch.positions)
 
@@ -163,7 +181,8 @@ class TokenScorer(nn.Module):
         if self._head() is None:
             return hidden  # `_hidden` could only capture the logits
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-        with _bypass_body(self.model, hidden[None]), _replace_input(self._head(), lambda _: hidden[None]):
+        replaced = _replace_input(self._head(), lambda _: hidden[None])
+        with self.using_adapter(), _bypass_body(self.model, hidden[None]), replaced:
             return self.model(input_ids=one_token, use_cache=False).logits.squeeze(0)
 
     def _head(self) -> nn.Module | None:

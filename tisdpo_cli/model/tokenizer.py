@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import ModelError, is_out_of_memory
-from tisdpo_cli.model.directory import check_tokenizer_files, tokenizer_files
+from tisdpo_cli.model.directory import base_of, check_tokenizer_files, is_adapter, tokenizer_files
 from tisdpo_cli.model.text_encoding import TextEncoding
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -156,16 +156,18 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False, parse_data: bool = False) -> Tokenizer:
-    """Load the tokenizer of a model directory.
+    """Load the tokenizer of a model directory; that of an adapter without one is its base model's.
 
     Args:
-        path: model directory.
+        path: directory of a model or an adapter.
         trust_remote_code: whether custom code from the model repository may run.
         parse_data: whether special tokens spelled out in data become these tokens.
 
     Raises:
         ModelError: there is none, or it has no end-of-sequence token.
     """
+    if is_adapter(path) and not tokenizer_files(path):
+        path = base_of(path)
     backend = load_backend(path, trust_remote_code)
     return describe_tokenizer(backend, str(path), source=path, parse_data=parse_data)
 

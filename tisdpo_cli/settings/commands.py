@@ -10,6 +10,7 @@ from tisdpo_cli.settings.env import Env
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.evaluate import Evaluate
 from tisdpo_cli.settings.inspect_weights import InspectWeights
+from tisdpo_cli.settings.merge import Merge
 from tisdpo_cli.settings.run import Run
 from tisdpo_cli.settings.train_pairs import Train, TrainDpo, TrainReverse
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -101,6 +102,13 @@ COMMANDS: dict[str, CommandSpec] = {
             panel=TOOLS,
             example="tisdpo evaluate -m out/tisdpo --baseline out/dpo --ref-model SFT -d DATA --samples samples.jsonl",
             shows="evaluation",
+        ),
+        CommandSpec(
+            Merge,
+            run="engine:merge",
+            panel=TOOLS,
+            example="tisdpo merge out/tisdpo -o out/merged",
+            positional="model",
         ),
         CommandSpec(Env, run="runs.env:environment", panel=TOOLS, example="tisdpo env --json", shows="environment"),
     )

@@ -15,6 +15,7 @@ PANELS = (
     "Method",
     "Steps before the transform",
     "Token weights",
+    "Adapter",
     "Optimization",
     "Memory",
     "Evaluation",

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
+from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.base import (
     PREFERENCE_PAIRS,
     Command,
@@ -34,6 +35,7 @@ class TrainPairs(Command):
     dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
     data: Data = Data()
     method: Method = Method()
+    adapter: Adapter = Adapter()
     optim: Optim = Optim()
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()

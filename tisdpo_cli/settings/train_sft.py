@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from tisdpo_cli.formats import FORMAT_NAMES
+from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.base import (
     Command,
     dataset_setting,
@@ -42,6 +43,7 @@ class TrainSft(Command):
     target: Literal["chosen", "rejected", "both"] = setting("chosen", "responses of pairs to train on", "Data")
     train_on_prompt: bool = setting(False, "train on the prompt tokens too", "Data")
     data: SftData = SftData()
+    adapter: Adapter = Adapter()
     optim: SftOptim = SftOptim()
     memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
@@ -67,6 +69,8 @@ class TrainSft(Command):
                 raise ValueError(f"{', '.join(idle)} shape a new model and need --init")
         elif self.vocab_size < 258:
             raise ValueError("vocab_size must be at least 258: 256 bytes, end-of-sequence and padding")
+        elif self.adapter.lora_r is not None:
+            raise ValueError("lora_r needs a trained model, not --init")
         elif self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 2 · heads ({self.heads})")
         return self

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.evaluation.results import PairMetrics, PolicyMetrics, SampleMetrics
@@ -21,7 +21,7 @@ from tisdpo_cli.engine.evaluation.statistics import mean, perplexity, ratio, rep
 from tisdpo_cli.errors import RankError, UsageError, naming_out_of_memory
 from tisdpo_cli.method.objectives import response_sums
 from tisdpo_cli.model.layout import make_scorer
-from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.loading import SharedModels
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, compare
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Progress
@@ -126,11 +126,14 @@ def evaluate_policies(
     Returns:
         The result of each policy, and the perplexity of the reference by side of the pairs.
     """
-    reference_scorer, results, perplexities = _load(task, reference), list[PolicyResult](), dict[str, float]()
+    # Adapters of the reference's base model are put on it.
+    models = SharedModels(task.runtime.device, task.trust_remote_code)
+    reference_scorer = _scorer(task, reference, models.load(reference.path))
+    results, perplexities = list[PolicyResult](), dict[str, float]()
     rows = len(policies) * (2 * len(task.pairs) + len(task.prompts)) + task.sample_reference * len(task.prompts)
     with task.runtime.reporter.progress("evaluating", rows, 0, "responses") as progress:
         for policy in policies:
-            scorer = _load(task, policy)
+            scorer = _scorer(task, policy, models.load(policy.path, keep=False))
             on_pairs, perplexities = _evaluate_pairs(task, scorer, reference_scorer, progress)
             generations = _generate(task, scorer, reference_scorer, progress)
             results.append(_result(task, policy, on_pairs, generations))
@@ -149,9 +152,7 @@ def _result(
     return PolicyResult(metrics, generations)
 
 
-def _load(task: EvaluationTask, policy: PolicyRef) -> TokenScorer:
-    model = move_to_device(load_model(policy.path, task.trust_remote_code), task.runtime.device)
-    model.requires_grad_(False)
+def _scorer(task: EvaluationTask, policy: PolicyRef, model: nn.Module) -> TokenScorer:
     longest = max((pair.longest for pair in task.pairs), default=0)
     generated = max((len(prompt.ids) + task.sampling.new_tokens for prompt in task.prompts), default=0)
     autocast, note = task.sampling.autocast, task.runtime.reporter.note
@@ -231,7 +232,8 @@ def _evaluate_pairs(
 def _generate(task: EvaluationTask, policy: TokenScorer, reference: TokenScorer, progress: Progress) -> Generations:
     """Responses of a policy to all prompts, from the same random numbers for every policy."""
     prompts = [prompt.ids for prompt in task.prompts]
-    samples = sample_all(policy.model, prompts, task.draws, task.sampling, task.batch_size) if prompts else []
+    with policy.using_adapter():
+        samples = sample_all(policy.model, prompts, task.draws, task.sampling, task.batch_size) if prompts else []
     rows = [(ids, sample.scored) for ids, sample in zip(prompts, samples, strict=True)]
     kl = [total for _, _, total in _response_sums(task, policy, reference, rows, progress)]
     texts = [task.tokenizer.text(sample.ids) for sample in samples]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.scoring.scorer import ScoringConfig, Side, score_pairs
 from tisdpo_cli.model.layout import make_scorer
-from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.loading import SharedModels
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.runs.runtime import Runtime
 
@@ -46,7 +46,7 @@ def bf16_agreement(
     longest = max(pair.longest for pair in sample) + max(side.added(sample) for side in sides)
     logps: dict[tuple[str, str], Tensor] = {}
     for path in dict.fromkeys(side.path for side in sides):
-        model = move_to_device(load_model(path, config.trust_remote_code), runtime.device).requires_grad_(False)
+        model = SharedModels(runtime.device, config.trust_remote_code).load(path)
         for name, dtype in (("float32", None), ("bf16", torch.bfloat16)):
             scorer = make_scorer(model, config.layout, dtype, longest, lambda _: None, str(path))
             for side in sides:

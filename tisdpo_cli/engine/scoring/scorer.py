@@ -16,15 +16,15 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tisdpo_cli.data.splits import Split
 from tisdpo_cli.data.tokens import EncodedPair, TemplateTokens
 from tisdpo_cli.errors import Interrupted, ModelError, RankError
 from tisdpo_cli.files import replacing, reporting_write_errors
-from tisdpo_cli.model.directory import check_safetensors
+from tisdpo_cli.model.directory import base_of, check_safetensors
 from tisdpo_cli.model.layout import make_scorer
-from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.loading import SharedModels
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, score
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Progress
@@ -128,8 +128,7 @@ class PartScorer:
         """
         runtime = self.runtime
         mine = self._missing(sides, parts)
-        paths = list(dict.fromkeys(side.path for side in sides))
-        groups = [[path] for path in paths] if self.config.sequential else [paths]
+        groups = _groups([side.path for side in sides], self.config.sequential)
         total = sum(len(batch) for _, part in mine for batch in part.batches)
         tokens = 0
         with StopRequest() as stop, runtime.reporter.progress("scoring", total, 0, "rows") as progress:
@@ -141,7 +140,7 @@ class PartScorer:
                 if models:
                     models.clear()
                     gc.collect()
-                models = {path: self._load(path, sides) for path in group}
+                models = self._load_all(group, sides)
                 for side, part in work:
                     tokens += self._score_part(models[side.path], side, part, progress, stop)
             _stop_if_asked(stop)
@@ -168,14 +167,26 @@ class PartScorer:
             self.runtime.reporter.warn(f"{path} is damaged; scoring it again")
         return False
 
-    def _load(self, path: Path, sides: Sequence[Side]) -> TokenScorer:
-        model = move_to_device(load_model(path, self.config.trust_remote_code), self.runtime.device)
-        model.requires_grad_(False)
+    def _load_all(self, paths: Sequence[Path], sides: Sequence[Side]) -> dict[Path, TokenScorer]:
+        """A scorer of each model; adapters of one base model share it."""
+        shared = SharedModels(self.runtime.device, self.config.trust_remote_code)
+
+        def load(layout: str) -> dict[Path, TokenScorer]:
+            return {path: self._scorer(shared.load(path), path, sides, layout) for path in paths}
+
+        scorers = load(self.config.layout)
+        models = {id(scorer.model) for scorer in scorers.values()}
+        if len({scorer.packed for scorer in scorers.values()}) > 1 and len(models) < len(scorers):
+            # The attention of a model is one for all that share it.
+            return load("separate")
+        return scorers
+
+    def _scorer(self, model: nn.Module, path: Path, sides: Sequence[Side], layout: str) -> TokenScorer:
         pairs = [pair for split in self.splits.values() for pair in split.encoded]
         template = max(side.added(pairs) for side in sides if side.path == path)
         longest = template + max(pair.longest for pair in pairs)
         autocast = autocast_dtype(self.config.precision)
-        return make_scorer(model, self.config.layout, autocast, longest, self.runtime.reporter.note, str(path))
+        return make_scorer(model, layout, autocast, longest, self.runtime.reporter.note, str(path))
 
     def _score_part(self, scorer: TokenScorer, side: Side, part: Part, progress: Progress, stop: StopRequest) -> int:
         tensors, tokens = {}, 0
@@ -193,6 +204,16 @@ class PartScorer:
         with reporting_write_errors(final, kind=RankError), replacing(final) as partial:
             save_file(tensors, partial)
         return tokens
+
+
+def _groups(paths: Sequence[Path], sequential: bool) -> list[list[Path]]:
+    """Which models are in memory together; those that share a base model always are."""
+    if not sequential:
+        return [list(dict.fromkeys(paths))]
+    groups: dict[Path, list[Path]] = {}
+    for path in dict.fromkeys(paths):
+        groups.setdefault(base_of(path).resolve(), []).append(path)
+    return list(groups.values())
 
 
 def score_pairs(

@@ -11,10 +11,12 @@ from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import CONFIG_FILE
+from tisdpo_cli.model.adapters import LoraShape
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import claim_output
+from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
@@ -99,7 +101,16 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         eval_every=evaluation.eval_every,
         eval_batch_size=evaluation.eval_batch_size,
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
+        adapter=_lora_shape(settings.adapter),
     )
+
+
+def _lora_shape(adapter: Adapter) -> LoraShape | None:
+    alpha = adapter.alpha()
+    if adapter.lora_r is None or alpha is None:
+        return None
+    names = adapter.targets(), adapter.modules_to_save()
+    return LoraShape(adapter.lora_r, alpha, adapter.lora_dropout, *names, adapter.rslora, adapter.dora)
 
 
 def _resolved(runtime: Runtime, settings: TrainPairs | TrainSft) -> dict[str, Any]:

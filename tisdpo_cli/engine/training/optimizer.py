@@ -30,17 +30,23 @@ class Schedule:
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of a model on its device."""
+    """The optimizer of all trained parameters of a model on its device."""
     # Fused: fewest kernels on a GPU. On a CPU it saves 2 % of an update and changes the last bits.
     on_gpu = next(model.parameters()).device.type == "cuda"
     fused = {"fused": True} if on_gpu and schedule.optimizer != "rmsprop" else {}
     return OPTIMIZERS[schedule.optimizer](
-        model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, **fused
+        [p for p in model.parameters() if p.requires_grad],
+        lr=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        **fused,
     )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, each tied one once."""
+    """Parameters and saved buffers by name, each tied one once; of a model with frozen parameters, the trained ones."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if len(trained) < len(dict(model.named_parameters())):
+        return dict(trained)
     saved = model.state_dict()
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
     return {**dict(model.named_parameters()), **buffers}

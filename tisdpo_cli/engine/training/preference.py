@@ -12,22 +12,28 @@ from tisdpo_cli.engine.training.arguments import claim_training_output, session_
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, pair_costs, planned_passes
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
+from tisdpo_cli.engine.training.policy import (
+    base_model,
+    check_start_adapter,
+    parameter_count,
+    report_adapter,
+)
 from tisdpo_cli.engine.training.reference import ReferencePass
+from tisdpo_cli.engine.training.reference_model import Models, load_scorer, with_reference
 from tisdpo_cli.engine.training.session import (
     SessionConfig,
     TrainingSetup,
     apply_gradient_checkpointing,
-    parameter_count,
     plan_training,
     report_end_token,
     run_training,
-    session_scorer,
 )
 from tisdpo_cli.engine.training.step0 import check_step0
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.objectives import Loss
-from tisdpo_cli.model.directory import locate_model
-from tisdpo_cli.model.loading import check_fit, load_model, move_to_device
+from tisdpo_cli.model.adapters import adapters_of
+from tisdpo_cli.model.directory import is_adapter, locate_model
+from tisdpo_cli.model.loading import check_fit
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Reporter
@@ -39,24 +45,6 @@ from tisdpo_cli.settings.train_pairs import Train, TrainPairs, TrainReverse
 
 
 @dataclass(frozen=True)
-class _Models:
-    """The policy and its reference.
-
-    Attributes:
-        policy: what the user calls the policy.
-        policy_path: its directory.
-        reference: what the user calls the reference.
-        reference_path: its directory, or None where it is the policy as it starts.
-    """
-
-    policy: str
-    policy_path: Path
-    reference: str
-    reference_path: Path | None
-    trust_remote_code: bool
-
-
-@dataclass(frozen=True)
 class _Training:
     """A preference training as plain values.
 
@@ -65,7 +53,7 @@ class _Training:
         cache: where reference log-probs are kept, or None.
     """
 
-    models: _Models
+    models: Models
     source: PairSource
     loss: Loss
     swapped: bool
@@ -87,6 +75,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, models.policy_path)
     training = _training(runtime, settings, models, files)
+    check_start_adapter(training.session.adapter, models.policy_path)
     paths = {"model": models.policy_path, "ref_model": models.reference_path}
     claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, files)
     with claimed as output:
@@ -96,7 +85,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         pairs = prepare_pairs(training.source, tokenizer, runtime.reporter)
         report_end_token(runtime.reporter, models.policy_path, tokenizer, _taught_end(pairs[0], tokenizer))
         plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
-        policy = _load_scorer(runtime, training, pairs)
+        policy = load_scorer(runtime, models, training.session, _longest(pairs))
         if output is None:
             _show_first(runtime.reporter, pairs[0][0], tokenizer)
             return StageResult(Path(settings.output_dir), {}, fresh=False)
@@ -104,9 +93,9 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         return run_training(runtime, training.session, output, setup)
 
 
-def _locate_models(settings: TrainPairs) -> _Models:
+def _locate_models(settings: TrainPairs) -> Models:
     trust = settings.trust_remote_code
-    return _Models(
+    return Models(
         policy=settings.model,
         policy_path=locate_model(settings.model, "--model", trust),
         reference=settings.ref_model or settings.model,
@@ -115,7 +104,7 @@ def _locate_models(settings: TrainPairs) -> _Models:
     )
 
 
-def _training(runtime: Runtime, settings: TrainPairs, models: _Models, files: Mapping[str, Path]) -> _Training:
+def _training(runtime: Runtime, settings: TrainPairs, models: Models, files: Mapping[str, Path]) -> _Training:
     directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
     swapped = isinstance(settings, TrainReverse)
     return _Training(
@@ -188,12 +177,6 @@ def _longest(pairs: _Pairs) -> int:
     return max(pair.tokens.longest for split in pairs for pair in split)
 
 
-def _load_scorer(runtime: Runtime, training: _Training, pairs: _Pairs) -> TokenScorer:
-    models = training.models
-    policy = move_to_device(load_model(models.policy_path, models.trust_remote_code), runtime.device)
-    return session_scorer(runtime, training.session, policy, _longest(pairs), models.policy)
-
-
 def _set_up(
     runtime: Runtime,
     training: _Training,
@@ -204,7 +187,8 @@ def _set_up(
     policy: TokenScorer,
 ) -> TrainingSetup:
     _show_banner(runtime.reporter, training, policy)
-    policy, reference = _with_reference_model(runtime, training, policy, _longest(pairs))
+    divergence = training.loss.needs.divergence
+    policy, reference = with_reference(runtime, training.models, training.session, policy, divergence, _longest(pairs))
     # The reference leaves memory with this function, unless a task holds it.
     task, eval_task = _tasks(runtime, training, output, (policy, reference), tokenizer.pad, pairs, plan)
     same_start, precision = _same_start(output), training.session.precision
@@ -215,26 +199,8 @@ def _set_up(
         policy,
         tokenizer,
         lambda metrics: check_step0(metrics, training.loss, precision, same_start, runtime.reporter),
+        base_model(training.models.policy_path, training.models.policy, output.made_from["content of model"]),
     )
-
-
-def _with_reference_model(
-    runtime: Runtime, training: _Training, policy: TokenScorer, longest: int
-) -> tuple[TokenScorer, TokenScorer]:
-    """The policy and its reference: the same scorer where the reference is the policy's start and only its log-probs
-    are needed.
-    """
-    models, divergence = training.models, training.loss.needs.divergence
-    if models.reference_path is None and divergence is None:
-        return policy, policy
-    path = models.reference_path or models.policy_path
-    frozen = move_to_device(load_model(path, models.trust_remote_code), runtime.device).requires_grad_(False)
-    reference = session_scorer(runtime, training.session, frozen, longest, models.reference)
-    if reference.packed == policy.packed or divergence is None:
-        return policy, reference
-    runtime.reporter.note("encoding each response separately in both models, since one of them cannot share prompts")
-    policy = session_scorer(runtime, training.session, policy.model, longest, models.policy, "separate")
-    return policy, session_scorer(runtime, training.session, frozen, longest, models.reference, "separate")
 
 
 def _tasks(
@@ -313,11 +279,14 @@ def _with_reference_logps(pairs: Sequence[WeightedPair], reference: ReferencePas
 
 
 def _show_banner(reporter: Reporter, training: _Training, policy: TokenScorer) -> None:
-    models, loss = training.models, training.loss
+    models, loss, adapters = training.models, training.loss, adapters_of(policy.model)
+    kind = "" if adapters is None else f" + {'its' if is_adapter(models.policy_path) else 'a new'} adapter"
     reporter.note(
-        f"policy = {models.policy} ({parameter_count(policy.model)}, trainable), reference = {models.reference} "
+        f"policy = {models.policy}{kind} ({parameter_count(policy.model)}, trainable), reference = {models.reference} "
         "(frozen), dropout off"
     )
+    if adapters is not None:
+        report_adapter(reporter, adapters, policy.model)
     metrics_only = "; the reference is used for metrics only" if not loss.needs.reference else ""
     reporter.note(f"loss = {loss.describe()}: {loss.objective.help}{metrics_only}")
     if training.swapped:

@@ -61,7 +61,8 @@ class ReferencePass:
         split = vars(microbatching)
         # Separate rows are grouped by their padded length.
         grouping = {} if scorer.packed else {"grouping": "padded"}
-        layout = {"packed": scorer.packed, **grouping, **split, "pairs": _PAIRS_PER_PART, "code": REVISION}
+        parts = {**scorer.cut_short, "weights": str(next(scorer.parameters()).dtype)}
+        layout = {"packed": scorer.packed, **grouping, **split, **parts, "pairs": _PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
         device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else f"{kind}: {cpu_model()}"
         machine = {"device": device, "threads": torch.get_num_threads()}

@@ -19,6 +19,7 @@ from tisdpo_cli.engine.training.profiling import TABLE, TRACE
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Task, Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import reporting_write_errors
+from tisdpo_cli.model.adapters import BaseModel, LoraShape
 from tisdpo_cli.model.directory import end_ids
 from tisdpo_cli.model.layout import make_scorer, recompute_activations
 from tisdpo_cli.model.loading import save_model
@@ -48,6 +49,7 @@ class SessionConfig:
         eval_every: updates between evaluations, in addition to those before and after training.
         eval_batch_size: examples per forward pass and process in an evaluation.
         profile: directory for a profile of some updates.
+        adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
     """
 
     config_yaml: str
@@ -66,6 +68,7 @@ class SessionConfig:
     eval_every: int | None
     eval_batch_size: int
     profile: Path | None
+    adapter: LoraShape | None = None
 
 
 def session_scorer(
@@ -136,6 +139,7 @@ class TrainingSetup:
         scorer: the model to train.
         tokenizer: saved beside the model.
         check_start: called with the metrics before the first update; may stop the run.
+        base: what an adapter is put on; needed where one is trained.
     """
 
     task: Task
@@ -144,6 +148,7 @@ class TrainingSetup:
     scorer: TokenScorer
     tokenizer: Tokenizer
     check_start: Callable[[Mapping[str, Any]], None]
+    base: BaseModel | None = None
 
 
 def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup: TrainingSetup) -> StageResult:
@@ -182,7 +187,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             setup.task.unit: setup.plan.examples,
             "final_metrics": metrics,
         }
-        runtime.on_main(lambda: _publish(output, trainer.model, setup.tokenizer, record))
+        runtime.on_main(lambda: _publish(output, trainer.model, setup, record))
     result = StageResult(output.path, output.record(), fresh=True)
     runtime.wait()
     if stop.signal:
@@ -211,16 +216,10 @@ def _eval_config(config: SessionConfig, task: Task | None) -> EvalConfig | None:
     return None if task is None else EvalConfig(task, config.eval_every, config.eval_batch_size)
 
 
-def _publish(output: Output, model: nn.Module, tokenizer: Tokenizer, record: Mapping[str, Any]) -> None:
+def _publish(output: Output, model: nn.Module, setup: TrainingSetup, record: Mapping[str, Any]) -> None:
     with reporting_write_errors(output.path):
         staged = output.staging()
-        save_model(model, tokenizer, staged)
+        save_model(model, setup.tokenizer, staged, setup.base)
         apply_umask(list(staged.iterdir()))
         files = output.publish(staged)
         output.finish(record, files)
-
-
-def parameter_count(model: nn.Module) -> str:
-    """`494.0 M parameters`."""
-    size = sum(p.numel() for p in model.parameters())
-    return f"{size / 1e6:.1f} M parameters" if size >= 1e5 else f"{size} parameters"

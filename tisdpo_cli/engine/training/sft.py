@@ -19,17 +19,25 @@ from tisdpo_cli.engine.arguments import find_dataset, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import PaddedCosts
-from tisdpo_cli.engine.training.session import (
-    TrainingSetup,
+from tisdpo_cli.engine.training.policy import (
+    base_model,
+    check_start_adapter,
+    load_policy,
     parameter_count,
+    report_adapter,
+)
+from tisdpo_cli.engine.training.session import (
+    SessionConfig,
+    TrainingSetup,
     plan_training,
     report_end_token,
     run_training,
     session_scorer,
 )
 from tisdpo_cli.errors import DataError, naming_out_of_memory
+from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.directory import locate_model
-from tisdpo_cli.model.loading import check_fit, load_model, make_model, move_to_device
+from tisdpo_cli.model.loading import check_fit, make_model, move_to_device
 from tisdpo_cli.model.logprobs import batch_for, score
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Reporter
@@ -129,6 +137,8 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, path)
     source, session = _source(settings, path, files), session_config(runtime, settings)
+    if path is not None:
+        check_start_adapter(session.adapter, path)
     claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, {"model": path}, files)
     with claimed as output:
         if output is not None and output.state == "finished":
@@ -142,10 +152,13 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         if output is None:
             runtime.reporter.note("dry run: nothing was trained")
             return StageResult(Path(settings.output_dir), {}, fresh=False)
-        model = move_to_device(_model(source, tokenizer), runtime.device)
+        model = _model(runtime, session, source, tokenizer)
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
         runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
+        adapters = adapters_of(model)
+        if adapters is not None:
+            report_adapter(runtime.reporter, adapters, model)
         setup = TrainingSetup(
             task,
             eval_task,
@@ -153,6 +166,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
             scorer,
             tokenizer,
             lambda metrics: runtime.reporter.note(f"step-0 loss {metrics['loss']:.4f}"),
+            None if path is None else base_model(path, settings.model or "", output.made_from["content of model"]),
         )
         return run_training(runtime, session, output, setup)
 
@@ -214,11 +228,11 @@ def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
 
 
 @naming_out_of_memory("loading")
-def _model(source: _Source, tokenizer: Tokenizer) -> nn.Module:
+def _model(runtime: Runtime, session: SessionConfig, source: _Source, tokenizer: Tokenizer) -> nn.Module:
     if not isinstance(source.model, NewModel):
-        return load_model(source.model, source.trust_remote_code)
+        return load_policy(runtime, session, source.model, source.trust_remote_code)
     shape = source.model
-    return make_model(
+    model = make_model(
         tokenizer,
         hidden_size=shape.hidden_size,
         layers=shape.layers,
@@ -226,6 +240,7 @@ def _model(source: _Source, tokenizer: Tokenizer) -> nn.Module:
         positions=max(2048, source.options.limits.max_length),
         seed=shape.seed,
     )
+    return move_to_device(model, runtime.device)
 
 
 def _encode(

@@ -26,6 +26,7 @@ from tisdpo_cli.engine.training.optimizer import (
 )
 from tisdpo_cli.engine.training.profiling import profiled
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
+from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
 from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
@@ -206,7 +207,8 @@ class Trainer:
         non_finite: list[int] = []
         for k, examples in enumerate(passes):
             last = k == len(passes) - 1
-            with nullcontext() if last else runtime.accelerator.no_sync(self.scorer):
+            waiting = nullcontext() if last else runtime.accelerator.no_sync(self.scorer)
+            with waiting, adapter_dropout(self.model, (self.plan.seed, self.step, runtime.rank, k)):
                 # An empty pass runs on any example with weight 0: every rank must take part in every pass.
                 loss, sums = self.task.forward(self.scorer, examples or batch[:1])
                 weight = 1.0 if examples else 0.0
@@ -287,7 +289,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Refuse weights that overflowed in an optimizer step with finite gradients; they are never saved."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise TrainingError(
                 f"the weights are not finite after step {self.step}",
                 fix="lower --learning-rate; earlier checkpoints are kept",

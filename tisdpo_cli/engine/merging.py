@@ -1,0 +1,83 @@
+"""merge: an adapter and its base model as one whole model, checked by its log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tisdpo_cli.errors import ModelError, UsageError
+from tisdpo_cli.files import reporting_write_errors
+from tisdpo_cli.model.adapters import adapters_of, refuse_unfaithful_merge
+from tisdpo_cli.model.content_hashes import hash_model
+from tisdpo_cli.model.directory import base_of, is_adapter, locate_model
+from tisdpo_cli.model.layout import probe_logps
+from tisdpo_cli.model.loading import load_model, save_model
+from tisdpo_cli.model.tokenizer import load_tokenizer
+from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.runs.outputs import Output, apply_umask
+from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.stage import OutputRequest, StageResult, claim_output, finished_result
+from tisdpo_cli.settings.merge import Merge
+from tisdpo_cli.settings.sources import to_yaml
+
+# In nats per token, in float32.
+_TOLERANCE = 1e-4
+
+
+def merge(settings: Merge, reporter: Reporter) -> StageResult:
+    """Run merge.
+
+    Raises:
+        TisdpoError: anything the user can fix; see the subclasses in `errors`.
+    """
+    path = locate_model(settings.model, "--model", settings.trust_remote_code)
+    if not is_adapter(path):
+        raise UsageError("is a whole model, not an adapter", where=settings.model)
+    runtime = Runtime(reporter)
+    if runtime.world > 1:
+        raise UsageError("merge runs in a single process", fix="start it without a launcher")
+    request = OutputRequest(
+        path=Path(settings.output_dir),
+        command=settings.command,
+        fingerprint=settings.fingerprint(),
+        inputs=[path, base_of(path)],
+        content_hashes=lambda: {"content of model": hash_model(path)},
+        overwrite=settings.overwrite,
+        restart=False,
+    )
+    with claim_output(runtime, request) as output:
+        if output.state == "finished":
+            return finished_result(runtime, output)
+        dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+        _merge(path, settings.trust_remote_code, dtype, output, to_yaml(settings), reporter)
+        return StageResult(output.path, output.record(), fresh=True)
+
+
+# Below this line there are no settings ----------------------------------------------------------------------------
+
+
+def _merge(
+    path: Path, trust_remote_code: bool, dtype: torch.dtype, output: Output, config: str, reporter: Reporter
+) -> None:
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    model = load_model(path, trust_remote_code, trained=False)
+    refuse_unfaithful_merge(model, str(path))
+    expected = probe_logps(model)
+    adapters = adapters_of(model)
+    assert adapters is not None
+    model = adapters.merge()
+    worst = float((probe_logps(model) - expected).abs().max())
+    if not worst <= _TOLERANCE:
+        raise ModelError(f"merged, its log-probs would differ by {worst:.1e} nats", where=str(path), fix="keep it")
+    model = model.to(dtype)
+    with torch.no_grad():
+        rounded = float((probe_logps(model) - expected).abs().max())
+    reporter.note(f"log-probs differ by at most {rounded:.1e} nats from those of the adapter")
+    output.start(config)
+    with reporting_write_errors(output.path):
+        staged = output.staging()
+        save_model(model, tokenizer, staged)
+        apply_umask(list(staged.iterdir()))
+        files = output.publish(staged)
+    output.finish({"adapter": str(path), "base": str(base_of(path)), "largest_difference": rounded}, files)

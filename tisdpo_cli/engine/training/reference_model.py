@@ -1,0 +1,79 @@
+"""The policy of a preference training and what its reference is: the policy as it starts, or another model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tisdpo_cli.engine.training.policy import load_policy
+from tisdpo_cli.engine.training.session import SessionConfig, session_scorer
+from tisdpo_cli.model.adapters import Adapters, adapters_of, attach_saved
+from tisdpo_cli.model.directory import is_adapter
+from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.logprobs import TokenScorer
+from tisdpo_cli.runs.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy and its reference.
+
+    Attributes:
+        policy: what the user calls the policy.
+        policy_path: its directory.
+        reference: what the user calls the reference.
+        reference_path: its directory, or None where it is the policy as it starts.
+    """
+
+    policy: str
+    policy_path: Path
+    reference: str
+    reference_path: Path | None
+    trust_remote_code: bool
+
+
+def load_scorer(runtime: Runtime, models: Models, session: SessionConfig, longest: int) -> TokenScorer:
+    """Load the policy, in the layout of the training."""
+    policy = load_policy(runtime, session, models.policy_path, models.trust_remote_code)
+    return session_scorer(runtime, session, policy, longest, models.policy)
+
+
+def with_reference(
+    runtime: Runtime, models: Models, session: SessionConfig, policy: TokenScorer, divergence: str | None, longest: int
+) -> tuple[TokenScorer, TokenScorer]:
+    """The policy and its reference: the same scorer where the reference is the policy's start and only its log-probs
+    are needed.
+    """
+    if models.reference_path is None and divergence is None:
+        return policy, policy
+    adapters = adapters_of(policy.model)
+    if models.reference_path is None and adapters is not None:
+        return policy, _start_of(runtime, models, session, policy, adapters, longest)
+    path = models.reference_path or models.policy_path
+    # In the precision of the policy's own frozen weights, if it has any.
+    dtype = next(policy.parameters()).dtype
+    frozen = load_model(path, models.trust_remote_code, dtype=dtype, trained=False)
+    frozen = move_to_device(frozen, runtime.device).requires_grad_(False)
+    reference = session_scorer(runtime, session, frozen, longest, models.reference)
+    if reference.packed == policy.packed or divergence is None:
+        return policy, reference
+    runtime.reporter.note("encoding each response separately in both models, since one of them cannot share prompts")
+    policy = session_scorer(runtime, session, policy.model, longest, models.policy, "separate")
+    return policy, session_scorer(runtime, session, frozen, longest, models.reference, "separate")
+
+
+def _start_of(
+    runtime: Runtime, models: Models, session: SessionConfig, policy: TokenScorer, adapters: Adapters, longest: int
+) -> TokenScorer:
+    """A scorer of the policy as it starts, on the weights that both share: without its adapter, or with a copy of it.
+
+    Raises:
+        ModelError: the two need different layouts.
+    """
+    with adapters.using(policy.adapter):
+        adapters.switch(None)
+        if is_adapter(models.policy_path):
+            attach_saved(policy.model, models.policy_path, trained=False)
+            policy.model.to(runtime.device)
+        layout = "shared-prefix" if policy.packed else "separate"
+        return session_scorer(runtime, session, policy.model, longest, models.reference, layout)

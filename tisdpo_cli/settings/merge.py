@@ -1,0 +1,26 @@
+"""Settings of `merge`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from tisdpo_cli.settings.base import (
+    Command,
+    model_setting,
+    output_setting,
+    overwrite_setting,
+    remote_code_setting,
+)
+from tisdpo_cli.settings.fields import PathText, setting
+
+
+class Merge(Command):
+    """Merge an adapter into its base model: a whole model with the same log-probs."""
+
+    command: ClassVar[str] = "merge"
+
+    model: PathText = model_setting("adapter to merge: directory or hub id", "-m", "--adapter")
+    trust_remote_code: bool = remote_code_setting()
+    dtype: Literal["float32", "bf16"] = setting("float32", "precision of the weights to write", "Output")
+    output_dir: PathText = output_setting()
+    overwrite: bool = overwrite_setting()
