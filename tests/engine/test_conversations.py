@@ -279,11 +279,39 @@ def test_a_prompt_template_joins_the_system_message_there_is(world: Path, templa
     assert "leaves out message 1 of the prompt (system)" in refused.error
 
 
-def test_a_conversation_is_shown_with_its_roles(world: Path, chat: Path, template: Path, tmp_path: Path) -> None:
+def test_a_conversation_is_shown_as_turns(world: Path, template: Path, tmp_path: Path) -> None:
+    turns = [message for i in range(5) for message in (user(f"question {i}\nand more"), *answer(f"answer {i}"))]
+    prompt = [{"role": "system", "content": "Be \x1b[31mkind."}, *turns, user("the last\none " + "x" * 5000)]
+    data = one_row(tmp_path / "data", prompt=prompt, chosen=answer("yes"), rejected=answer("no"))
+    options = ("--chat-template", template)
     models = ("--forward", world / "sft", "--reverse", world / "sft")
-    done("estimate", *models, "-d", chat, "-o", tmp_path / "scored", "--chat-template", template)
-    shown = done("inspect-weights", tmp_path / "scored", "--index", "0", "--chat-template", template)
-    assert "user: " in shown.out
+    done("estimate", *models, "-d", data, "-o", tmp_path / "scored", *options)
+    shown = done("inspect-weights", tmp_path / "scored", "--index", "0", *options).out
+    view = shown[shown.index("system: ") :].splitlines()
+    expected = ["system: Be \\x1b[31mkind.", "… 6 turns", "user: question 3 and more", "assistant: answer 3"]
+    assert view[:4] == expected
+    assert view[6] == "user: the last"
+    assert "more characters)" in shown
+    assert len(view) < 40
+    (pair,) = json.loads(done("inspect-weights", tmp_path / "scored", "--index", "0", "--json", *options).out)["views"]
+    assert [(turn["role"], turn["text"]) for turn in pair["turns"]] == [(m["role"], m["content"]) for m in prompt]
+    assert [token["kind"] for token in pair["chosen"]][-2:] == ["text", "eos"]
+
+
+def test_tool_calls_are_part_of_a_shown_turn(world: Path, tmp_path: Path) -> None:
+    shows_calls = tmp_path / "calls.jinja"
+    shows_calls.write_text(
+        TEMPLATE.replace("m.content }}", "(m.content or '') + (m.tool_calls | default('') | string) }}")
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+    prompt = [
+        user("Is it raining?"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "It rains."},
+    ]  # fmt: skip
+    data = one_row(tmp_path / "data", prompt=prompt, chosen=answer("yes"), rejected=answer("no"))
+    models, options = ("--forward", world / "sft", "--reverse", world / "sft"), ("--chat-template", shows_calls)
+    done("estimate", *models, "-d", data, "-o", tmp_path / "scored", *options)
+    shown = done("inspect-weights", tmp_path / "scored", *options).out
+    assert 'user: Is it raining?\nassistant: calls weather {"city": "Zürich"}\ntool: It rains.\n' in shown
 
 
 @pytest.mark.parametrize("value", ["[1]", "{", "nothing"])

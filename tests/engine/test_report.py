@@ -86,6 +86,38 @@ def report(contrast: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def chat(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of conversations: a short one, long ones with hostile texts, and one with a long tool result."""
+    root = tmp_path_factory.mktemp("chat")
+
+    def row(*prompt: tuple[str, str]) -> dict[str, Any]:
+        messages = [{"role": role, "content": text} for role, text in prompt]
+        return {
+            "prompt": messages,
+            **{side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")},
+        }
+
+    rows = [row(("user", "a short question"))]
+    for attack in HOSTILE:
+        rows.append(row(("system", f"Be kind. {attack}" + "\n" * 9 + "!"), ("user", f"the question {attack}")))
+    rows.append(row(("user", "look it up"), ("tool", "found\n" * 9)))
+    write_jsonl(root / "data" / "train.jsonl", rows)
+    template = root / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    models, options = ("--forward", world / "sft", "--reverse", world / "sft"), ("--chat-template", template)
+    for command in (
+        ("estimate", *models, "-d", root / "data", "-o", root / "scored"),
+        ("inspect-weights", root / "scored", "--html", root / "r.html", "--sort", "index"),
+    ):
+        done = run_here(*command, *options)
+        assert done.code == 0, done.err
+    return root / "r.html"
+
+
 class Outline(HTMLParser):
     """Elements and attributes of a page."""
 
@@ -105,7 +137,7 @@ def outline(path: Path) -> Outline:
     return elements
 
 
-@pytest.mark.parametrize("name", ["report", "hostile"])
+@pytest.mark.parametrize("name", ["report", "hostile", "chat"])
 def test_the_file_holds_nothing_that_loads_or_runs(name: str, request: pytest.FixtureRequest) -> None:
     elements = outline(request.getfixturevalue(name))
     assert elements.tags.count("script") == 2
@@ -374,6 +406,32 @@ def test_hostile_data_is_shown_as_text(hostile: Path, opened, scripts: bool) -> 
         assert tab.locator("#card b, #card img, #card script").count() == 0
 
 
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
+def test_a_long_conversation_is_folded_to_its_last_question(chat: Path, opened, scripts: bool) -> None:
+    tab = opened(chat, java_script_enabled=scripts)
+    assert tab.locator("#pair-0 details").count() == 0
+    assert tab.locator("#pair-0 .turn").all_inner_texts() == ["user\na short question"]
+    for i in range(1, 10):
+        fold = tab.locator(f"#pair-{i} details")
+        summary = fold.locator("summary").inner_text()
+        assert summary.startswith("prompt of 2 turns: user the question")
+        assert not fold.locator(".turn").first.is_visible()
+    fold.locator("summary").focus()
+    tab.keyboard.press("Enter")
+    assert fold.locator(".turn").first.is_visible()
+    assert fold.locator(".role").all_inner_texts()[1:] == ["system", "user"]
+    assert tab.locator("#list img, #list script, #list style, .turn b:not(.role)").count() == 0
+    if scripts:
+        tab.select_option("#mode", "1")
+        assert fold.locator(".turn").first.is_visible(), "what is unfolded stays so"
+        tab.fill("#search", "look it up")
+        until(tab, "of 1")
+        last = tab.locator(f"#pair-{len(HOSTILE) + 1}")
+        assert last.locator("summary").inner_text() == "prompt of 2 turns: user look it up"
+        assert last.locator(".turn").last.is_visible(), "unfolded, because the search finds it there"
+        assert last.locator(".tokens .eos").count() == 2
+
+
 def test_right_to_left_text_runs_from_right_to_left(hostile: Path, opened) -> None:
     at = HOSTILE.index("مرحبا كيف حالك")
     tab = opened(hostile, f"#pair-{at}")
@@ -382,9 +440,10 @@ def test_right_to_left_text_runs_from_right_to_left(hostile: Path, opened) -> No
         assert tab.evaluate("e => getComputedStyle(e).direction", box.element_handle()) == direction
 
 
-def test_no_serious_accessibility_violation(report: Path, hostile: Path, opened) -> None:
+def test_no_serious_accessibility_violation(report: Path, hostile: Path, chat: Path, opened) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    for path, options in ((report, {}), (report, {"color_scheme": "dark"}), (report, {"width": 420}), (hostile, {})):
+    dark, narrow = {"color_scheme": "dark"}, {"width": 420}
+    for path, options in ((report, {}), (report, dark), (report, narrow), (hostile, {}), (chat, {}), (chat, dark)):
         # The policy of the page would block the script of the checker.
         tab = opened(path, bypass_csp=True, **options)
         for step in (None, "4"):

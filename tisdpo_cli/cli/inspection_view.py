@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from tisdpo_cli.cli.prompt_view import prompt_view
 from tisdpo_cli.text import glyphs, visible
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _SIDE_BY_SIDE = 100
 # Blue below the neutral value, orange above it; each with the text colour of the better contrast.
 _BLUE = ("#deebf7", "#9ecae1", "#4292c6", "#08519c")
 _ORANGE = ("#feedde", "#fdbe85", "#f16913", "#a63603")
-_SIGNS = "⟦⟧ end of sequence; ⟨⟩ one character in several tokens; · space; ⏎ newline"
+_SIGNS = "⟦⟧ stop token; ⟨⟩ one character in several tokens; · space; ⏎ newline"
 
 
 def render(inspection: Inspection, limit: int = 1) -> str:
@@ -240,8 +241,7 @@ def _one_pair(inspection: Inspection, pair: PairView, coloured: bool, width: int
         for name, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
     head = Text(f"pair {pair.index} ({visible(pair.where)})", style="bold")
-    prompt = Text(visible(pair.prompt.strip(), keep_lines=True), style="dim")
-    return Group(head, prompt, _arrange(panels, width))
+    return Group(head, prompt_view(pair, width), _arrange(panels, width))
 
 
 def _lines(tokens: Sequence[Token], inspection: Inspection, coloured: bool, room: int) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tisdpo_cli.data.messages import Message
 from tisdpo_cli.data.scored import SIDES
 from tisdpo_cli.data.tokens import shared_characters
-from tisdpo_cli.engine.inspection.results import PairView, ResponseFacts, Token
+from tisdpo_cli.engine.inspection.results import PairView, ResponseFacts, Token, Turn
 from tisdpo_cli.engine.inspection.weighted_split import InspectedPair, WeightedResponse, WeightedSplit
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.recipe import Recipe, transform_scores
@@ -68,10 +70,12 @@ def pair_view(split: WeightedSplit, previews: Mapping[str, WeightedSplit], posit
         position: of the pair in the split.
     """
     pair = split.pairs[position]
+    conversation = pair.pair.conversation
     return PairView(
         index=pair.pair.index,
         where=pair.pair.row.where,
         prompt=pair.pair.prompt,
+        turns=[] if conversation is None else list(map(_turn, conversation.prompt)),
         chosen=_tokens(split, pair, "chosen", pair.chosen),
         rejected=_tokens(split, pair, "rejected", pair.rejected),
         sides={side: _facts(response, split.final) for side, response in zip(SIDES, pair.sides, strict=True)},
@@ -83,6 +87,12 @@ def pair_view(split: WeightedSplit, previews: Mapping[str, WeightedSplit], posit
             for name, other in previews.items()
         },
     )
+
+
+def _turn(message: Message) -> Turn:
+    functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    calls = [f"calls {f['name']} {json.dumps(f.get('arguments'), ensure_ascii=False)}" for f in functions]
+    return Turn(message["role"], "\n".join([*filter(None, [message.get("content")]), *calls]))
 
 
 def _facts(response: WeightedResponse, final: bool) -> ResponseFacts:

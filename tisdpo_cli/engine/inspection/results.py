@@ -20,7 +20,7 @@ class Token:
     Attributes:
         position: in the uncut response, from 0.
         bytes: hexadecimal; empty if the tokenizer does not provide them.
-        kind: `text`, or `eos` for the end-of-sequence token.
+        kind: `text`, or `eos` for the stop: the token that ends a response.
         character: for a token that holds only some bytes of a character, the text of its group of tokens.
         group: number of that group in the response; None for a token that is text by itself.
         logp_forward: log-prob under π⁺, if the dataset stores it.
@@ -67,12 +67,22 @@ class ResponseFacts:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message of a prompt; tool calls are part of its text."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
 class PairView:
     """One pair, token by token.
 
     Attributes:
         index: of the pair in its split, from 0.
         where: file and line.
+        prompt: as one text.
+        turns: messages of the prompt; empty if the row holds texts.
         sides: both responses as a whole, by side.
         previews: weights under other transforms: name → side → one weight per token.
     """
@@ -80,6 +90,7 @@ class PairView:
     index: int
     where: str
     prompt: str
+    turns: list[Turn]
     chosen: list[Token]
     rejected: list[Token]
     sides: dict[str, ResponseFacts]

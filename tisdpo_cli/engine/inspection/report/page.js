@@ -70,6 +70,36 @@
     return box;
   }
 
+  const unfolded = new Set();
+  const promptText = (pair) => pair.p.t.map((turn) => turn.join(" ")).join("\n").toLowerCase();
+
+  function prompt(pair) {
+    const box = make("div", "prompt");
+    box.tabIndex = 0;
+    box.setAttribute("role", "group");
+    box.setAttribute("aria-label", "prompt");
+    pair.p.t.forEach(([role, text]) => {
+      if (!role) {
+        box.dir = "auto";
+        box.textContent = text;
+        return;
+      }
+      const turn = make("div", "turn"), body = make("div", "", text);
+      body.dir = "auto";
+      turn.append(make("b", "role", role), body);
+      box.append(turn);
+    });
+    if (!pair.p.h) return box;
+    const [what, role, text] = pair.p.h, fold = make("details", "fold"), summary = make("summary");
+    summary.append(make("span", "soft", `${what}:`), " ");
+    if (role) summary.append(make("b", "role", role), " ");
+    summary.append(make("bdi", "shown", text));
+    fold.append(summary, box);
+    fold.open = unfolded.has(pair.i) || (state.search !== "" && promptText(pair).includes(state.search));
+    summary.addEventListener("click", () => unfolded[fold.open ? "delete" : "add"](pair.i));
+    return fold;
+  }
+
   function article(pair) {
     const box = make("article");
     box.id = `pair-${pair.i}`;
@@ -77,11 +107,6 @@
     const head = make("h3"), link = make("a", "", `pair ${pair.i}`);
     link.href = `#pair-${pair.i}`;
     head.append(link, " ", make("span", "soft where", pair.w));
-    const prompt = make("div", "prompt", pair.p);
-    prompt.dir = "auto";
-    prompt.tabIndex = 0;
-    prompt.setAttribute("role", "group");
-    prompt.setAttribute("aria-label", "prompt");
     const columns = make("div", "pair");
     SIDES.forEach((name, k) => {
       const side = pair.s[k], section = make("section"), header = make("p");
@@ -94,7 +119,7 @@
       section.append(header, tokens(side, pair, name));
       columns.append(section);
     });
-    box.append(head, prompt, columns);
+    box.append(head, prompt(pair), columns);
     return box;
   }
 
@@ -105,7 +130,7 @@
     if (!texts.has(i)) {
       const pair = data.pairs[i];
       const sides = pair.s.map((side) => side.t.map((word) => words[word]).join("").replaceAll("·", " "));
-      texts.set(i, `${pair.p}\n${sides.join("\n")}`.toLowerCase());
+      texts.set(i, `${promptText(pair)}\n${sides.join("\n").toLowerCase()}`);
     }
     return texts.get(i);
   }
@@ -172,7 +197,7 @@
     const rows = [["token", shown], ["position, id", `${i}, ${id}`], ["bytes", bytes || "unknown"]];
     const group = side.g.find(([from, to]) => from <= i && i < to);
     if (group) rows.push(["part of", group[2]]);
-    if (kind === "eos") rows.push(["kind", "end of sequence"]);
+    if (kind === "eos") rows.push(["kind", "stop token"]);
     if (side.l) ["log π⁺", "log π⁻"].forEach((name, k) => {
       if (side.l[k][i] !== null) rows.push([name, number(side.l[k][i]).toFixed(4)]);
     });

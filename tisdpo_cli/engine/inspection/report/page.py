@@ -28,6 +28,10 @@ _STATIC_PAIRS = 10
 # Longer tokens are shortened: nobody reads twenty thousand characters in one token.
 _LONGEST_TOKEN = 200
 _DIGITS = 4
+# Lines of about this many characters from which a prompt is folded. A text is folded later: it may be one question.
+_LINE, _FOLDED_TURNS, _FOLDED_TEXT = 110, 6, 30
+# Characters of a folded prompt that stay visible.
+_VISIBLE = 240
 
 
 def page(inspection: Inspection, stages: Sequence[Mapping[str, str]] = ()) -> str:
@@ -74,7 +78,7 @@ def _environment() -> Environment:
         "glyphs": _token_text,
         "percent": lambda share: f"{share:.1%}",
     }
-    environment.globals |= {"runs": _runs, "level": _level, "isnone": lambda value: value is None}
+    environment.globals |= {"prompt_of": _prompt, "runs": _runs, "level": _level, "isnone": lambda value: value is None}
     return environment
 
 
@@ -153,6 +157,31 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 # Pairs ---------------------------------------------------------------------------------------------------------
 
 
+def _prompt(view: PairView) -> dict[str, Any]:
+    """The prompt of a pair, for the page and its script.
+
+    Keys: t turns as (role, text), without a role for a row of texts; h what stays visible if the prompt is folded, as
+    (what is folded, role, text), or None.
+    """
+    if not view.turns:
+        text = _lines(view.prompt)
+        count = len(text)
+        # The question is at the end of a text.
+        head = (f"prompt of {count} characters", "", "…" + text[-_VISIBLE:]) if _height(text) > _FOLDED_TEXT else None
+        return {"h": head, "t": [("", text)]}
+    turns = [(turn.role, _lines(turn.text)) for turn in view.turns]
+    if sum(_height(text) for _, text in turns) <= _FOLDED_TURNS:
+        return {"h": None, "t": turns}
+    role, text = next((turn for turn in reversed(turns) if turn[0] == "user"), turns[-1])
+    shown = text if len(text) <= _VISIBLE else text[:_VISIBLE] + "…"
+    return {"h": (f"prompt of {len(turns)} turn{'s' * (len(turns) > 1)}", role, shown), "t": turns}
+
+
+def _height(text: str) -> int:
+    """Number of lines that a text takes, about."""
+    return sum(1 + len(line) // _LINE for line in text.split("\n"))
+
+
 def _level(inspection: Inspection, token: Token) -> int | None:
     """Colour step of a token in the page without scripts, by the value that the inspection shows."""
     value = token.value(inspection.show)
@@ -197,8 +226,8 @@ def _pair(
 ) -> dict[str, Any]:
     """One pair for the script.
 
-    Keys: i index, w where, p prompt, s sides; of a side t tokens, m values by mode, f flags, u unclipped weights,
-    g groups, l log-probs, s statistics.
+    Keys: i index, w where, p prompt (see `_prompt`), s sides; of a side t tokens, m values by mode, f flags,
+    u unclipped weights, g groups, l log-probs, s statistics.
     """
     sides = []
     for name, tokens in (("chosen", view.chosen), ("rejected", view.rejected)):
@@ -221,7 +250,7 @@ def _pair(
                 ],
             }
         )
-    return {"i": view.index, "w": visible(view.where), "p": _lines(view.prompt), "s": sides}
+    return {"i": view.index, "w": visible(view.where), "p": _prompt(view), "s": sides}
 
 
 def _logps(tokens: Sequence[Token]) -> list[list[int | None]] | None:
