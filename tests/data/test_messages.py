@@ -255,6 +255,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "blank user": (row(prompt=[user(" \n")]), "prompt[0] is empty"),
     "blank system": (row(prompt=[m("system", ""), user()]), "prompt[0] is empty"),
+    "invisible user": (row(prompt=[user("\u200b\n")]), "prompt[0] is empty (only invisible characters)"),
+    "invisible answer": (row(chosen=[bot("\u200b\u2060")]), "'chosen' is empty (only invisible characters)"),
+    "invisible system column": (row(system="\u200b"), "'system' is empty (only invisible characters)"),
     "blank answer": (row(chosen=[bot(" \n")]), "'chosen' is empty"),
     "blank text answer": (row(rejected=""), "'rejected' is empty"),
     "an answer that calls tools": (row(chosen=[CALLING]), "'chosen' calls tools; an answer must be text"),
@@ -430,6 +433,7 @@ def test_a_dialogue_is_split_into_turns(columns: dict[str, Any], expected: Conve
             "a turn of the dialogue is empty",
         ),
         ({"prompt": BEFORE, "chosen": " ", "rejected": "b"}, "'chosen' is empty"),
+        ({"prompt": BEFORE, "chosen": "\u200b", "rejected": "b"}, "'chosen' is empty (only invisible characters)"),
         (
             {"prompt": BEFORE, "chosen": "a", "rejected": f"b{ASK}"},
             "'rejected' holds turns of a dialogue; one answer is needed",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tisdpo_cli.data.messages import Conversation, Message
+from tisdpo_cli.data.rows import emptiness
 from tisdpo_cli.errors import DataError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -40,13 +41,13 @@ def dialogue_conversation(
     for messages, name in zip(whole, texts, strict=True):
         if messages[-1]["role"] != "assistant":
             raise DataError(f"{name!r} does not end with an answer of the assistant")
-        if not messages[-1]["content"]:
+        if emptiness(messages[-1]["content"]):
             raise DataError(f"{name!r} ends with an empty answer")
     return _conversation(whole[0][:-1], [messages[-1] for messages in whole])
 
 
 def _conversation(prompt: list[Message], answers: list[Message]) -> Conversation:
-    if any(not message["content"] for message in prompt):
+    if any(emptiness(message["content"]) for message in prompt):
         raise DataError("a turn of the dialogue is empty")
     return Conversation(prompt, tuple(answers))
 
@@ -77,6 +78,7 @@ def _turns(text: str, name: str) -> list[Message]:
 def _answer(text: str, name: str) -> Message:
     if _TURN.search(text):
         raise DataError(f"{name!r} holds turns of a dialogue; one answer is needed")
-    if not text.strip():
-        raise DataError(f"{name!r} is empty")
+    problem = emptiness(text)
+    if problem:
+        raise DataError(f"{name!r} {problem}")
     return {"role": "assistant", "content": text.strip()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tisdpo_cli.data.rows import emptiness
 from tisdpo_cli.errors import DataError
 
 Message = dict[str, Any]
@@ -185,8 +186,7 @@ def _answer(messages: list[Message], name: str) -> Message:
         raise DataError(f"{name!r} must add one assistant message to the shared prompt; it adds {roles}")
     if "tool_calls" in messages[0]:
         raise DataError(f"{name!r} calls tools; an answer must be text")
-    if not messages[0]["content"].strip():
-        raise DataError(f"{name!r} is empty")
+    _check_text(messages[0]["content"], repr(name))
     return messages[0]
 
 
@@ -216,14 +216,20 @@ def _message(value: Any, where: str) -> Message:
     content = given.get("content", given.get("value") if "from" in given else None)
     if content is not None or "tool_calls" not in message:
         message["content"] = _content(content, where)
-    if message["role"] not in ("assistant", "tool") and not message.get("content", "").strip():
-        raise DataError(f"{where} is empty")
+    if message["role"] not in ("assistant", "tool"):
+        _check_text(message.get("content", ""), where)
     for key in _TEXTS:
         if not isinstance(given.get(key, ""), str):
             raise DataError(f"{where} has a {key!r} that is not text")
         if given.get(key):
             message[key] = given[key]
     return message
+
+
+def _check_text(text: str, where: str) -> None:
+    problem = emptiness(text)
+    if problem:
+        raise DataError(f"{where} {problem}")
 
 
 def _role(given: Mapping[str, Any], where: str) -> str:
@@ -270,8 +276,7 @@ def _with_system(columns: Mapping[str, Any], prompt: list[Message]) -> list[Mess
         return prompt
     if not isinstance(text, str):
         raise DataError("'system' is not text")
-    if not text.strip():
-        raise DataError("'system' is empty")
+    _check_text(text, "'system'")
     first = prompt[0]
     if not is_system(first):
         return [{"role": "system", "content": text}, *prompt]

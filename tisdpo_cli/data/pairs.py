@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from tisdpo_cli.data.dialogues import dialogue_conversation
 from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
 from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
 from tisdpo_cli.data.reader import read_rows, shown_path
-from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
+from tisdpo_cli.data.rows import BadRow, Row, emptiness, handle_bad_rows
 from tisdpo_cli.errors import DataError
 
 
@@ -144,18 +143,7 @@ def text_problem(value: Any) -> str | None:
         return "is a list; a string is needed, as in the first row of the file"
     if not isinstance(value, str):
         return f"is {'null' if value is None else type(value).__name__}; a string is needed"
-    if not value.strip():
-        return "is empty"
-    return "is empty (only invisible characters)" if all(map(_is_invisible, value)) else None
-
-
-# Letters without a shape, which are no format characters to Unicode.
-_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
-
-
-def _is_invisible(ch: str) -> bool:
-    """Whether a character alone shows nothing: blank, control, format (such as U+200B), filler or mark."""
-    return ch.isspace() or ch in _FILLERS or unicodedata.category(ch) in ("Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs")
+    return emptiness(value)
 
 
 def _contradictions(path: Path, pairs: Sequence[Pair]) -> list[str]:

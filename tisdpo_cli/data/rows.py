@@ -1,8 +1,9 @@
-"""Dataset rows, valid and invalid, and what happens to the invalid ones. Knows no columns and no files."""
+"""Dataset rows, valid and invalid, what happens to invalid ones, and what an empty text is. Knows no columns, no files."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,3 +107,19 @@ def _no_valid_row(bad: Sequence[BadRow], shown: int) -> TisdpoError:
         fix="fix the rows" if count > 1 else "fix the row",
         details=tuple(_listed(details, shown)) if len(details) > 1 else (),
     )
+
+
+def emptiness(text: str) -> str | None:
+    """Return in what way a text of a prompt or a response is empty, or None."""
+    if not text.strip():
+        return "is empty"
+    return "is empty (only invisible characters)" if all(map(_is_invisible, text)) else None
+
+
+# Letters without a shape, which are no format characters to Unicode.
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
+
+
+def _is_invisible(ch: str) -> bool:
+    """Whether a character alone shows nothing: blank, control, format (such as U+200B), filler or mark."""
+    return ch.isspace() or ch in _FILLERS or unicodedata.category(ch) in ("Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs")
