@@ -60,7 +60,7 @@ def templates() -> dict[str, ChatTemplate]:
 def test_generated_conversations(family: str, templates: dict[str, ChatTemplate]) -> None:
     """Ten thousand in all, half of them without markers: held against transformers."""
     draw, chat, tokenizer = random.Random(family), templates[family], FAMILIES[family].tokenizer
-    controls = set(tokenizer.convert_tokens_to_ids(chat.controls))
+    controls = set(chat.markers.values())
     frames: dict[tuple[str, ...], list[int]] = {}
     # A tokenizer that writes a space as "▁" does not tell one from the other.
     tokens = [text for text in TOKENS if "▁" not in text or family == "deepseek"]
@@ -75,7 +75,7 @@ def test_generated_conversations(family: str, templates: dict[str, ChatTemplate]
         if roles not in frames:
             frames[roles], _ = encode(chat, [{**m, "content": "x"} for m in messages])
         assert [i for i in ids if i in controls] == [i for i in frames[roles] if i in controls], messages
-        if not any(text in m["content"] for m in plain(prompt) for text in chat.controls):
+        if not any(text in m["content"] for m in plain(prompt) for text in chat.markers):
             begin = encoded.prompt[: len(encoded.prompt) - encoded.opening]
             out = tokenizer.apply_chat_template(plain(prompt), add_generation_prompt=True, tokenize=True)
             assert begin == out["input_ids"], messages
@@ -243,4 +243,4 @@ def test_a_template_of_its_own_for_tools() -> None:
     chat = ChatTemplate(tokenizer)
     assert chat.encode([HI], [YES], []).prompt_text == "<|user|>\nHi<|end|>\n<|assistant|>\n"
     assert chat.encode([HI], [YES], [{"a": 1}]).prompt_text == '[{"a": 1}]<|user|>\nHi<|end|>\n<|assistant|>\n'
-    assert chat.digest != ChatTemplate(tokenizer, TURNS).digest
+    assert chat.parts != ChatTemplate(tokenizer, TURNS).parts

@@ -50,11 +50,6 @@ class EncodedConversation:
     answer_texts: tuple[str, ...]
     _marked: tuple[str, ...] = field(default=(), repr=False)
 
-    @property
-    def equal(self) -> bool:
-        """Whether all answers have the same ids."""
-        return all(answer == self.answers[0] for answer in self.answers)
-
 
 class ChatTemplate:
     """The chat template of a tokenizer.
@@ -107,15 +102,10 @@ class ChatTemplate:
             "day": self.day.isoformat() if self.day else None,
         }
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the template, its variables and, if it writes one, the day."""
-        return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
-
     @cached_property
-    def controls(self) -> list[str]:
-        """Tokens that data never becomes: the special ones, and those that the template writes around turns."""
-        return sorted(self._encoding.tokens)
+    def markers(self) -> dict[str, int]:
+        """Text to id of what data never becomes: special tokens, and those that the template writes around turns."""
+        return self._encoding.tokens
 
     def encode(
         self,
@@ -161,6 +151,19 @@ class ChatTemplate:
             answer_texts=tuple(map(self._encoding.unmark, shown)),
             _marked=(begin, *(text + (stop["token"] if stop else "") for text in shown)),
         )
+
+    def encode_whole(
+        self, prompt: Sequence[Message], answer: str, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Encode a conversation with its answer to one sequence, with what the template writes behind the answer.
+
+        Raises:
+            DataError: the template refuses the conversation or leaves out a message.
+        """
+        scene = Scene(self._renderer, prompt, tools)
+        scene.check_prompt_is_shown()
+        message = self._encoding.mark({"role": "assistant", "content": answer})
+        return self._encoding.encode_marked(scene.render([message], generation=False))
 
     def joins(self, encoded: EncodedConversation) -> bool:
         """Whether prompt and each answer have the same ids joined, as one text, as they have apart."""

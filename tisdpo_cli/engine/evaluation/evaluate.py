@@ -15,7 +15,7 @@ from tisdpo_cli.engine.arguments import find_dataset, parses, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
 from tisdpo_cli.engine.evaluation.results import Evaluation
-from tisdpo_cli.engine.evaluation.rewards import rewards_from_function, rewards_from_model
+from tisdpo_cli.engine.evaluation.rewards import check_renders, rewards_from_function, rewards_from_model
 from tisdpo_cli.engine.evaluation.samples import reward_at_baseline_kl, samples_jsonl, with_rewards
 from tisdpo_cli.engine.evaluation.sampling import Sampling, uniform_draws
 from tisdpo_cli.errors import ModelError, UsageError
@@ -51,9 +51,11 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
     if runtime.world > 1:
         raise UsageError("evaluate runs in a single process", fix="start it without a launcher")
     task = _task(settings, runtime, files[split], [*policies, reference])
+    reward_model = None if settings.reward_model is None else locate_model(settings.reward_model, "--reward-model")
+    if reward_model is not None:
+        check_renders(reward_model, [prompt.given for prompt in task.prompts])
     results, perplexities = evaluate_policies(task, policies, reference)
-    if settings.reward_model is not None:
-        reward_model = locate_model(settings.reward_model, "--reward-model")
+    if reward_model is not None:
         reward_function = rewards_from_model(reward_model, runtime.device, settings.batch_size)
     if reward_function is not None:
         results = with_rewards(results, task.prompts, task.samples_per_prompt, reward_function, settings.seed)
@@ -108,9 +110,8 @@ def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[Pol
     first_pairs = {tuple(pair.prompt): pair for pair in reversed(split.encoded)}
     prompted = sorted(first_pairs.values(), key=lambda pair: pair.index)[: settings.sample_prompts]
     _check_positions(models, max((len(pair.prompt) for pair in prompted), default=0), limit, trust)
-    prompts = [
-        Prompt(pair.index, split.pairs[pair.index].prompt, pair.prompt) for pair in prompted for _ in range(per_prompt)
-    ]
+    given = {pair.index: pair.conversation or pair.prompt for pair in split.pairs}
+    prompts = [Prompt(pair.index, given[pair.index], pair.prompt) for pair in prompted for _ in range(per_prompt)]
     keys = [(pair.index, number) for pair in prompted for number in range(per_prompt)]
     autocast = autocast_dtype(runtime.precision(settings.dtype, scoring=True))
     # The same for all models, which share a tokenizer.
@@ -125,6 +126,7 @@ def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[Pol
         samples_per_prompt=per_prompt,
         batch_size=settings.batch_size,
         beta=settings.beta,
+        markers=frozenset(chat.template.markers.values() if chat.used else ()),
         sample_reference=settings.scorer is not None or settings.reward_model is not None,
         trust_remote_code=trust,
     )

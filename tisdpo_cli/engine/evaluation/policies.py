@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.data.messages import Conversation
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.evaluation.results import PairMetrics, PolicyMetrics, SampleMetrics
 from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, sample_all
@@ -53,12 +54,12 @@ class Prompt:
 
     Attributes:
         row: the first row with this prompt.
-        text: as in the dataset.
+        given: text of the dataset, or its conversation.
         ids: truncated as for that row.
     """
 
     row: int
-    text: str
+    given: str | Conversation
     ids: list[int]
 
 
@@ -73,6 +74,7 @@ class EvaluationTask:
         samples_per_prompt: consecutive entries of `prompts` with the same prompt.
         batch_size: rows per forward pass.
         beta: of the implicit rewards.
+        markers: ids to leave out of the texts of responses: in conversations they stand for no text.
         sample_reference: whether the reference generates responses too.
         trust_remote_code: whether to run code from model repositories.
     """
@@ -86,6 +88,7 @@ class EvaluationTask:
     samples_per_prompt: int
     batch_size: int
     beta: float
+    markers: frozenset[int]
     sample_reference: bool
     trust_remote_code: bool
 
@@ -95,6 +98,7 @@ class Generations:
     """Responses of a policy, one per entry of the prompts of the task.
 
     Attributes:
+        texts: of the responses; without special tokens if they answer a conversation.
         kl: Σ KL(policy ‖ reference) over the tokens of each response.
         rewards: of each response, if there is a reward source.
     """
@@ -236,8 +240,15 @@ def _generate(task: EvaluationTask, policy: TokenScorer, reference: TokenScorer,
         samples = sample_all(policy.model, prompts, task.draws, task.sampling, task.batch_size) if prompts else []
     rows = [(ids, sample.scored) for ids, sample in zip(prompts, samples, strict=True)]
     kl = [total for _, _, total in _response_sums(task, policy, reference, rows, progress)]
-    texts = [task.tokenizer.text(sample.ids) for sample in samples]
+    texts = [response_text(task, prompt, sample.ids) for prompt, sample in zip(task.prompts, samples, strict=True)]
     return Generations(samples, texts, kl)
+
+
+def response_text(task: EvaluationTask, prompt: Prompt, ids: Sequence[int]) -> str:
+    """The text of a response; that of a message has no special tokens, and no blanks that join it to its header."""
+    if isinstance(prompt.given, str):
+        return task.tokenizer.text(ids)
+    return task.tokenizer.text([i for i in ids if i not in task.markers]).strip()
 
 
 def _sample_metrics(task: EvaluationTask, generations: Generations) -> SampleMetrics | None:

@@ -1,10 +1,11 @@
 """Rewards of responses, from a sequence classification model or from a Python function of the user.
 
-It knows texts and numbers, not where the responses come from.
+A prompt is a text or a conversation; a response is a text. It knows no policies, only numbers come back.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import sys
@@ -15,17 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from tisdpo_cli.data.messages import Conversation
+from tisdpo_cli.engine.chat import DEFAULT_DAY
 from tisdpo_cli.errors import DataError, ModelError, TisdpoError, UsageError, naming_out_of_memory
+from tisdpo_cli.model.chat_template import ChatTemplate
 from tisdpo_cli.model.loading import load_reward_model, move_to_device
+from tisdpo_cli.model.tokenizer import load_backend
 
 # Prompts and their responses to one reward per response; higher is better.
-RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
+RewardFunction = Callable[[Sequence[str | Conversation], Sequence[str]], list[float]]
 
 
 def rewards_from_function(name: str) -> RewardFunction:
     """Rewards from `module:function`, called once with the lists of prompts and responses.
 
-    Modules are imported from the Python path and from the current directory.
+    A prompt is a text, or the list of messages of a conversation. Modules are imported from the Python path and from
+    the current directory.
 
     Raises:
         UsageError: the module or function does not exist.
@@ -35,9 +41,11 @@ def rewards_from_function(name: str) -> RewardFunction:
     if not callable(function):
         raise UsageError(f"{module_name} has no function {function_name}", where=f"--scorer {name}")
 
-    def rewards(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def rewards(prompts: Sequence[str | Conversation], responses: Sequence[str]) -> list[float]:
+        # A function may change the messages that it gets.
+        given = [prompt if isinstance(prompt, str) else copy.deepcopy(prompt.prompt) for prompt in prompts]
         try:
-            values = list(function(list(prompts), list(responses)))
+            values = list(function(given, list(responses)))
         except Exception as fault:
             message = f"{type(fault).__name__}: {fault}".splitlines()[0]
             raise TisdpoError(f"the function failed: {message}", where=f"--scorer {name}") from fault
@@ -74,7 +82,8 @@ def _checked(values: list[Any], count: int, where: str) -> list[float]:
 def rewards_from_model(path: Path, device: torch.device, batch_size: int) -> RewardFunction:
     """Rewards from a model that reads prompt and response as one text, with the special tokens its tokenizer adds.
 
-    Texts longer than the model supports lose their start.
+    Conversations are rendered by the chat template of its own tokenizer, which writes all special tokens itself. What
+    is longer than the model supports loses its start.
 
     Args:
         path: directory of a sequence classification model with one output.
@@ -83,6 +92,7 @@ def rewards_from_model(path: Path, device: torch.device, batch_size: int) -> Rew
 
     Raises:
         ModelError: the model cannot be loaded, or has another kind of output.
+        DataError: its chat template refuses a conversation.
     """
     model, tokenizer = load_reward_model(path)
     model = move_to_device(model, device).requires_grad_(False)
@@ -95,9 +105,12 @@ def rewards_from_model(path: Path, device: torch.device, batch_size: int) -> Rew
     tokenizer.truncation_side = "left"
     limit = {"truncation": True, "max_length": longest} if longest else {}
 
-    def rewards(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        rows = tokenizer(texts, return_attention_mask=False, verbose=False, **limit)["input_ids"]
+    def rewards(prompts: Sequence[str | Conversation], responses: Sequence[str]) -> list[float]:
+        if any(isinstance(prompt, Conversation) for prompt in prompts):
+            rows = [row[-longest:] if longest else row for row in _rendered(tokenizer, path, prompts, responses)]
+        else:
+            texts = [f"{prompt}{response}" for prompt, response in zip(prompts, responses, strict=True)]
+            rows = tokenizer(texts, return_attention_mask=False, verbose=False, **limit)["input_ids"]
         by_row: dict[int, float] = {}
         for batch in _batches_of_equal_length(rows, batch_size):
             by_row |= zip(batch, _logits(model, [rows[i] for i in batch], device), strict=True)
@@ -107,6 +120,38 @@ def rewards_from_model(path: Path, device: torch.device, batch_size: int) -> Rew
         return values
 
     return rewards
+
+
+def check_renders(path: Path, prompts: Sequence[str | Conversation]) -> None:
+    """Check that the chat template of a reward model renders conversations, before anything is computed.
+
+    Raises:
+        ModelError: its tokenizer has no chat template, or an invalid one.
+        DataError: the template refuses a conversation.
+    """
+    if any(isinstance(prompt, Conversation) for prompt in prompts):
+        _rendered(load_backend(path, False), path, prompts, ["."] * len(prompts))
+
+
+def _rendered(
+    backend: Any, path: Path, prompts: Sequence[str | Conversation], responses: Sequence[str]
+) -> list[list[int]]:
+    """Ids of conversations with their answers, as the chat template of a reward model renders them."""
+    if not backend.chat_template:
+        raise ModelError(
+            "the rows hold conversations, but the tokenizer of the reward model has no chat template",
+            where=str(path),
+            fix="use a reward model for conversations, or --scorer",
+        )
+    template = ChatTemplate(backend, day=DEFAULT_DAY)
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert isinstance(prompt, Conversation)
+        try:
+            rows.append(template.encode_whole(prompt.prompt, response, prompt.tools))
+        except DataError as error:
+            raise DataError(error.what, where=f"the chat template of {path}") from error
+    return rows
 
 
 def _batches_of_equal_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

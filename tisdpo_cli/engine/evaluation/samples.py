@@ -29,7 +29,7 @@ def with_rewards(
         seed: of the bootstrap.
     """
     texts = [text for result in results for text in result.generations.texts]
-    values = reward_function([prompt.text for prompt in prompts] * len(results), texts)
+    values = reward_function([prompt.given for prompt in prompts] * len(results), texts)
     rewards = [values[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(results))]
     baseline = next((own for result, own in zip(results, rewards, strict=True) if _role(result) == "baseline"), None)
     rewarded = []
@@ -63,7 +63,7 @@ def reward_at_baseline_kl(policies: Sequence[PolicyMetrics]) -> float | None:
 
 
 def samples_jsonl(results: Sequence[PolicyResult], prompts: Sequence[Prompt], samples_per_prompt: int) -> str:
-    """One line of JSON per prompt and response number, with the responses of all policies."""
+    """One line of JSON per prompt (a text, or messages) and response number, with the responses of all policies."""
     lines = []
     for i, prompt in enumerate(prompts):
         responses = [
@@ -77,6 +77,7 @@ def samples_jsonl(results: Sequence[PolicyResult], prompts: Sequence[Prompt], sa
             }
             for result in results
         ]
-        row = {"row": prompt.row, "sample": i % samples_per_prompt, "prompt": prompt.text, "responses": responses}
+        given = prompt.given if isinstance(prompt.given, str) else prompt.given.prompt
+        row = {"row": prompt.row, "sample": i % samples_per_prompt, "prompt": given, "responses": responses}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return "".join(lines)
