@@ -1,4 +1,4 @@
-"""Dataset rows, valid and invalid, what happens to invalid ones, and what an empty text is. Knows no columns, no files."""
+"""Dataset rows, valid and invalid, what happens to invalid ones, and when a text is empty. Knows no files."""
 
 from __future__ import annotations
 
