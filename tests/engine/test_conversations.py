@@ -21,6 +21,7 @@ TEMPLATE = (
     "{{ '\n\n' + m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nassistant:' }}{% endif %}"
 )
+REVERSED = "reverse training: 'chosen' is the dataset's rejected response"
 TRAINING = ("--max-steps", "2", "--warmup-steps", "0", "--batch-size", "4", "--lr", "1e-4")
 
 
@@ -197,9 +198,55 @@ def test_old_turns_go_before_tokens(world: Path, template: Path, tmp_path: Path)
     options = ("-m", world / "sft", "-d", data, "-o", tmp_path / "out", "--chat-template", template, "--dry-run")
     whole = done("train-dpo", *options)
     assert "oldest messages" not in whole.err
-    cut = done("train-dpo", *options, "--max-length", "80", "--max-prompt-length", "60")
+    cut = done("train-dpo", *options, "--max-length", "80", "--max-prompt-length", "60", "--json")
     assert "oldest messages out of 1 conversations" in cut.err
-    assert "'s' 'y' 's' 't' 'e' 'm'" in cut.err.split("first prompt")[1]
+    shown = "".join(token["text"] for token in json.loads(cut.out)["first_row"]["prompt"])
+    assert shown.startswith("\n\nsystem: Be kind.\n\nuser:")
+
+
+@pytest.mark.parametrize("command", ["train-dpo", "train-reverse", "train-sft"])
+def test_a_dry_run_shows_what_is_scored(world: Path, chat: Path, tmp_path: Path, command: str) -> None:
+    thinking = tmp_path / "think.jinja"
+    thinking.write_text(TEMPLATE.replace("m.content }}", "('<t>' if m.role == 'assistant' else '') + m.content }}"))
+    options = ("-m", world / "sft", "-d", chat, "-o", tmp_path / "out", "--chat-template", thinking, "--dry-run")
+    dry = done(command, *options, "--json")
+    row = json.loads(dry.out)["first_row"]
+    lines = dry.err.splitlines()
+    lines = lines[lines.index(f"first row: {chat}:1") :]
+    data = read_jsonl(chat)[0]
+    sides = {"train-dpo": ["chosen", "rejected"], "train-reverse": ["rejected", "chosen"], "train-sft": ["chosen"]}
+    for response, side in zip(row["responses"], sides[command], strict=True):
+        *texts, stop = response["tokens"]
+        assert "".join(token["text"] for token in texts) == data[side][0]["content"]
+        assert response["stop"] == stop
+        assert (stop["text"], len(texts) + 1) == ("<|endoftext|>", response["whole"])
+        assert f"first {response['side']} ({len(texts) + 1} tokens, all scored): " in "\n".join(lines)
+    assert row["swapped"] == (command == "train-reverse") == (REVERSED in lines)
+    begin = "".join(token["text"] for token in row["prompt"])
+    assert begin == f"\n\nuser: {data['prompt'][0]['content']}\n\nassistant: <t>"
+    assert "".join(token["text"] for token in row["prompt"][-row["opening"] :]) == " <t>"
+    assert lines[1].startswith(f"first prompt ({len(row['prompt'])} tokens): … '")
+    assert lines[2].startswith("the chat template writes before every answer, so not scored: ' ")
+    assert f"the stop: '<|endoftext|>' (id {stop['id']}), the last token of a response" in lines
+    assert "dry run: nothing was trained" in dry.err
+
+
+def test_a_dry_run_of_texts_counts_what_is_truncated_or_has_no_weight(contrast: Path, tmp_path: Path) -> None:
+    options = ("-m", contrast / "sft", "-o", tmp_path / "out", "--dry-run", "--json")
+    lengths = ("--max-length", "30", "--max-prompt-length", "20")
+    cut = done("train-dpo", "-d", contrast / "data", *options, *lengths)
+    row = json.loads(cut.out)["first_row"]
+    chosen, left = row["responses"][0], 30 - len(row["prompt"])
+    assert (len(chosen["tokens"]), chosen["stop"]) == (left, None)
+    assert f"first chosen ({left} of {chosen['whole']} tokens scored, truncated: no stop): " in cut.err
+    assert "chat template" not in cut.err
+    masked = done("train", "-d", contrast / "scored", *options, "--transform", "binary", "--top-percent", "30")
+    chosen = json.loads(masked.out)["first_row"]["responses"][0]
+    scored = [token["scored"] for token in chosen["tokens"]]
+    assert 0 < sum(scored) < len(scored) == chosen["whole"]
+    assert f"first chosen ({sum(scored)} of {len(scored)} tokens scored): " in masked.err
+    assert "in parentheses: weight 0, not scored" in masked.err
+    assert "('" in masked.err
 
 
 @pytest.mark.parametrize("unit", ["word", "clause", "sentence"])

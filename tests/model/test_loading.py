@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tisdpo_cli.cli.first_row_view import first_row_lines
 from tisdpo_cli.cli.preflight import check
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
@@ -59,8 +60,8 @@ def attempt(world: Path, tmp_path: Path):
         settings = load(COMMANDS["train-dpo"].settings, flags, sets=["dry_run=true", *sets]).settings
         listener = Listener()
         check(settings)
-        train_pairs(settings, listener)
-        return "\n".join(listener.said)
+        result = train_pairs(settings, listener)
+        return "\n".join([*listener.said, *first_row_lines(result.first_row)])
 
     return run
 

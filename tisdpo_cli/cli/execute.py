@@ -88,8 +88,11 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
 def _show_path(
     result: StageResult, spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter
 ) -> None:
-    if not result.record or not is_first_rank():
-        return  # after a dry run there is no output
+    if not is_first_rank():
+        return
+    if not result.record:
+        _show_dry_run(result, typed, reporter)
+        return
     if spec.next is not None:
         reporter.command("next", next_command(spec, settings, typed.flags, typed.config, typed.sets))
     record = {"path": str(result.path), **result.record}
@@ -97,6 +100,16 @@ def _show_path(
         write_result(json.dumps(record))
     else:
         write_path(result.path)
+
+
+def _show_dry_run(result: StageResult, typed: Invocation, reporter: Reporter) -> None:
+    """What a dry run found; there is no output."""
+    from tisdpo_cli.cli.first_row_view import first_row_lines
+
+    for line in first_row_lines(result.first_row):
+        reporter.note(line)
+    if typed.as_json:
+        write_result(json.dumps({"dry_run": True, "first_row": result.first_row.as_dict()}))
 
 
 def _show_inspection(

@@ -38,12 +38,14 @@ class EncodedChat:
         whole_prompt: number of ids of the prompt before truncation.
         stop: id that ends each answer.
         framed: ids of the prompt under each prompt template.
+        opening: number of ids at the end of the prompt that the template writes before every answer.
     """
 
     prompt: list[int]
     responses: list[Response]
     whole_prompt: int
     stop: int
+    opening: int
     framed: tuple[list[int], ...] = ()
 
 
@@ -106,7 +108,7 @@ def encode_chat(
     stats.shortened += dropped > 0
     stats.messages += dropped
     stats.stops.add(stop)
-    return EncodedChat(prompt, responses, whole_prompt, stop, framed)
+    return EncodedChat(prompt, responses, whole_prompt, stop, ids.opening, framed)
 
 
 def _kept(head: int, kept: int, whole: int, limits: Limits) -> range:

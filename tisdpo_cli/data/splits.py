@@ -101,7 +101,9 @@ def _read_conversations(
             continue
         chosen, rejected = chat.responses
         kept.append(replace(pair, index=len(kept)))
-        encoded.append(EncodedPair(len(encoded), pair.row.where, chat.prompt, chosen, rejected, chat.framed))
+        encoded.append(
+            EncodedPair(len(encoded), pair.row.where, chat.prompt, chosen, rejected, chat.opening, chat.framed)
+        )
         stats.count(encoded[-1], chat.whole_prompt, chat.whole_prompt)
     skipped = handle_bad_rows(bad, len(pairs), options.on_bad_row)
     messages = [*stats.messages(options.limits), *chat_stats.notices(options.limits)]

@@ -32,6 +32,10 @@ class ChatIds(Protocol):
     def stop(self) -> int:
         """Id that ends each answer."""
 
+    @property
+    def opening(self) -> int:
+        """Number of ids at the end of the prompt that stand before every answer."""
+
 
 # From a conversation and the number of ids that its prompt should have at most (None: all), to its ids and how many old
 # messages were left out.
@@ -105,6 +109,7 @@ class EncodedPair:
     Attributes:
         framed: the prompt under each prompt template, where the chat template rendered it; see `TemplateTokens` for
             texts.
+        opening: number of ids at the end of the prompt that a chat template writes before every answer.
     """
 
     index: int
@@ -112,6 +117,7 @@ class EncodedPair:
     prompt: list[int]
     chosen: Response
     rejected: Response
+    opening: int = 0
     framed: tuple[list[int], ...] = ()
 
     def swapped(self) -> EncodedPair:

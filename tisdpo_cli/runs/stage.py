@@ -20,11 +20,13 @@ class StageResult:
         path: the output directory.
         record: its `run.json`; empty after a dry run.
         fresh: whether this run created it, rather than finding it finished.
+        first_row: after a dry run, the first row as it would be trained: plain values with `as_dict`.
     """
 
     path: Path
     record: dict[str, Any]
     fresh: bool
+    first_row: Any = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tisdpo_cli.engine.arguments import find_dataset, read_options, with_recorded_reading
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, pair_costs, planned_passes
+from tisdpo_cli.engine.training.first_row import of_pair
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
 from tisdpo_cli.engine.training.policy import (
@@ -87,8 +88,8 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
         policy = load_scorer(runtime, models, training.session, _longest(pairs))
         if output is None:
-            _show_first(runtime.reporter, pairs[0][0], tokenizer)
-            return StageResult(Path(settings.output_dir), {}, fresh=False)
+            runtime.reporter.note("dry run: nothing was trained")
+            return StageResult(Path(settings.output_dir), {}, False, of_pair(pairs[0][0], tokenizer, training.swapped))
         setup = _set_up(runtime, training, output, tokenizer, pairs, plan, policy)
         return run_training(runtime, training.session, output, setup)
 
@@ -297,14 +298,3 @@ def _same_start(output: Output) -> bool:
     """Whether policy and reference start with the same content; one model may be given under two names."""
     start = output.made_from["content of model"]
     return output.made_from.get("content of ref_model", start) == start
-
-
-def _show_first(reporter: Reporter, pair: WeightedPair, tokenizer: Tokenizer) -> None:
-    """The first row as it is trained: shows the BOS, where there is one, and the EOS."""
-    tokens = pair.tokens
-    for name, ids in (("prompt", tokens.prompt), ("chosen", tokens.chosen.ids), ("rejected", tokens.rejected.ids)):
-        shown = " ".join(f"{piece!r}" for piece in tokenizer.pieces(ids[:12]))
-        between = " …" if len(ids) > 13 else ""
-        ending = f"{between} {tokenizer.pieces(ids[-1:])[0]!r}" if len(ids) > 12 else ""
-        reporter.note(f"first {name} ({len(ids)} tokens): {shown}{ending}")
-    reporter.note("dry run: nothing was trained")

@@ -19,6 +19,7 @@ from tisdpo_cli.engine.arguments import find_dataset, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import PaddedCosts
+from tisdpo_cli.engine.training.first_row import of_example
 from tisdpo_cli.engine.training.policy import (
     base_model,
     check_start_adapter,
@@ -48,12 +49,19 @@ from tisdpo_cli.settings.train_sft import TrainSft
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A tokenized example: tokens given as context, tokens to learn, and whether these end the response."""
+    """A tokenized example: tokens given as context, tokens to learn, and whether these end the response.
+
+    Attributes:
+        opening: number of tokens at the end of the context that a chat template writes before every answer.
+        left_out: number of tokens to learn that were truncated.
+    """
 
     where: str
     given: list[int]
     learned: list[int]
     has_end: bool = True
+    opening: int = 0
+    left_out: int = 0
 
 
 class SftTask:
@@ -151,7 +159,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         plan = plan_training(runtime, session, costs, SftTask.unit)
         if output is None:
             runtime.reporter.note("dry run: nothing was trained")
-            return StageResult(Path(settings.output_dir), {}, fresh=False)
+            return StageResult(Path(settings.output_dir), {}, False, of_example(task.examples[0], tokenizer))
         model = _model(runtime, session, source, tokenizer)
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
@@ -252,14 +260,16 @@ def _encode(
     cut_all = _cut_conversations if conversations else _cut_texts
     encoded: list[EncodedExample] = []
     dropped, truncated = 0, 0
-    for example, given, response, whole in cut_all(source, examples, vocabulary, marked, reporter):
+    for example, given, response, whole, opening in cut_all(source, examples, vocabulary, marked, reporter):
         truncated += len(given) < whole or not response.has_eos
+        left_out = response.uncut + 1 - len(response.ids)
         if not response.kept:
             dropped += 1
         elif source.train_on_prompt:
-            encoded.append(EncodedExample(example.where, given[:1], given[1:] + response.ids, response.has_eos))
+            learned = given[1:] + response.ids
+            encoded.append(EncodedExample(example.where, given[:1], learned, response.has_eos, 0, left_out))
         else:
-            encoded.append(EncodedExample(example.where, given, response.ids, response.has_eos))
+            encoded.append(EncodedExample(example.where, given, response.ids, response.has_eos, opening, left_out))
     for notice in chat.notices():
         reporter.note(notice)
     warning = marked.warning(len(examples))
@@ -280,8 +290,8 @@ def _encode(
     return encoded
 
 
-# An example with its prompt and response after truncation, and the tokens of its prompt before.
-_Cut = tuple[Example, list[int], Response, int]
+# An example with its prompt and response after truncation, the tokens of its prompt before, and those of its opening.
+_Cut = tuple[Example, list[int], Response, int, int]
 
 
 def _cut_texts(
@@ -292,7 +302,7 @@ def _cut_texts(
     for example, prompt, ids in zip(examples, prompts, responses, strict=True):
         given, (response,) = cut(prompt, [ids], vocabulary.bos, vocabulary.eos, source.options.limits)
         marked.count(vocabulary.marker(example.prompt) or vocabulary.marker(example.response))
-        yield example, given, response, len(prompt) + (vocabulary.bos is not None)
+        yield example, given, response, len(prompt) + (vocabulary.bos is not None), 0
 
 
 def _cut_conversations(
@@ -311,6 +321,6 @@ def _cut_conversations(
         if isinstance(chat, BadRow):
             bad.append(chat)
         else:
-            yield example, chat.prompt, chat.responses[0], chat.whole_prompt
+            yield example, chat.prompt, chat.responses[0], chat.whole_prompt, chat.opening
     for notice in (*handle_bad_rows(bad, len(examples), source.options.on_bad_row), *stats.notices(limits)):
         reporter.note(notice)
