@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from bos_tokenizer import bos_tokenizer
 from conftest import Done, read_jsonl, run_here, write_jsonl
-from test_trl import bos_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tisdpo_cli.data.messages import Conversation

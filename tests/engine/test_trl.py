@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from bos_tokenizer import bos_tokenizer
 from conftest import pair_rows
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tisdpo_cli.data.tokens import Limits, encode_pairs
 from tisdpo_cli.engine.chat import vocabulary_of
@@ -27,7 +26,7 @@ from tisdpo_cli.engine.training.trainer import CheckpointConfig, Trainer
 from tisdpo_cli.method.objectives import resolve_loss
 from tisdpo_cli.model.loading import make_model
 from tisdpo_cli.model.logprobs import TokenScorer
-from tisdpo_cli.model.tokenizer import Tokenizer, describe_tokenizer, make_tokenizer
+from tisdpo_cli.model.tokenizer import Tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.runs.outputs import read_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
@@ -54,19 +53,6 @@ class Case:
     optimizer: str
     trl_optimizer: str
     rate: float
-
-
-def bos_tokenizer():
-    """A tokenizer of bytes that puts `<s>` in front and has no padding token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    special = [("<s>", backend.token_to_id("<s>"))]
-    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    return describe_tokenizer(fast, "here")
 
 
 def without_bos():
