@@ -367,8 +367,10 @@ def test_dark_by_the_system_and_by_the_button(report: Path, opened) -> None:
 
 
 @pytest.mark.parametrize(("width", "side_by_side"), [(1280, True), (420, False)])
-def test_narrow_pages_stack_and_never_scroll_sideways(report: Path, hostile: Path, opened, width, side_by_side) -> None:
-    for path in (report, hostile):
+def test_narrow_pages_stack_and_never_scroll_sideways(
+    report: Path, hostile: Path, chat: Path, opened, width, side_by_side
+) -> None:
+    for path in (report, hostile, chat):
         tab = opened(path, width=width)
         boxes = [tab.locator("article").first.locator(".tokens").nth(k).bounding_box() for k in (0, 1)]
         assert (boxes[1]["x"] > boxes[0]["x"] + 100) == side_by_side
@@ -404,6 +406,16 @@ def test_hostile_data_is_shown_as_text(hostile: Path, opened, scripts: bool) -> 
         tab.wait_for_timeout(300)
         tab.locator(".tokens").first.focus()
         assert tab.locator("#card b, #card img, #card script").count() == 0
+
+
+def test_a_very_long_text_is_folded_to_its_end(hostile: Path, opened) -> None:
+    at = HOSTILE.index("x" * 20_000)
+    tab = opened(hostile, f"#pair-{at}")
+    fold = tab.locator(f"#pair-{at} details")
+    assert fold.locator("summary").inner_text() == f"prompt of 20002 characters: …{'x' * 238} p"
+    assert not fold.locator(".prompt").is_visible()
+    fold.locator("summary").click()
+    assert fold.locator(".prompt").inner_text() == "x" * 20_000 + " p"
 
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
