@@ -107,14 +107,16 @@ def test_a_reward_model_without_a_template_is_refused_before_anything_is_compute
             (bare / file.name).write_bytes(file.read_bytes())
     refused = evaluated(world, data, tmp_path, "--reward-model", bare)
     assert refused.code == 1
-    assert f"{bare}: the rows hold conversations" in refused.error
+    assert f"--reward-model {bare}: the rows hold conversations" in refused.error
     assert "has no chat template; use a reward model for conversations" in refused.error
     assert "evaluating" not in refused.err
-    (bare / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
-    refused = evaluated(world, data, tmp_path, "--reward-model", bare)
-    assert refused.code == 1
-    assert refused.error.startswith(f"error: the chat template of {bare}: ")
-    assert "no system message" in refused.error
+    for template, sentence in (("{{ raise_exception('no system message') }}", "no system message"), ("{% if", "valid")):
+        (bare / "chat_template.jinja").write_text(template)
+        refused = evaluated(world, data, tmp_path, "--reward-model", bare)
+        assert refused.code == 1
+        assert refused.error.startswith(f"error: --reward-model {bare}: the chat template")
+        assert sentence in refused.error
+        assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_a_scorer_gets_messages_and_answers_without_markers(

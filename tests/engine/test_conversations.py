@@ -351,14 +351,16 @@ def test_tool_calls_are_part_of_a_shown_turn(world: Path, tmp_path: Path) -> Non
         TEMPLATE.replace("m.content }}", "(m.content or '') + (m.tool_calls | default('') | string) }}")
     )
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+    as_text = {"name": "sun", "arguments": '{"city": "Bern"}'}
     prompt = [
-        user("Is it raining?"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "It rains."},
+        user("Is it raining?"), {"role": "assistant", "tool_calls": [call, as_text]}, {"role": "tool", "content": "It rains."},
     ]  # fmt: skip
     data = one_row(tmp_path / "data", prompt=prompt, chosen=answer("yes"), rejected=answer("no"))
     models, options = ("--forward", world / "sft", "--reverse", world / "sft"), ("--chat-template", shows_calls)
     done("estimate", *models, "-d", data, "-o", tmp_path / "scored", *options)
     shown = done("inspect-weights", tmp_path / "scored", *options).out
-    assert 'user: Is it raining?\nassistant: calls weather {"city": "Zürich"}\ntool: It rains.\n' in shown
+    calls = 'calls weather {"city": "Zürich"} calls sun {"city": "Bern"}'
+    assert f"user: Is it raining?\nassistant: {calls}\ntool: It rains.\n" in shown
 
 
 @pytest.mark.parametrize("value", ["[1]", "{", "nothing"])

@@ -140,17 +140,19 @@ def _rendered(
     if not backend.chat_template:
         raise ModelError(
             "the rows hold conversations, but the tokenizer of the reward model has no chat template",
-            where=str(path),
+            where=f"--reward-model {path}",
             fix="use a reward model for conversations, or --scorer",
         )
-    template = ChatTemplate(backend, day=DEFAULT_DAY)
-    rows = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        assert isinstance(prompt, Conversation)
-        try:
+    where, rows = f"--reward-model {path}", []
+    try:
+        template = ChatTemplate(backend, day=DEFAULT_DAY)
+        for prompt, response in zip(prompts, responses, strict=True):
+            assert isinstance(prompt, Conversation)
             rows.append(template.encode_whole(prompt.prompt, response, prompt.tools))
-        except DataError as error:
-            raise DataError(error.what, where=f"the chat template of {path}") from error
+    except ModelError as error:
+        raise ModelError(error.what, where=where, fix=error.fix) from error
+    except DataError as error:
+        raise DataError(error.what, where=where, fix="use another reward model, or --scorer") from error
     return rows
 
 

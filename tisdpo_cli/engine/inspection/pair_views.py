@@ -91,8 +91,14 @@ def pair_view(split: WeightedSplit, previews: Mapping[str, WeightedSplit], posit
 
 def _turn(message: Message) -> Turn:
     functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
-    calls = [f"calls {f['name']} {json.dumps(f.get('arguments'), ensure_ascii=False)}" for f in functions]
+    calls = [f"calls {function['name']} {_arguments(function)}" for function in functions]
     return Turn(message["role"], "\n".join([*filter(None, [message.get("content")]), *calls]))
+
+
+def _arguments(function: Mapping[str, Any]) -> str:
+    """Arguments of a tool call as JSON; some datasets hold them as such."""
+    value = function.get("arguments")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _facts(response: WeightedResponse, final: bool) -> ResponseFacts:
