@@ -352,9 +352,8 @@ def test_tool_calls_are_part_of_a_shown_turn(world: Path, tmp_path: Path) -> Non
     )
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
     as_text = {"name": "sun", "arguments": '{"city": "Bern"}'}
-    prompt = [
-        user("Is it raining?"), {"role": "assistant", "tool_calls": [call, as_text]}, {"role": "tool", "content": "It rains."},
-    ]  # fmt: skip
+    calling = {"role": "assistant", "tool_calls": [call, as_text]}
+    prompt = [user("Is it raining?"), calling, {"role": "tool", "content": "It rains."}]
     data = one_row(tmp_path / "data", prompt=prompt, chosen=answer("yes"), rejected=answer("no"))
     models, options = ("--forward", world / "sft", "--reverse", world / "sft"), ("--chat-template", shows_calls)
     done("estimate", *models, "-d", data, "-o", tmp_path / "scored", *options)
