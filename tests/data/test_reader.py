@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import pair_rows
 
+from tisdpo_cli.data.dataset import Columns, DatasetSplit
 from tisdpo_cli.data.examples import read_examples
-from tisdpo_cli.data.pairs import Columns, Pairs, read_pairs
+from tisdpo_cli.data.locate import find_splits, training_splits
+from tisdpo_cli.data.pairs import Pairs, read_pairs
 from tisdpo_cli.data.parsers import PARSERS
-from tisdpo_cli.data.reader import find_splits, read_rows
+from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.tokens import Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, UsageError
@@ -230,8 +232,8 @@ def test_a_directory_holds_splits_of_any_format(write: Write, tmp_path: Path) ->
         "test": "test.parquet",
     }
     write([GOOD], "train.jsonl")
-    with pytest.raises(DataError, match=r"has train.jsonl and train.csv; keep one of them"):
-        find_splits(str(tmp_path))
+    with pytest.raises(DataError, match=r"has train.csv and train.jsonl; keep one of them"):
+        training_splits(str(tmp_path))
 
 
 def test_a_saved_dataset_of_splits_is_read(tmp_path: Path) -> None:
@@ -472,7 +474,7 @@ def sorted_out(path: Path, limits: Limits):
     pairs = read(path).pairs
     texts = zip(*((p.prompt, p.chosen, p.rejected, p.row.where) for p in pairs), strict=True)
     encoded, cuts = encode_pairs(*texts, CHARACTERS, limits)
-    kept, said = drop_untrainable(Split(path, pairs, encoded))
+    kept, said = drop_untrainable(Split(DatasetSplit(path, Columns()), pairs, encoded))
     return [pair.index for pair in kept], said, cuts
 
 
@@ -529,9 +531,12 @@ def test_a_file_is_the_train_split_and_a_directory_holds_its_splits(write: Write
 
 
 def test_a_directory_without_a_train_split_is_told(write: Write, tmp_path: Path) -> None:
-    write([GOOD], "test.jsonl")
+    write([GOOD], "notes.json")
     with pytest.raises(DataError, match="no train file"):
-        find_splits(str(tmp_path))
+        training_splits(str(tmp_path))
+    write([GOOD], "test.jsonl")
+    with pytest.raises(UsageError, match="has no split 'train'; available: test"):
+        training_splits(str(tmp_path))
 
 
 def test_a_mistyped_path_names_its_neighbour(write: Write, tmp_path: Path) -> None:
@@ -569,10 +574,14 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     splits = find_splits("owner/pairs")
-    assert list(splits) == ["train", "test"]
+    assert list(splits) == ["train", "test", "other"]
     assert [row.columns for row in read_rows(splits["train"])] == rows
+    assert [file.stem for file in splits["train"].parent.glob("*.jsonl")] == ["train"]
+    assert [row.columns for row in read_rows(splits["other"])] == rows
     monkeypatch.setattr(datasets, "load_dataset", None)
-    assert find_splits("owner/pairs") == splits
+    again = find_splits("owner/pairs")
+    assert list(again) == list(splits)
+    assert all(again[name] == splits[name] for name in ("train", "other"))
     assert asked == ["owner/pairs"] * 2
 
 
@@ -587,7 +596,7 @@ def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
 
 def examples(path: Path, target: str = "chosen", on_bad_row: str = "error"):
     """Read examples with the template of these tests."""
-    return read_examples(path, Columns(), target, TEMPLATE, on_bad_row)
+    return read_examples(DatasetSplit(path, Columns()), target, TEMPLATE, on_bad_row)
 
 
 @pytest.mark.parametrize(
@@ -664,5 +673,5 @@ def test_every_format_has_a_parser_and_is_named_in_help_and_errors(tmp_path: Pat
     assert all(name in FORMAT_NAMES for name in FORMATS)
     assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in FORMAT_OF_SUFFIX)
     with pytest.raises(DataError) as caught:
-        find_splits(str(tmp_path))
+        training_splits(str(tmp_path))
     assert all(suffix in str(caught.value) for suffix in FORMAT_OF_SUFFIX)

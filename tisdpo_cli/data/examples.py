@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tisdpo_cli.data.dataset import Columns, DatasetSplit
 from tisdpo_cli.data.hints import unused_context
 from tisdpo_cli.data.messages import Conversation, is_supervised, supervised_conversation
-from tisdpo_cli.data.pairs import Columns, Pair, read_pairs, text_problem, transcript
+from tisdpo_cli.data.pairs import Pair, read_pairs, text_problem, transcript
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError, UsageError
@@ -32,7 +33,7 @@ class Example:
 
 
 def read_examples(
-    path: Path, columns: Columns, target: Target, instruction_template: str, on_bad_row: str
+    split: DatasetSplit, target: Target, instruction_template: str, on_bad_row: str
 ) -> tuple[list[Example], list[str]]:
     """Read the examples of a split, and messages for the user.
 
@@ -40,8 +41,7 @@ def read_examples(
     `completion`) are conversations to learn, and `instruction` makes instruction rows; any other file holds pairs.
 
     Args:
-        path: file of the split.
-        columns: column names of pairs.
+        split: what is read.
         target: which responses of a pair become examples.
         instruction_template: prompt of an instruction row, with a placeholder `{instruction}`.
         on_bad_row: `error` or `skip`.
@@ -50,11 +50,12 @@ def read_examples(
         DataError: rows are invalid.
         UsageError: the target is the rejected response of instruction rows.
     """
-    kind = _kind(path, columns)
+    path, choice = split.path, split.rows
+    kind = _kind(path, split.columns)
     if kind == "pairs":
-        split = read_pairs(path, columns, on_bad_row)
+        read = read_pairs(path, split.columns, on_bad_row, choice)
         sides = ("chosen", "rejected") if target == "both" else (target,)
-        return [_of_pair(pair, side) for pair in split.pairs for side in sides], split.notices
+        return [_of_pair(pair, side) for pair in read.pairs for side in sides], read.notices
     if target == "rejected":
         raise UsageError(f"{kind} rows have no rejected response", where=f"{path}: --target rejected")
     examples, bad = [], []
@@ -64,8 +65,13 @@ def read_examples(
         rows += [row] if isinstance(row, Row) else []
         example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
         bad.append(example) if isinstance(example, BadRow) else examples.append(example)
+        if choice.enough(len(examples)):
+            break
     notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
-    return examples, [*notices, *unused_context(path.name, rows, _USED[kind])]
+    rest, held = choice.split(examples, split.where)
+    if held and not choice.held_out:
+        notices.append(f"{path.name}: {len(held)} rows held out for evaluation")
+    return held if choice.held_out else rest, [*notices, *unused_context(path.name, rows, _USED[kind])]
 
 
 Kind = Literal["pairs", "instruction", "messages"]

@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tisdpo_cli.errors import DataError, UsageError, is_out_of_memory
-from tisdpo_cli.files import PARTIAL, cache_directory
+from tisdpo_cli.files import cache_directory, replacing
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _TIMEOUT_SECONDS = 1.5
+# Names the splits that the hub has; the cache holds those that were asked for.
+_SPLITS_FILE = "splits.json"
 
 
-def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Path]:
-    """Return the splits of a hub dataset as JSONL files in the cache.
+def fetch_splits(name: str, near: str) -> tuple[list[str], Callable[[str], Path]]:
+    """Find the splits of a hub dataset.
 
     Args:
         name: `owner/name`.
-        splits: splits to download, of which `train` is required.
         near: suggestion for a path that looks mistyped, or nothing.
+
+    Returns:
+        The names of the splits, and a function that returns the JSONL file of one and downloads it if need be.
 
     Raises:
         UsageError: the name is not a hub id, or the hub does not have it or cannot be reached.
-        DataError: the dataset has no train split.
+        DataError: it cannot be downloaded.
     """
     where = f"--dataset {name}"
     if near or not _HUB_ID.match(name) or Path(name.split("/")[0]).is_dir():
@@ -35,40 +41,73 @@ def fetch_splits(name: str, splits: tuple[str, ...], near: str) -> dict[str, Pat
     try:
         revision = huggingface_hub.HfApi().dataset_info(name, timeout=_TIMEOUT_SECONDS).sha
     except Exception as error:
-        cached = sorted(folder.glob("*/train.jsonl"), key=lambda path: path.stat().st_mtime)
+        cached = sorted(folder.glob("*/[!.]*.jsonl"), key=lambda path: path.stat().st_mtime)
         if cached:
-            return _cached_splits(cached[-1].parent, splits)
+            return _cached_splits(cached[-1].parent, name)
         reason = f"hub: {type(error).__name__}"
         raise UsageError(
             f"no such file or directory, and no dataset to download by this name ({reason})", where=where
         ) from error
-    folder = folder / str(revision)
-    if not (folder / "train.jsonl").is_file():
-        _download(name, revision, folder, splits)
-    return _cached_splits(folder, splits)
+    return _splits_of_revision(folder / str(revision), name, revision)
 
 
-def _download(name: str, revision: str | None, folder: Path, splits: tuple[str, ...]) -> None:
+def _cached_splits(folder: Path, name: str) -> tuple[list[str], Callable[[str], Path]]:
+    """The splits of a cached revision, while the hub cannot be reached."""
+    cached = sorted(file.stem for file in folder.glob("[!.]*.jsonl"))
+    names = _recorded_names(folder) or cached
+
+    def locate(split: str) -> Path:
+        if split not in cached:
+            what = f"split {split!r} is not cached, and the hub cannot be reached"
+            raise UsageError(what, where=f"--dataset {name}")
+        return folder / f"{split}.jsonl"
+
+    return names, locate
+
+
+def _splits_of_revision(folder: Path, name: str, revision: str | None) -> tuple[list[str], Callable[[str], Path]]:
+    loaded: dict[str, Mapping[str, Any]] = {}
+
+    def load() -> Mapping[str, Any]:
+        if not loaded:
+            loaded[name] = _download(name, revision)
+        return loaded[name]
+
+    def locate(split: str) -> Path:
+        file = folder / f"{split}.jsonl"
+        if not file.is_file():
+            _write((json.dumps(row, ensure_ascii=False, default=str) for row in load()[split]), file)
+        return file
+
+    names = _recorded_names(folder)
+    if names is None:
+        names = list(load())
+        _write([json.dumps({"splits": names})], folder / _SPLITS_FILE)
+    return names, locate
+
+
+def _recorded_names(folder: Path) -> list[str] | None:
+    try:
+        return list(json.loads((folder / _SPLITS_FILE).read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _download(name: str, revision: str | None) -> Mapping[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(name, revision=revision)
+        return datasets.load_dataset(name, revision=revision)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot be downloaded: {reason[:160]}", where=f"--dataset {name}") from error
-    if "train" not in loaded:
-        raise DataError(f"has no train split (it has {', '.join(loaded)})", where=f"--dataset {name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    # The train split is written last, as the marker of a complete download. Several processes may download at once.
-    for split in sorted(set(splits) & set(loaded), key=lambda s: s == "train"):
-        partial = folder / f"{PARTIAL}{os.getpid()}-{split}.jsonl"
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in loaded[split])
-        partial.replace(folder / f"{split}.jsonl")
 
 
-def _cached_splits(folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
-    return {split: folder / f"{split}.jsonl" for split in splits if (folder / f"{split}.jsonl").is_file()}
+def _write(lines: Iterable[str], path: Path) -> None:
+    """Write a file of the cache. Several processes may do it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, f"{os.getpid()}-") as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in lines)

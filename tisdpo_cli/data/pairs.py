@@ -5,34 +5,17 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.data.dataset import EVERY_ROW, Columns, RowChoice
 from tisdpo_cli.data.dialogues import dialogue_conversation
 from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
 from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
 from tisdpo_cli.data.reader import read_rows, shown_path
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column names of a preference dataset.
-
-    Attributes:
-        dialogue: whether the texts are dialogues with turns of "Human:" and "Assistant:", to be read as messages.
-    """
-
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    dialogue: bool = False
-
-    def named(self) -> dict[str, str]:
-        """Return role to column name."""
-        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
 
 @dataclass(frozen=True)
@@ -64,13 +47,14 @@ class Pairs:
     notices: list[str] = field(default_factory=list)
 
 
-def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
-    """Read the preference pairs of a split.
+def read_pairs(path: Path, columns: Columns, on_bad_row: str, choice: RowChoice = EVERY_ROW) -> Pairs:
+    """Read preference pairs.
 
     Args:
-        path: file of the split.
+        path: file, saved dataset or glob.
         columns: column names.
         on_bad_row: `error` or `skip`.
+        choice: which rows are used.
 
     Raises:
         DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
@@ -88,6 +72,8 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
             objects.append(row)
         pair = row if isinstance(row, BadRow) else _pair(row, columns, len(pairs), chat)
         bad.append(pair) if isinstance(pair, BadRow) else pairs.append(pair)
+        if choice.enough(len(pairs)):
+            break
     if not total:
         raise DataError("the file has no rows", where=shown_path(path))
     needed = {role: name for role, name in columns.named().items() if role != "prompt" or not chat}
@@ -97,9 +83,22 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str) -> Pairs:
     if error is not None:
         raise error
     notices += handle_bad_rows(bad, total, on_bad_row)
+    pairs, split_notices = _chosen(path, pairs, choice)
     used = [*columns.named().values(), *(_CHAT_COLUMNS if chat else ())]
     unused = unused_context(path.name, [pair.row for pair in pairs], used)
-    return Pairs(pairs, [*notices, *unused, *_contradictions(path, pairs)])
+    return Pairs(pairs, [*notices, *split_notices, *unused, *_contradictions(path, pairs)])
+
+
+def _chosen(path: Path, pairs: list[Pair], choice: RowChoice) -> tuple[list[Pair], list[str]]:
+    """The pairs in use, numbered anew, and what the user should know of those held out."""
+    rest, held = choice.split(pairs, shown_path(path))
+    used = [replace(pair, index=index) for index, pair in enumerate(held if choice.held_out else rest)]
+    if not held or choice.held_out:
+        return used, []
+    prompts = {pair.prompt for pair in rest}
+    shared = sum(pair.prompt in prompts for pair in held)
+    known = f"; {shared} of them have a prompt that training rows have too" if shared else ""
+    return used, [f"{path.name}: {len(held)} rows held out for evaluation{known}"]
 
 
 # Columns that conversations use besides those of the pair.

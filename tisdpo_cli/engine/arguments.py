@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tisdpo_cli.data.chat_tokens import ChatOptions
-from tisdpo_cli.data.pairs import Columns
-from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, RowChoice
+from tisdpo_cli.data.locate import TRAIN, find_splits, named_split, test_split, training_splits
 from tisdpo_cli.data.scored import read_manifest
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import Limits
@@ -19,19 +20,32 @@ from tisdpo_cli.files import sha256
 from tisdpo_cli.model.directory import content_hashes
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
-from tisdpo_cli.settings.groups import ColumnOptions, Data
+from tisdpo_cli.settings.groups import ColumnOptions, Data, TrainingData
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.train_pairs import TrainPairs
 
 Scored = TypeVar("Scored", TrainPairs, InspectWeights)
 
 
-def find_dataset(dataset: str, reporter: Reporter) -> dict[str, Path]:
-    """Split name to its file, with a note if the choice needs one; see `find_splits`."""
-    files = find_splits(dataset)
+def find_dataset(dataset: str, data: TrainingData, reporter: Reporter) -> dict[str, DatasetSplit]:
+    """The splits in use, `train` and perhaps `test`, with a note if the choice needs one; see `training_splits`."""
+    files = training_splits(dataset, data.split, data.eval_split, data.eval_size is not None)
     for notice in files.notices:
         reporter.note(notice)
-    return files
+    columns, choice = columns_of(data), RowChoice(data.limit, data.eval_size)
+    splits = {"train": DatasetSplit(files["train"], columns, choice)}
+    if "test" in files:
+        splits["test"] = DatasetSplit(files["test"], columns)
+    elif data.eval_size is not None:
+        splits["test"] = DatasetSplit(files["train"], columns, replace(choice, held_out=True))
+    return splits
+
+
+def evaluated_split(dataset: str, name: str | None, data: Data) -> tuple[str, DatasetSplit]:
+    """The split to evaluate on, by default the test split if there is one, with its name."""
+    found = find_splits(dataset)
+    name = name or test_split(found) or TRAIN
+    return name, DatasetSplit(named_split(found, name, dataset, "--split"), columns_of(data))
 
 
 def columns_of(data: ColumnOptions) -> Columns:
@@ -46,7 +60,7 @@ def limits_of(data: Data) -> Limits:
 
 def read_options(data: Data) -> ReadOptions:
     """How rows are read and cut."""
-    return ReadOptions(columns_of(data), data.on_bad_row, limits_of(data), parses(data), chat_options(data))
+    return ReadOptions(data.on_bad_row, limits_of(data), parses(data), chat_options(data))
 
 
 def chat_options(data: ColumnOptions) -> ChatOptions:
@@ -106,7 +120,7 @@ def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
 
 
 def output_request(
-    settings: Any, resolved: Mapping[str, Any], models: Mapping[str, Path | None], files: Mapping[str, Path]
+    settings: Any, resolved: Mapping[str, Any], models: Mapping[str, Path | None], splits: Iterable[DatasetSplit]
 ) -> OutputRequest:
     """The output that a command creates.
 
@@ -114,14 +128,15 @@ def output_request(
         settings: of the command.
         resolved: settings whose value depends on the machine or on other settings, as they are in force.
         models: option name to directory of the models it reads, or None.
-        files: split name to file of the dataset it reads.
+        splits: what it reads of the dataset.
     """
+    files = list(dict.fromkeys(path for split in splits for path in split.paths))
     resume = settings.resume if hasattr(settings, "resume") else settings.checkpoints.resume
     return OutputRequest(
         path=Path(settings.output_dir),
         command=settings.command,
         fingerprint={**settings.fingerprint(), **resolved},
-        inputs=[path for path in (*models.values(), *files.values()) if path is not None],
+        inputs=[path for path in (*models.values(), *files) if path is not None],
         content_hashes=lambda: {**content_hashes(models, files), **_template_hash(settings.data)},
         overwrite=settings.overwrite,
         restart=resume == "never",

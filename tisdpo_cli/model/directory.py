@@ -287,12 +287,12 @@ def end_ids(path: Path) -> list[int]:
     return sorted({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0})
 
 
-def content_hashes(models: Mapping[str, Path | None], files: Mapping[str, Path]) -> dict[str, str]:
+def content_hashes(models: Mapping[str, Path | None], files: Iterable[Path]) -> dict[str, str]:
     """Hash the models and the dataset that a command reads, under the keys `content of NAME`.
 
     Args:
         models: option name to model directory, or None if the option is not set.
-        files: split name to file of the dataset.
+        files: of the dataset.
     """
     hashes = {f"content of {name}": hash_model(path) for name, path in models.items() if path is not None}
-    return {**hashes, "content of dataset": sha256(*files.values(), named=True)}
+    return {**hashes, "content of dataset": sha256(*files, named=True)}

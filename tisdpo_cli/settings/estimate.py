@@ -19,7 +19,7 @@ from tisdpo_cli.settings.base import (
     resume_setting,
 )
 from tisdpo_cli.settings.fields import PathText, PositiveInt, setting
-from tisdpo_cli.settings.groups import Data, Dtype, Layout, dtype_setting, layout_setting
+from tisdpo_cli.settings.groups import Dtype, Layout, TrainingData, dtype_setting, layout_setting
 
 # The two sides of the contrast that scores are made of.
 CONTRAST = ("forward", "reverse")
@@ -52,7 +52,7 @@ class Estimate(Command):
     negative_template: str | None = _template_setting("reverse", "harmful")
     trust_remote_code: bool = remote_code_setting()
     dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
-    data: Data = Data()
+    data: TrainingData = TrainingData()
     keep_logps: bool = setting(False, "also write the log-probs under both models, as extra columns", "Data")
     batch_size: PositiveInt = setting(
         16, "pairs per forward pass on each process", "Memory", "--per-device-eval-batch-size"

@@ -6,7 +6,7 @@ import json
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
 
 from tisdpo_cli.settings.base import resume_setting
 from tisdpo_cli.settings.fields import (
@@ -109,7 +109,39 @@ class Data(ColumnOptions):
         return self
 
 
-class SftData(Data):
+def _rows_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("must be a number of rows, or a share below 1")
+    return int(value) if value >= 1 else value
+
+
+class TrainingData(Data):
+    """How rows are chosen, read and truncated where a dataset is split into training and evaluation."""
+
+    split: PathText = setting("train", "split to train on", "Data", "--dataset-train-split", metavar="NAME")
+    eval_split: PathText | None = setting(
+        None, "split to evaluate on (default: test, or validation and the like)", "Data", "--dataset-test-split",
+        metavar="NAME",
+    )  # fmt: skip
+    limit: PositiveInt | None = setting(None, "use only the first N rows of the training split", "Data")
+    eval_size: Annotated[PositiveFloat, AfterValidator(_rows_or_share)] | None = setting(
+        None, "hold out N rows of the training split, or a share of them, to evaluate on", "Data", metavar="N|SHARE"
+    )
+
+    @classmethod
+    def of_scored_dataset(cls) -> dict[str, Any]:
+        """The settings that `estimate` has applied to the rows of a scored dataset, with what they are for it."""
+        names = ("split", "eval_split", "limit", "eval_size")
+        return {f"data.{name}": cls.model_fields[name].default for name in names}
+
+    @model_validator(mode="after")
+    def _one_test_split(self) -> TrainingData:
+        if self.eval_split is not None and self.eval_size is not None:
+            raise ValueError("give either eval_split or eval_size, not both")
+        return self
+
+
+class SftData(TrainingData):
     """How rows are read and truncated in train-sft, which also takes instruction rows."""
 
     instruction_template: str = setting(

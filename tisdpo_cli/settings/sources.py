@@ -243,11 +243,12 @@ def to_yaml(settings: Command, origins: Mapping[str, str] | None = None) -> str:
 
 
 def _write(lines: list[str], settings: Any, prefix: str, depth: int, origins: Mapping[str, str] | None) -> None:
-    wired = set(_wiring_names(prefix.rstrip(".")))
+    stage, _, group = prefix.partition(".")
+    wired = set(_wiring_names(stage))
     for name in type(settings).model_fields:
         value, path = getattr(settings, name), f"{prefix}{name}"
         indent = "  " * depth
-        if name in wired:
+        if f"{group}{name}" in wired:
             continue
         if hasattr(type(value), "model_fields"):
             lines.append(f"{indent}{name}:")

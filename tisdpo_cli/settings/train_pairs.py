@@ -19,7 +19,7 @@ from tisdpo_cli.settings.base import (
     seed_setting,
 )
 from tisdpo_cli.settings.fields import PathText, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Data, Evaluation, Memory, Optim
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, Optim, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
 
 
@@ -32,7 +32,7 @@ class TrainPairs(Command):
     )
     trust_remote_code: bool = remote_code_setting()
     dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
-    data: Data = Data()
+    data: TrainingData = TrainingData()
     method: Method = Method()
     optim: Optim = Optim()
     memory: Memory = Memory()

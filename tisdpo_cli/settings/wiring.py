@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.settings.groups import TrainingData
 from tisdpo_cli.settings.names import resolve
 from tisdpo_cli.settings.run import STAGES, Stages
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -66,7 +67,7 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
             "model": start if head.method == "prompt" else None,
             "output_dir": at["estimate"],
         },
-        "train": {**trained, "dataset": at["estimate"], "output_dir": at["train"]},
+        "train": {**trained, **TrainingData.of_scored_dataset(), "dataset": at["estimate"], "output_dir": at["train"]},
         "inspect_weights": {"scored": at["estimate"], "html": str(Path(head.output_dir) / "report.html")},
     }
 

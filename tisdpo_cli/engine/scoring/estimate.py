@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading
@@ -45,7 +46,7 @@ class _Estimation:
         paths: `model`, or `forward` and `reverse`, to the directory.
         models: side to what the user calls its model.
         templates: side to the text of its template.
-        files: split name to file.
+        splits: what is scored.
         reading: how rows are read, for the manifest.
         config_yaml: the settings, written to `config.yaml`.
     """
@@ -54,7 +55,7 @@ class _Estimation:
     paths: Mapping[str, Path]
     models: Mapping[str, str]
     templates: Mapping[str, str]
-    files: Mapping[str, Path]
+    splits: Mapping[str, DatasetSplit]
     options: ReadOptions
     reading: dict[str, Any]
     keep_logps: bool
@@ -70,7 +71,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     """
     options = ["model"] if settings.model is not None else list(CONTRAST)
     paths = {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
-    files = find_dataset(settings.dataset, reporter)
+    sources = find_dataset(settings.dataset, settings.data, reporter)
     runtime = Runtime(reporter)
     precision = runtime.precision(settings.dtype, scoring=True)
     estimation = _Estimation(
@@ -78,7 +79,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
         paths=paths,
         models=settings.models(),
         templates=settings.templates(),
-        files=files,
+        splits=sources,
         options=read_options(settings.data),
         reading=recorded_reading(settings.data),
         keep_logps=settings.keep_logps,
@@ -87,7 +88,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
         ),
         config_yaml=to_yaml(settings),
     )
-    with claim_output(runtime, output_request(settings, {"dtype": precision}, paths, files)) as output:
+    with claim_output(runtime, output_request(settings, {"dtype": precision}, paths, sources.values())) as output:
         if output.state == "finished":
             return finished_result(runtime, output)
         return _estimate(estimation, runtime, output)
@@ -100,7 +101,7 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     _warn_if_equal(sides, estimation, output, reporter)
     chat = ChatEncoder(tokenizer, estimation.options.chat)
     vocabulary = vocabulary_of(tokenizer, chat)
-    splits = {name: read_split(path, estimation.options, vocabulary) for name, path in estimation.files.items()}
+    splits = {name: read_split(split, estimation.options, vocabulary) for name, split in estimation.splits.items()}
     if chat.used and any(len(side.template) for side in sides):
         raise UsageError(
             "prompt templates on conversations are not supported yet", where=estimation.dataset, fix="use two models"

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import find_dataset, read_options, with_recorded_reading
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, pair_costs, planned_passes
@@ -83,12 +84,12 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     if isinstance(settings, Train):
         settings = with_recorded_reading(settings, settings.dataset)
     models = _locate_models(settings)
-    files = find_dataset(settings.dataset, reporter)
+    splits = find_dataset(settings.dataset, settings.data, reporter)
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, models.policy_path)
-    training = _training(runtime, settings, models, files)
+    training = _training(runtime, settings, models, splits)
     paths = {"model": models.policy_path, "ref_model": models.reference_path}
-    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, files)
+    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, splits)
     with claimed as output:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
@@ -115,14 +116,14 @@ def _locate_models(settings: TrainPairs) -> _Models:
     )
 
 
-def _training(runtime: Runtime, settings: TrainPairs, models: _Models, files: Mapping[str, Path]) -> _Training:
+def _training(runtime: Runtime, settings: TrainPairs, models: _Models, splits: Mapping[str, DatasetSplit]) -> _Training:
     directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
     swapped = isinstance(settings, TrainReverse)
     return _Training(
         models=models,
         source=PairSource(
             dataset=settings.dataset,
-            files=files,
+            splits=splits,
             options=read_options(settings.data),
             eval_pairs=settings.evaluation.eval_pairs,
             swapped=swapped,
