@@ -585,6 +585,47 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
     assert asked == ["owner/pairs"] * 2
 
 
+def test_configurations_and_revisions_of_the_hub_are_cached_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    class Hub:
+        def dataset_info(self, name: str, timeout: float, revision: str = "main"):
+            return type("Info", (), {"sha": f"sha-of-{revision}"})
+
+    def load(name: str, config: str | None, revision: str):
+        if config == "none":
+            raise ValueError("BuilderConfig 'none' not found. Available: ['a', 'b']\nmore")
+        row = {**GOOD, "prompt": f"{name} {config} {revision}"}
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list([row])})
+
+    def prompt(name: str) -> str:
+        (row,) = read_rows(find_splits(name)["train"])
+        assert isinstance(row, Row)
+        return row.columns["prompt"]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    expected = {
+        "o/n": "o/n None sha-of-main",
+        "o/n:a": "o/n a sha-of-main",
+        "o/n@refs/convert/parquet": "o/n None sha-of-refs/convert/parquet",
+        "o/n:a@v1.0": "o/n a sha-of-v1.0",
+    }
+    assert {name: prompt(name) for name in expected} == expected
+    with pytest.raises(DataError, match=r"Available: \['a', 'b'\]; name its configuration, as in o/n:CONFIG"):
+        find_splits("o/n:none")
+    # Without the hub, what was fetched by each name is used, and nothing else.
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert {name: prompt(name) for name in reversed(expected)} == expected
+    for name in ("o/n:b", "o/n@v2", "o/n:a@", "o/n:"):
+        with pytest.raises(UsageError, match="no such file or directory"):
+            find_splits(name)
+
+
 @pytest.mark.parametrize("name", ["x.xlsx", "x.arrow", "x.txt"])
 def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
     with pytest.raises(DataError, match="convert it to JSONL, JSON, CSV or Parquet"):
