@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tisdpo_cli.errors import UsageError
+from tisdpo_cli.formats import DataFormat
 
 T = TypeVar("T")
 
@@ -19,12 +20,14 @@ class Columns:
 
     Attributes:
         dialogue: whether the texts are dialogues with turns of "Human:" and "Assistant:", to be read as messages.
+        data_format: what a row holds.
     """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
     dialogue: bool = False
+    data_format: DataFormat = "pairs"
 
     def named(self) -> dict[str, str]:
         """Return role to column name."""

@@ -84,6 +84,8 @@ _USED = {
 
 def _kind(path: Path, columns: Columns) -> Kind:
     """What a file holds, by its first row."""
+    if columns.data_format != "pairs":
+        return "pairs"
     first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
     if first is None or columns.chosen in first.columns:
         return "pairs"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.data.data_formats import CONVERTERS, check_scores
 from tisdpo_cli.data.dataset import EVERY_ROW, Columns, RowChoice
 from tisdpo_cli.data.dialogues import dialogue_conversation
 from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
@@ -63,9 +64,13 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str, choice: RowChoice 
     pairs: list[Pair] = []
     bad: list[BadRow] = []
     notices: list[str] = []
-    total, chat = 0, columns.dialogue
-    for row in read_rows(path, notices):
+    total, ties, chat = 0, 0, columns.dialogue
+    for raw in read_rows(path, notices):
         total += 1
+        row = raw if isinstance(raw, BadRow) else _as_pair(raw, columns)
+        if row is None:
+            ties += 1
+            continue
         if isinstance(row, Row):
             # The first row decides what the file holds.
             chat = chat or (not objects and is_conversational(row.columns, list(columns.named().values())))
@@ -76,6 +81,9 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str, choice: RowChoice 
             break
     if not total:
         raise DataError("the file has no rows", where=shown_path(path))
+    if ties == total:
+        raise DataError(f"all {total} rows are ties: no answer is better", where=shown_path(path))
+    notices += [f"{path.name}: {ties} rows dropped: their answers are rated the same"] if ties else []
     needed = {role: name for role, name in columns.named().items() if role != "prompt" or not chat}
     error = missing_columns(path, shown_path(path), objects, needed) if objects else None
     if error is None and len(bad) == total:
@@ -103,6 +111,19 @@ def _chosen(path: Path, pairs: list[Pair], choice: RowChoice) -> tuple[list[Pair
 
 # Columns that conversations use besides those of the pair.
 _CHAT_COLUMNS = ("system", "tools", "conversations", "chat_template_kwargs")
+
+
+def _as_pair(row: Row, columns: Columns) -> Row | BadRow | None:
+    """A row with its pair in the columns of pairs, or None if no answer is better than the other."""
+    if columns.data_format == "pairs":
+        return row
+    try:
+        if columns.data_format == "scored-pairs":
+            return row if check_scores(row.columns) else None
+        converted = CONVERTERS[columns.data_format].apply(row.columns)
+    except DataError as error:
+        return BadRow(row.where, error.what)
+    return None if converted is None else Row(row.where, converted)
 
 
 def _pair(row: Row, columns: Columns, index: int, chat: bool) -> Pair | BadRow:

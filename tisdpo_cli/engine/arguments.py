@@ -50,7 +50,8 @@ def evaluated_split(dataset: str, name: str | None, data: Data) -> tuple[str, Da
 
 def columns_of(data: ColumnOptions) -> Columns:
     """The column names of the settings."""
-    return Columns(data.prompt_column, data.chosen_column, data.rejected_column, data.dialogue == "hh")
+    data_format = data.data_format if isinstance(data, Data) else "pairs"
+    return Columns(data.prompt_column, data.chosen_column, data.rejected_column, data.dialogue == "hh", data_format)
 
 
 def limits_of(data: Data) -> Limits:
@@ -101,7 +102,8 @@ _RECORDED = (
 
 def recorded_reading(data: ColumnOptions) -> dict[str, Any]:
     """How rows are read, for the manifest of a scored dataset."""
-    return {name: getattr(data, name) for name in _RECORDED}
+    # The rows that are written are pairs, whatever they were made of.
+    return {**{name: getattr(data, name) for name in _RECORDED}, "data_format": "pairs"}
 
 
 def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
@@ -116,6 +118,8 @@ def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
     if not isinstance(recorded, dict):
         return settings
     values = {f"data.{name}": recorded[name] for name in _RECORDED if name in recorded and name not in given}
+    if isinstance(settings.data, Data):
+        values["data.data_format"] = "pairs"
     return settings.with_values(values)  # type: ignore[return-value]
 
 

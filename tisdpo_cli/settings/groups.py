@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
 
+from tisdpo_cli.formats import DataFormat
 from tisdpo_cli.settings.base import resume_setting
 from tisdpo_cli.settings.fields import (
     Group,
@@ -95,9 +96,20 @@ class ColumnOptions(Group):
 class Data(ColumnOptions):
     """How rows are read and truncated."""
 
+    data_format: DataFormat = setting(
+        "pairs", f"what a row holds: {', '.join(get_args(DataFormat))}", "Data", metavar="NAME"
+    )
     max_length: PositiveInt = setting(512, "maximum tokens of prompt and response together", "Data")
     max_prompt_length: PositiveInt = setting(256, "maximum prompt tokens in rows that exceed --max-length", "Data")
     keep_prompt: Literal["end", "start"] = setting("end", "part of a truncated prompt to keep", "Data")
+
+    @model_validator(mode="after")
+    def _names_columns_of_pairs(self) -> Data:
+        columns = ("prompt_column", "chosen_column", "rejected_column")
+        given = [name for name in columns if getattr(self, name) != type(self).model_fields[name].default]
+        if given and self.data_format not in ("pairs", "scored-pairs"):
+            raise ValueError(f"{given[0]} is for pairs; rows of data_format {self.data_format} have their own columns")
+        return self
 
     @model_validator(mode="after")
     def _leaves_room_for_a_response(self) -> Data:
@@ -131,7 +143,7 @@ class TrainingData(Data):
     @classmethod
     def of_scored_dataset(cls) -> dict[str, Any]:
         """The settings that `estimate` has applied to the rows of a scored dataset, with what they are for it."""
-        names = ("split", "eval_split", "limit", "eval_size")
+        names = ("data_format", "split", "eval_split", "limit", "eval_size")
         return {f"data.{name}": cls.model_fields[name].default for name in names}
 
     @model_validator(mode="after")
