@@ -13,6 +13,7 @@ from tisdpo_cli.data.data_formats import CONVERTERS, check_scores
 from tisdpo_cli.data.dataset import EVERY_ROW, Columns, RowChoice
 from tisdpo_cli.data.dialogues import dialogue_conversation
 from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
+from tisdpo_cli.data.layouts import SAMPLE, Values, layout_notices, suggested_option
 from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
 from tisdpo_cli.data.reader import read_rows, shown_path
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
@@ -60,41 +61,75 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str, choice: RowChoice 
     Raises:
         DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
     """
-    objects: list[Row] = []
-    pairs: list[Pair] = []
-    bad: list[BadRow] = []
-    notices: list[str] = []
-    total, ties, chat = 0, 0, columns.dialogue
-    for raw in read_rows(path, notices):
-        total += 1
-        row = raw if isinstance(raw, BadRow) else _as_pair(raw, columns)
+    reading = _Reading(path, columns)
+    for row in read_rows(path, reading.notices):
+        reading.take(row)
+        if choice.enough(len(reading.pairs)):
+            break
+    reading.check()
+    notices = [*reading.notices, *handle_bad_rows(reading.bad, reading.total, on_bad_row)]
+    pairs, split_notices = _chosen(path, reading.pairs, choice)
+    used = [*columns.named().values(), *(_CHAT_COLUMNS if reading.chat else ())]
+    layout = layout_notices(path.name, [pair.row.columns for pair in pairs], columns, reading.chat)
+    unused = unused_context(path.name, [pair.row for pair in pairs], used)
+    return Pairs(pairs, [*notices, *split_notices, *layout, *unused, *_contradictions(path, pairs)])
+
+
+class _Reading:
+    """The rows of a file so far."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self.path, self.columns = path, columns
+        self.pairs: list[Pair] = []
+        self.bad: list[BadRow] = []
+        self.notices: list[str] = []
+        # Rows as they are before the first pair, and as pairs.
+        self.sample: list[Values] = []
+        self.objects: list[Row] = []
+        self.total = self.ties = 0
+        self.chat = columns.dialogue
+
+    def take(self, raw: Row | BadRow) -> None:
+        """Add a row."""
+        self.total += 1
+        if isinstance(raw, Row) and not self.pairs and len(self.sample) < SAMPLE:
+            self.sample.append(raw.columns)
+        row = raw if isinstance(raw, BadRow) else _as_pair(raw, self.columns)
         if row is None:
-            ties += 1
-            continue
+            self.ties += 1
+            return
         if isinstance(row, Row):
             # The first row decides what the file holds.
-            chat = chat or (not objects and is_conversational(row.columns, list(columns.named().values())))
-            objects.append(row)
-        pair = row if isinstance(row, BadRow) else _pair(row, columns, len(pairs), chat)
-        bad.append(pair) if isinstance(pair, BadRow) else pairs.append(pair)
-        if choice.enough(len(pairs)):
-            break
-    if not total:
-        raise DataError("the file has no rows", where=shown_path(path))
-    if ties == total:
-        raise DataError(f"all {total} rows are ties: no answer is better", where=shown_path(path))
-    notices += [f"{path.name}: {ties} rows dropped: their answers are rated the same"] if ties else []
-    needed = {role: name for role, name in columns.named().items() if role != "prompt" or not chat}
-    error = missing_columns(path, shown_path(path), objects, needed) if objects else None
-    if error is None and len(bad) == total:
-        error = other_shape(path, shown_path(path))
-    if error is not None:
-        raise error
-    notices += handle_bad_rows(bad, total, on_bad_row)
-    pairs, split_notices = _chosen(path, pairs, choice)
-    used = [*columns.named().values(), *(_CHAT_COLUMNS if chat else ())]
-    unused = unused_context(path.name, [pair.row for pair in pairs], used)
-    return Pairs(pairs, [*notices, *split_notices, *unused, *_contradictions(path, pairs)])
+            names = list(self.columns.named().values())
+            self.chat = self.chat or (not self.objects and is_conversational(row.columns, names))
+            self.objects.append(row)
+        pair = row if isinstance(row, BadRow) else _pair(row, self.columns, len(self.pairs), self.chat)
+        self.bad.append(pair) if isinstance(pair, BadRow) else self.pairs.append(pair)
+
+    def check(self) -> None:
+        """Check what is wrong with the file rather than with a row.
+
+        Raises:
+            DataError: it has no rows, only ties, another shape, or a column is missing in all rows.
+        """
+        shown, columns = shown_path(self.path), self.columns
+        if not self.total:
+            raise DataError("the file has no rows", where=shown)
+        if self.ties == self.total:
+            raise DataError(f"all {self.total} rows are ties: no answer is better", where=shown)
+        if self.ties:
+            self.notices.append(f"{self.path.name}: {self.ties} rows dropped: their answers are rated the same")
+        needed = {role: name for role, name in columns.named().items() if role != "prompt" or not self.chat}
+        error = missing_columns(self.path, shown, self.objects, needed) if self.objects else None
+        unreadable = len(self.bad) == self.total
+        option = suggested_option(self.sample, columns) if error is not None or unreadable else None
+        if option is not None:
+            what = f"no row is read as {columns.data_format}: {self.bad[0].why}" if error is None else error.what
+            raise DataError(what, where=shown, fix=f"try {option}")
+        if error is None and unreadable:
+            error = other_shape(self.path, shown)
+        if error is not None:
+            raise error
 
 
 def _chosen(path: Path, pairs: list[Pair], choice: RowChoice) -> tuple[list[Pair], list[str]]:
