@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import pair_rows, read_jsonl, run_here, write_jsonl
 
-from tisdpo_cli.data.dataset import Columns, RowChoice
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.locate import find_splits, training_splits
-from tisdpo_cli.data.pairs import read_pairs
+from tisdpo_cli.data.pairs import Pairs, read_split_pairs
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.errors import DataError, UsageError
 
@@ -28,6 +28,10 @@ def parquet(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
+
+
+def read(path: Path, limit: int | None = None, size: float | None = None, for_test: bool = False) -> Pairs:
+    return read_split_pairs(DatasetSplit((Part(str(path), path, Columns()),), limit, size, for_test), "error")
 
 
 # Splits ------------------------------------------------------------------------------------------------------------
@@ -74,39 +78,41 @@ def test_shards_of_a_download_are_one_split(tmp_path: Path, folder: str, end: st
 
 @pytest.mark.parametrize("size", [6, 0.3])
 def test_held_out_rows_are_in_one_split_only(tmp_path: Path, size: float) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [*ROWS[:19], ROWS[0]])
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS[:10] * 2)
 
-    def read(limit: int | None, held_out: bool) -> list[str]:
-        pairs = read_pairs(path, Columns(), "error", RowChoice(limit, size, held_out)).pairs
+    def places(limit: int | None, held_out: bool) -> list[str]:
+        pairs = read(path, limit, size, held_out).pairs
         assert [pair.index for pair in pairs] == list(range(len(pairs)))
         return [pair.row.where for pair in pairs]
 
-    train, test = read(None, held_out=False), read(None, held_out=True)
+    train, test = places(None, held_out=False), places(None, held_out=True)
     assert len(test) == 6
     assert sorted([*train, *test]) == sorted(f"{path}:{line}" for line in range(1, 21))
     # A limit leaves the test rows as they are.
-    assert read(3, held_out=False) == train[:3]
-    assert read(None, held_out=True) == test
-    said = read_pairs(path, Columns(), "error", RowChoice(None, size)).notices
-    assert said == [
-        "x.jsonl: 6 rows held out for evaluation"
-        + ("; 1 of them have a prompt that training rows have too" if {f"{path}:1", f"{path}:20"} & set(test) else "")
-    ]
+    assert places(3, held_out=False) == train[:3]
+    assert places(None, held_out=True) == test
+    lines = {int(place.rpartition(":")[2]) for place in test}
+    apart = sum((line + 9) % 20 + 1 not in lines for line in lines)
+    assert apart
+    (said,) = (notice for notice in read(path, None, size).notices if "held out" in notice)
+    assert said == (
+        f"x.jsonl: 6 rows held out for evaluation; {apart} of them have a prompt that training rows have too"
+    )
 
 
 @pytest.mark.parametrize("size", [20, 0.001, 0.999])
 def test_holding_out_leaves_rows_on_both_sides(tmp_path: Path, size: float) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(UsageError, match=r"--eval-size: holds out .* of 20 rows"):
-        read_pairs(path, Columns(), "error", RowChoice(None, size))
+        read(path, None, size)
 
 
 def test_what_is_behind_the_limit_is_not_read(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", ROWS)
     path.write_text(path.read_text() + "broken\n")
-    assert len(read_pairs(path, Columns(), "error", RowChoice(20)).pairs) == 20
+    assert len(read(path, 20).pairs) == 20
     with pytest.raises(DataError, match=r"x.jsonl:21"):
-        read_pairs(path, Columns(), "error", RowChoice(21))
+        read(path, 21)
 
 
 # Commands ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import pair_rows
 
-from tisdpo_cli.data.dataset import Columns, DatasetSplit
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.examples import read_examples
 from tisdpo_cli.data.locate import find_splits, training_splits
 from tisdpo_cli.data.pairs import Pairs, read_pairs
@@ -459,6 +459,10 @@ def test_rows_with_the_same_prompt_are_independent(write: Write) -> None:
     assert [pair.chosen for pair in read(write(rows), "skip").pairs] == ["c", "d", "c"]
 
 
+def dataset_split(path: Path) -> DatasetSplit:
+    return DatasetSplit((Part(str(path), path, Columns()),))
+
+
 def by_character(texts) -> list[list[int]]:
     """A tokenizer in which a capital letter has the id of its small letter."""
     return [[ord(ch.lower()) for ch in text] for text in texts]
@@ -474,7 +478,7 @@ def sorted_out(path: Path, limits: Limits):
     pairs = read(path).pairs
     texts = zip(*((p.prompt, p.chosen, p.rejected, p.row.where) for p in pairs), strict=True)
     encoded, cuts = encode_pairs(*texts, CHARACTERS, limits)
-    kept, said = drop_untrainable(Split(DatasetSplit(path, Columns()), pairs, encoded))
+    kept, said = drop_untrainable(Split(dataset_split(path), pairs, encoded))
     return [pair.index for pair in kept], said, cuts
 
 
@@ -637,7 +641,7 @@ def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
 
 def examples(path: Path, target: str = "chosen", on_bad_row: str = "error"):
     """Read examples with the template of these tests."""
-    return read_examples(DatasetSplit(path, Columns()), target, TEMPLATE, on_bad_row)
+    return read_examples(dataset_split(path), target, TEMPLATE, on_bad_row)
 
 
 @pytest.mark.parametrize(

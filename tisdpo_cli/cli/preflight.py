@@ -8,6 +8,7 @@ from tisdpo_cli.data.locate import find_splits, training_splits
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.runs.checkpoints import open_checkpoint
 from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.datasets import DatasetPart, parts_of
 from tisdpo_cli.settings.evaluate import Evaluate
 from tisdpo_cli.settings.fields import meta
 from tisdpo_cli.settings.groups import TrainingData
@@ -21,22 +22,24 @@ def check(settings: Command) -> None:
         UsageError, ModelError, DataError: the first one that is unusable.
     """
     trust = _trusts_remote_code(settings)
-    datasets, models = [], []
+    datasets: list[DatasetPart] = []
+    models = []
     for name, info, value in settings.leaves():
         reads = meta(info).get("reads")
         if value is None or reads is None:
             continue
         if reads == "dataset":
-            datasets.append(value)
+            datasets += parts_of(value)
         else:
             several = settings.models() if isinstance(settings, Evaluate) and name == "model" else [value]
             models += [(name, model) for model in several]
     data = _training_data(settings)
-    for dataset in datasets:
+    for part in datasets:
         if data is None:
-            find_splits(dataset)
+            find_splits(part.path)
         else:
-            training_splits(dataset, data.split, data.eval_split, data.eval_size is not None)
+            split, eval_split = part.split or data.split, part.eval_split or data.eval_split
+            training_splits(part.path, split, eval_split, data.eval_size is not None)
     checkpoints = getattr(settings, "checkpoints", None)
     if checkpoints is not None and checkpoints.resume not in ("auto", "never"):
         open_checkpoint(Path(checkpoints.resume).expanduser())

@@ -1,17 +1,11 @@
-"""What a split is made of: files, how their rows are read, and which rows are used. Reads no files."""
+"""A split in use as plain values: its files, how their rows are read, and which rows are used."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from tisdpo_cli.errors import UsageError
 from tisdpo_cli.formats import DataFormat
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,75 +29,60 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class RowChoice:
-    """Which of the usable rows of a file are used.
+class Part:
+    """A dataset as a part of a split.
 
     Attributes:
-        limit: how many from the start, of those that are not held out; all where None.
-        hold_out: how many rows are held out for evaluation, or which share of them if below 1; none where None.
-        held_out: whether the rows in use are those held out.
+        dataset: what the user calls it.
+        path: file, saved dataset, or glob.
+        columns: how its rows are read.
+        limit: how many rows from its start are used; all where None.
+        share: its share of the split, in proportion to the other shares; every row is used where None.
     """
 
+    dataset: str
+    path: Path
+    columns: Columns
     limit: int | None = None
-    hold_out: float | None = None
-    held_out: bool = False
-
-    def enough(self, count: int) -> bool:
-        """Whether the rest of the file need not be read after so many usable rows."""
-        return self.limit is not None and self.hold_out is None and count >= self.limit
-
-    def split(self, rows: Sequence[T], where: str) -> tuple[list[T], list[T]]:
-        """Return the rows that are not held out, up to the limit, and those that are, both in order.
-
-        The same positions are held out in every run.
-
-        Raises:
-            UsageError: no row is left.
-        """
-        held: set[int] = set()
-        if self.hold_out is not None:
-            count = round(self.hold_out * len(rows)) if self.hold_out < 1 else int(self.hold_out)
-            if not 0 < count < len(rows):
-                what = f"holds out {count} of {len(rows)} rows of {where}"
-                raise UsageError(what, where="--eval-size", fix="leave rows for both training and evaluation")
-            held = set(sorted(range(len(rows)), key=_draw)[:count])
-        rest = [row for i, row in enumerate(rows) if i not in held]
-        return rest[: self.limit], [row for i, row in enumerate(rows) if i in held]
-
-
-def _draw(position: int) -> bytes:
-    """A uniform draw for a position, the same on every machine."""
-    return hashlib.blake2b(position.to_bytes(8, "little"), digest_size=8).digest()
-
-
-EVERY_ROW = RowChoice()
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """A split in use.
+    """A split in use: the rows of one dataset or of several.
 
     Attributes:
-        path: file, saved dataset, or glob.
-        columns: how its rows are read.
-        rows: which of them are used.
+        parts: where the rows come from.
+        limit: how many rows from the start are used, of those that are not held out; all where None.
+        hold_out: how many rows are held out for evaluation, or which share of them if below 1; none where None.
+        for_test: whether this is the test split, which are the rows held out, if any.
     """
 
-    path: Path
-    columns: Columns
-    rows: RowChoice = EVERY_ROW
+    parts: tuple[Part, ...]
+    limit: int | None = None
+    hold_out: float | None = None
+    for_test: bool = False
 
     @property
     def name(self) -> str:
         """What it is called in messages."""
-        return f"{self.path.name} (held out)" if self.rows.held_out else self.path.name
+        held_out = " (held out)" if self.for_test and self.hold_out is not None else ""
+        if len(self.parts) == 1:
+            return f"{self.parts[0].path.name}{held_out}"
+        return "test mixture" if self.for_test else "mixture"
 
     @property
     def where(self) -> str:
         """Where it is."""
-        return str(self.path)
+        return ", ".join(str(path) for path in self.paths)
 
     @property
     def paths(self) -> list[Path]:
         """What is read."""
-        return [self.path]
+        return [part.path for part in self.parts]
+
+    def first(self, part: Part) -> int | None:
+        """How many usable rows of a part need to be read; all where None."""
+        whole = self.limit if len(self.parts) == 1 and self.hold_out is None else None
+        limits = [limit for limit in (part.limit, whole) if limit is not None]
+        return min(limits, default=None)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tisdpo_cli.data.dataset import Columns, DatasetSplit
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.hints import unused_context
 from tisdpo_cli.data.messages import Conversation, is_supervised, supervised_conversation
-from tisdpo_cli.data.pairs import Pair, read_pairs, text_problem, transcript
+from tisdpo_cli.data.mixture import combine
+from tisdpo_cli.data.pairs import Pair, part_notices, read_pairs, text_problem, transcript
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError, UsageError
@@ -50,28 +51,40 @@ def read_examples(
         DataError: rows are invalid.
         UsageError: the target is the rejected response of instruction rows.
     """
-    path, choice = split.path, split.rows
-    kind = _kind(path, split.columns)
+    read = [_read_part(split, part, target, instruction_template, on_bad_row) for part in split.parts]
+    rows, notices = combine(
+        split,
+        [examples for examples, _ in read],
+        lambda examples: examples[0].prompt,
+        lambda examples: examples[0].conversation is not None,
+    )
+    return [example for row in rows for example in row], [*part_notices(split, [said for _, said in read]), *notices]
+
+
+def _read_part(
+    split: DatasetSplit, part: Part, target: Target, instruction_template: str, on_bad_row: str
+) -> tuple[list[list[Example]], list[str]]:
+    """The examples of each row of a part, and messages for the user."""
+    path, first = part.path, split.first(part)
+    kind = _kind(path, part.columns)
     if kind == "pairs":
-        read = read_pairs(path, split.columns, on_bad_row, choice)
+        read = read_pairs(path, part.columns, on_bad_row, first)
         sides = ("chosen", "rejected") if target == "both" else (target,)
-        return [_of_pair(pair, side) for pair in read.pairs for side in sides], read.notices
+        return [[_of_pair(pair, side) for side in sides] for pair in read.pairs], read.notices
     if target == "rejected":
         raise UsageError(f"{kind} rows have no rejected response", where=f"{path}: --target rejected")
-    examples, bad = [], []
+    examples: list[list[Example]] = []
+    bad: list[BadRow] = []
     notices: list[str] = []
     rows: list[Row] = []
     for row in read_rows(path, notices):
         rows += [row] if isinstance(row, Row) else []
         example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
-        bad.append(example) if isinstance(example, BadRow) else examples.append(example)
-        if choice.enough(len(examples)):
+        bad.append(example) if isinstance(example, BadRow) else examples.append([example])
+        if len(examples) == first:
             break
     notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
-    rest, held = choice.split(examples, split.where)
-    if held and not choice.held_out:
-        notices.append(f"{path.name}: {len(held)} rows held out for evaluation")
-    return held if choice.held_out else rest, [*notices, *unused_context(path.name, rows, _USED[kind])]
+    return examples, [*notices, *unused_context(path.name, rows, _USED[kind])]
 
 
 Kind = Literal["pairs", "instruction", "messages"]

@@ -13,9 +13,9 @@ from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.files import is_unfinished, matching_files, near_matches
 from tisdpo_cli.formats import COMPRESSED, FORMAT_NAMES, FORMAT_OF_SUFFIX, format_of
 
-TRAIN = "train"
+TRAIN, TEST = "train", "test"
 # What the split that is evaluated is called, in the order of preference.
-_TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+_TEST_NAMES = (TEST, "validation", "valid", "val", "dev", "eval")
 # Such as train-00000-of-00002.parquet, also with a hash at the end.
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]{16})?")
 # Where `hf download` leaves the shards of a dataset.
@@ -102,7 +102,7 @@ def training_splits(
     found = find_splits(dataset)
     train = named_split(found, split, dataset, "--split")
     if eval_split is not None:
-        return SplitFiles([(TRAIN, train), ("test", named_split(found, eval_split, dataset, "--eval-split"))])
+        return SplitFiles([(TRAIN, train), (TEST, named_split(found, eval_split, dataset, "--eval-split"))])
     # Beside train_prefs, test_prefs comes before test.
     own = [split.replace(TRAIN, name, 1) for name in _TEST_NAMES] if TRAIN in split else []
     tests = [name for name in dict.fromkeys([*own, *_TEST_NAMES]) if name in found and name != split]
@@ -111,8 +111,8 @@ def training_splits(
         raise UsageError(what, where="--eval-size", fix="leave it out, or give --dataset the file of one split")
     if not tests:
         return SplitFiles([(TRAIN, train)])
-    files = [(TRAIN, train), ("test", found[tests[0]])]
-    if tests == ["test"]:
+    files = [(TRAIN, train), (TEST, found[tests[0]])]
+    if tests == [TEST]:
         return SplitFiles(files)
     unused = f"; {' and '.join(found[name].name for name in tests[1:])} not used" if tests[1:] else ""
     return SplitFiles(files, [f"{dataset}: {files[1][1].name} is the test split{unused}"])
@@ -172,7 +172,7 @@ def _splits_of_directory(path: Path, dataset: str) -> Mapping[str, Path]:
         _check_shards(first)
         return first
 
-    in_order = sorted(splits, key=lambda name: (name != TRAIN, name != "test", name))
+    in_order = sorted(splits, key=lambda name: (name != TRAIN, name != TEST, name))
     return FoundSplits(in_order, locate)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.data_formats import CONVERTERS, check_scores
-from tisdpo_cli.data.dataset import EVERY_ROW, Columns, RowChoice
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.dialogues import dialogue_conversation
 from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
 from tisdpo_cli.data.layouts import SAMPLE, Values, layout_notices, suggested_option
 from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
+from tisdpo_cli.data.mixture import combine
 from tisdpo_cli.data.reader import read_rows, shown_path
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError
@@ -49,14 +50,62 @@ class Pairs:
     notices: list[str] = field(default_factory=list)
 
 
-def read_pairs(path: Path, columns: Columns, on_bad_row: str, choice: RowChoice = EVERY_ROW) -> Pairs:
-    """Read preference pairs.
+def read_split_pairs(split: DatasetSplit, on_bad_row: str) -> Pairs:
+    """Read the preference pairs of a split that are in use.
+
+    Args:
+        split: where they come from.
+        on_bad_row: `error` or `skip`.
+
+    Raises:
+        DataError: see `read_pairs`; or parts of the split do not fit together.
+        UsageError: no row is left.
+    """
+    read = [read_pairs(part.path, part.columns, on_bad_row, split.first(part)) for part in split.parts]
+    alone = len(split.parts) == 1
+    parts = [
+        part.pairs if alone else [_alike(pair, source) for pair in part.pairs]
+        for source, part in zip(split.parts, read, strict=True)
+    ]
+    pairs, notices = combine(split, parts, lambda pair: pair.prompt, lambda pair: pair.conversation is not None)
+    numbered = [replace(pair, index=index) for index, pair in enumerate(pairs)]
+    return Pairs(numbered, [*part_notices(split, [part.notices for part in read]), *notices])
+
+
+# The column of a row of a mixture that names its dataset.
+_SOURCE = "mixture_source"
+
+
+def _alike(pair: Pair, source: Part) -> Pair:
+    """A pair of a mixture: its row has the columns that a row of any other dataset has."""
+    columns, plain = pair.row.columns, Columns().named()
+    others = {name: value for name, value in columns.items() if name not in source.columns.named().values()}
+    used = {plain[role]: columns[name] for role, name in source.columns.named().items() if name in columns}
+    if source.columns.dialogue and pair.conversation is not None:
+        used = {"prompt": pair.conversation.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    return replace(pair, row=Row(pair.row.where, {**others, **used, _SOURCE: source.dataset}))
+
+
+def part_notices(split: DatasetSplit, notices: Sequence[Sequence[str]]) -> list[str]:
+    """The notices of all parts, by their paths where their names do not tell them apart."""
+    if len(split.parts) == 1:
+        return list(notices[0])
+    named = zip(split.parts, notices, strict=True)
+    return [
+        f"{part.path}{line.removeprefix(part.path.name)}" if line.startswith(f"{part.path.name}:") else line
+        for part, lines in named
+        for line in lines
+    ]
+
+
+def read_pairs(path: Path, columns: Columns, on_bad_row: str, first: int | None = None) -> Pairs:
+    """Read the preference pairs of a file.
 
     Args:
         path: file, saved dataset or glob.
         columns: column names.
         on_bad_row: `error` or `skip`.
-        choice: which rows are used.
+        first: how many pairs to read from the start; all where None.
 
     Raises:
         DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
@@ -64,15 +113,15 @@ def read_pairs(path: Path, columns: Columns, on_bad_row: str, choice: RowChoice 
     reading = _Reading(path, columns)
     for row in read_rows(path, reading.notices):
         reading.take(row)
-        if choice.enough(len(reading.pairs)):
+        if len(reading.pairs) == first:
             break
     reading.check()
+    pairs = reading.pairs
     notices = [*reading.notices, *handle_bad_rows(reading.bad, reading.total, on_bad_row)]
-    pairs, split_notices = _chosen(path, reading.pairs, choice)
     used = [*columns.named().values(), *(_CHAT_COLUMNS if reading.chat else ())]
     layout = layout_notices(path.name, [pair.row.columns for pair in pairs], columns, reading.chat)
     unused = unused_context(path.name, [pair.row for pair in pairs], used)
-    return Pairs(pairs, [*notices, *split_notices, *layout, *unused, *_contradictions(path, pairs)])
+    return Pairs(pairs, [*notices, *layout, *unused, *_contradictions(path, pairs)])
 
 
 class _Reading:
@@ -130,18 +179,6 @@ class _Reading:
             error = other_shape(self.path, shown)
         if error is not None:
             raise error
-
-
-def _chosen(path: Path, pairs: list[Pair], choice: RowChoice) -> tuple[list[Pair], list[str]]:
-    """The pairs in use, numbered anew, and what the user should know of those held out."""
-    rest, held = choice.split(pairs, shown_path(path))
-    used = [replace(pair, index=index) for index, pair in enumerate(held if choice.held_out else rest)]
-    if not held or choice.held_out:
-        return used, []
-    prompts = {pair.prompt for pair in rest}
-    shared = sum(pair.prompt in prompts for pair in held)
-    known = f"; {shared} of them have a prompt that training rows have too" if shared else ""
-    return used, [f"{path.name}: {len(held)} rows held out for evaluation{known}"]
 
 
 # Columns that conversations use besides those of the pair.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from tisdpo_cli.data.chat_tokens import ChatOptions, ChatStats, encode_chat
 from tisdpo_cli.data.dataset import DatasetSplit
-from tisdpo_cli.data.pairs import Pair, read_pairs
+from tisdpo_cli.data.pairs import Pair, read_split_pairs
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.tokens import EncodedPair, Limits, TruncationStats, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, naming_out_of_memory
@@ -59,7 +59,7 @@ def read_split(source: DatasetSplit, options: ReadOptions, vocabulary: Vocabular
     Raises:
         DataError: rows are invalid, or a prompt has no tokens.
     """
-    rows = read_pairs(source.path, source.columns, options.on_bad_row, source.rows)
+    rows = read_split_pairs(source, options.on_bad_row)
     pairs = rows.pairs[:first] if first is not None else rows.pairs
     if any(pair.conversation is not None for pair in pairs):
         return _read_conversations(source, pairs, rows.notices, options, vocabulary)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tisdpo_cli.data.chat_tokens import ChatOptions
-from tisdpo_cli.data.dataset import Columns, DatasetSplit, RowChoice
-from tisdpo_cli.data.locate import TRAIN, find_splits, named_split, test_split, training_splits
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
+from tisdpo_cli.data.locate import TEST, TRAIN, find_splits, named_split, test_split, training_splits
 from tisdpo_cli.data.scored import read_manifest
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import Limits
@@ -20,32 +20,52 @@ from tisdpo_cli.files import sha256
 from tisdpo_cli.model.directory import content_hashes
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
+from tisdpo_cli.settings.datasets import DatasetPart, parts_of
 from tisdpo_cli.settings.groups import ColumnOptions, Data, TrainingData
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.train_pairs import TrainPairs
 
 Scored = TypeVar("Scored", TrainPairs, InspectWeights)
+AnyData = TypeVar("AnyData", bound=Data)
 
 
-def find_dataset(dataset: str, data: TrainingData, reporter: Reporter) -> dict[str, DatasetSplit]:
+def find_dataset(
+    dataset: str | Sequence[DatasetPart], data: TrainingData, reporter: Reporter
+) -> dict[str, DatasetSplit]:
     """The splits in use, `train` and perhaps `test`, with a note if the choice needs one; see `training_splits`."""
-    files = training_splits(dataset, data.split, data.eval_split, data.eval_size is not None)
-    for notice in files.notices:
-        reporter.note(notice)
-    columns, choice = columns_of(data), RowChoice(data.limit, data.eval_size)
-    splits = {"train": DatasetSplit(files["train"], columns, choice)}
-    if "test" in files:
-        splits["test"] = DatasetSplit(files["test"], columns)
-    elif data.eval_size is not None:
-        splits["test"] = DatasetSplit(files["train"], columns, replace(choice, held_out=True))
-    return splits
+    parts: dict[str, list[Part]] = {TRAIN: [], TEST: []}
+    for part in parts_of(dataset):
+        own = _for_part(part, data)
+        files = training_splits(part.path, own.split, own.eval_split, own.eval_size is not None)
+        for notice in files.notices:
+            reporter.note(notice)
+        columns, limits = columns_of(own), {TRAIN: part.limit, TEST: None}
+        for role, path in files.items():
+            parts[role].append(Part(part.path, path, columns, limits[role], part.share if role == TRAIN else None))
+    train = DatasetSplit(tuple(parts[TRAIN]), data.limit, data.eval_size)
+    if data.eval_size is not None:
+        return {TRAIN: train, TEST: replace(train, for_test=True)}
+    return {TRAIN: train, **({TEST: DatasetSplit(tuple(parts[TEST]), for_test=True)} if parts[TEST] else {})}
 
 
-def evaluated_split(dataset: str, name: str | None, data: Data) -> tuple[str, DatasetSplit]:
+def evaluated_split(dataset: str | Sequence[DatasetPart], name: str | None, data: Data) -> tuple[str, DatasetSplit]:
     """The split to evaluate on, by default the test split if there is one, with its name."""
-    found = find_splits(dataset)
-    name = name or test_split(found) or TRAIN
-    return name, DatasetSplit(named_split(found, name, dataset, "--split"), columns_of(data))
+    parts, names = [], []
+    for part in parts_of(dataset):
+        found = find_splits(part.path)
+        names.append(name or test_split(found) or TRAIN)
+        path = named_split(found, names[-1], part.path, "--split")
+        parts.append(Part(part.path, path, columns_of(_for_part(part, data))))
+    return ", ".join(dict.fromkeys(names)), DatasetSplit(tuple(parts), for_test=True)
+
+
+def _for_part(part: DatasetPart, data: AnyData) -> AnyData:
+    """The settings for a dataset of a mixture."""
+    own = {name: value for name, value in part.own().items() if name in type(data).model_fields}
+    if own.get("data_format", data.data_format) not in ("pairs", "scored-pairs"):
+        names = ("prompt_column", "chosen_column", "rejected_column")
+        own = {**{name: ColumnOptions.model_fields[name].default for name in names}, **own}
+    return data.model_copy(update=own)
 
 
 def columns_of(data: ColumnOptions) -> Columns:
@@ -100,10 +120,13 @@ _RECORDED = (
 )  # fmt: skip
 
 
-def recorded_reading(data: ColumnOptions) -> dict[str, Any]:
-    """How rows are read, for the manifest of a scored dataset."""
-    # The rows that are written are pairs, whatever they were made of.
-    return {**{name: getattr(data, name) for name in _RECORDED}, "data_format": "pairs"}
+def recorded_reading(dataset: str | Sequence[DatasetPart], data: Data) -> dict[str, Any]:
+    """How the rows of a scored dataset are read, for its manifest."""
+    parts = parts_of(dataset)
+    # What is written are pairs, whatever they were made of, and with the columns of no part if there are several.
+    plain = {name: default for path, default in Data.of_mixture().items() for name in [path.rpartition(".")[2]]}
+    own = {name: getattr(_for_part(parts[0], data), name) for name in _RECORDED}
+    return {**own, **(plain if len(parts) > 1 else {}), "data_format": "pairs"}
 
 
 def with_recorded_reading(settings: Scored, dataset: str) -> Scored:

@@ -103,6 +103,12 @@ class Data(ColumnOptions):
     max_prompt_length: PositiveInt = setting(256, "maximum prompt tokens in rows that exceed --max-length", "Data")
     keep_prompt: Literal["end", "start"] = setting("end", "part of a truncated prompt to keep", "Data")
 
+    @classmethod
+    def of_mixture(cls) -> dict[str, Any]:
+        """The settings for the columns of a scored mixture, whatever they are in its parts."""
+        names = ("prompt_column", "chosen_column", "rejected_column", "dialogue")
+        return {f"data.{name}": cls.model_fields[name].default for name in names}
+
     @model_validator(mode="after")
     def _names_columns_of_pairs(self) -> Data:
         columns = ("prompt_column", "chosen_column", "rejected_column")
@@ -137,8 +143,9 @@ class TrainingData(Data):
     )  # fmt: skip
     limit: PositiveInt | None = setting(None, "use only the first N rows of the training split", "Data")
     eval_size: Annotated[PositiveFloat, AfterValidator(_rows_or_share)] | None = setting(
-        None, "hold out N rows of the training split, or a share of them, to evaluate on", "Data", metavar="N|SHARE"
-    )
+        None, "hold out N rows of the training split, or a share of them, to evaluate on", "Data",
+        "--test-split-size", metavar="N|SHARE",
+    )  # fmt: skip
 
     @classmethod
     def of_scored_dataset(cls) -> dict[str, Any]:

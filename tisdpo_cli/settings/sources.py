@@ -266,6 +266,8 @@ def _wiring_names(stage: str) -> Iterable[str]:
 
 
 def _yaml_scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = [part.plain() for part in value]
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6, allow_unicode=style is None)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -27,6 +27,7 @@ from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import versions
 from tisdpo_cli.runs.runtime import Runtime, autocast_dtype
+from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.evaluate import Evaluate
 
 
@@ -61,7 +62,7 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
         reporter.note(f"wrote {settings.samples}")
     metrics = [result.metrics for result in results]
     return Evaluation(
-        dataset=settings.dataset,
+        dataset=text_of(settings.dataset),
         split=split,
         pairs=len(task.pairs),
         prompts=len({prompt.row for prompt in task.prompts}),

@@ -29,6 +29,7 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, claim_output, finished_result
+from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.estimate import CONTRAST, Estimate
 from tisdpo_cli.settings.sources import to_yaml
 
@@ -75,13 +76,13 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     runtime = Runtime(reporter)
     precision = runtime.precision(settings.dtype, scoring=True)
     estimation = _Estimation(
-        dataset=settings.dataset,
+        dataset=text_of(settings.dataset),
         paths=paths,
         models=settings.models(),
         templates=settings.templates(),
         splits=sources,
         options=read_options(settings.data),
-        reading=recorded_reading(settings.data),
+        reading=recorded_reading(settings.dataset, settings.data),
         keep_logps=settings.keep_logps,
         scoring=ScoringConfig(
             settings.batch_size, settings.layout, precision, settings.sequential, settings.trust_remote_code

@@ -185,7 +185,7 @@ def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored
             where=source.dataset,
             fix="score it again with models that share the tokenizer",
         )
-    changed = check_unchanged(manifest, split.source.path, weighting.final)
+    changed = check_unchanged(manifest, split.source.paths[0], weighting.final)
     if changed:
         (reporter.warn if weighting.final else reporter.note)(changed)
 

@@ -36,6 +36,7 @@ from tisdpo_cli.runs.cache import TensorCache
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, finished_result
+from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.train_pairs import Train, TrainPairs, TrainReverse
 
 
@@ -82,7 +83,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
     if isinstance(settings, Train):
-        settings = with_recorded_reading(settings, settings.dataset)
+        settings = with_recorded_reading(settings, text_of(settings.dataset))
     models = _locate_models(settings)
     splits = find_dataset(settings.dataset, settings.data, reporter)
     runtime = Runtime(reporter)
@@ -122,7 +123,7 @@ def _training(runtime: Runtime, settings: TrainPairs, models: _Models, splits: M
     return _Training(
         models=models,
         source=PairSource(
-            dataset=settings.dataset,
+            dataset=text_of(settings.dataset),
             splits=splits,
             options=read_options(settings.data),
             eval_pairs=settings.evaluation.eval_pairs,
