@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 from conftest import pair_rows
 
+from tisdpo_cli.data.dataset import Columns
 from tisdpo_cli.data.hints import suggest, words
-from tisdpo_cli.data.pairs import Columns, read_pairs
-from tisdpo_cli.data.reader import find_splits, read_rows
+from tisdpo_cli.data.locate import find_splits, training_splits
+from tisdpo_cli.data.pairs import read_pairs
+from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow
 from tisdpo_cli.data.stdin import spooled_stdin
 from tisdpo_cli.errors import DataError, UsageError
@@ -277,11 +279,11 @@ def test_no_words_of_python_reach_the_user(write: Write, content: str) -> None:
 def test_other_names_count_as_the_test_split(write: Write, tmp_path: Path, name: str) -> None:
     write(LINES, "train.jsonl")
     path = write(b"", name)
-    splits = find_splits(str(tmp_path))
+    splits = training_splits(str(tmp_path))
     assert splits == {"train": tmp_path / "train.jsonl", "test": path}
     assert splits.notices == [f"{tmp_path}: {name} is the test split"]
     test = write(LINES, "test.jsonl")
-    splits = find_splits(str(tmp_path))
+    splits = training_splits(str(tmp_path))
     assert splits["test"] == test
     assert splits.notices == [f"{tmp_path}: test.jsonl is the test split; {name} not used"]
 
@@ -346,7 +348,7 @@ def test_a_glob_is_read_in_sorted_order_with_the_right_places(write: Write, tmp_
     with pytest.raises(DataError, match=r"d\.txt"):
         find_splits(str(parts / "*"))
     with pytest.raises(DataError, match="or a glob such as"):
-        find_splits(str(parts))
+        training_splits(str(parts))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "array", "csv", "gz", "parquet"])

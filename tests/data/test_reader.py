@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import pair_rows
 
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.examples import read_examples
-from tisdpo_cli.data.pairs import Columns, Pairs, read_pairs
+from tisdpo_cli.data.locate import find_splits, training_splits
+from tisdpo_cli.data.pairs import Pairs, read_pairs
 from tisdpo_cli.data.parsers import PARSERS
-from tisdpo_cli.data.reader import find_splits, read_rows
+from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.tokens import Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, UsageError
@@ -230,8 +232,8 @@ def test_a_directory_holds_splits_of_any_format(write: Write, tmp_path: Path) ->
         "test": "test.parquet",
     }
     write([GOOD], "train.jsonl")
-    with pytest.raises(DataError, match=r"has train.jsonl and train.csv; keep one of them"):
-        find_splits(str(tmp_path))
+    with pytest.raises(DataError, match=r"has train.csv and train.jsonl; keep one of them"):
+        training_splits(str(tmp_path))
 
 
 def test_a_saved_dataset_of_splits_is_read(tmp_path: Path) -> None:
@@ -457,6 +459,10 @@ def test_rows_with_the_same_prompt_are_independent(write: Write) -> None:
     assert [pair.chosen for pair in read(write(rows), "skip").pairs] == ["c", "d", "c"]
 
 
+def dataset_split(path: Path) -> DatasetSplit:
+    return DatasetSplit((Part(str(path), path, Columns()),))
+
+
 def by_character(texts) -> list[list[int]]:
     """A tokenizer in which a capital letter has the id of its small letter."""
     return [[ord(ch.lower()) for ch in text] for text in texts]
@@ -472,7 +478,7 @@ def sorted_out(path: Path, limits: Limits):
     pairs = read(path).pairs
     texts = zip(*((p.prompt, p.chosen, p.rejected, p.row.where) for p in pairs), strict=True)
     encoded, cuts = encode_pairs(*texts, CHARACTERS, limits)
-    kept, said = drop_untrainable(Split(path, pairs, encoded))
+    kept, said = drop_untrainable(Split(dataset_split(path), pairs, encoded))
     return [pair.index for pair in kept], said, cuts
 
 
@@ -529,9 +535,12 @@ def test_a_file_is_the_train_split_and_a_directory_holds_its_splits(write: Write
 
 
 def test_a_directory_without_a_train_split_is_told(write: Write, tmp_path: Path) -> None:
-    write([GOOD], "test.jsonl")
+    write([GOOD], "notes.json")
     with pytest.raises(DataError, match="no train file"):
-        find_splits(str(tmp_path))
+        training_splits(str(tmp_path))
+    write([GOOD], "test.jsonl")
+    with pytest.raises(UsageError, match="has no split 'train'; available: test"):
+        training_splits(str(tmp_path))
 
 
 def test_a_mistyped_path_names_its_neighbour(write: Write, tmp_path: Path) -> None:
@@ -569,11 +578,56 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_read_like_any_other(
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     splits = find_splits("owner/pairs")
-    assert list(splits) == ["train", "test"]
+    assert list(splits) == ["train", "test", "other"]
     assert [row.columns for row in read_rows(splits["train"])] == rows
+    assert [file.stem for file in splits["train"].parent.glob("*.jsonl")] == ["train"]
+    assert [row.columns for row in read_rows(splits["other"])] == rows
     monkeypatch.setattr(datasets, "load_dataset", None)
-    assert find_splits("owner/pairs") == splits
+    again = find_splits("owner/pairs")
+    assert list(again) == list(splits)
+    assert all(again[name] == splits[name] for name in ("train", "other"))
     assert asked == ["owner/pairs"] * 2
+
+
+def test_configurations_and_revisions_of_the_hub_are_cached_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    class Hub:
+        def dataset_info(self, name: str, timeout: float, revision: str = "main"):
+            return type("Info", (), {"sha": f"sha-of-{revision}"})
+
+    def load(name: str, config: str | None, revision: str):
+        if config == "none":
+            raise ValueError("BuilderConfig 'none' not found. Available: ['a', 'b']\nmore")
+        row = {**GOOD, "prompt": f"{name} {config} {revision}"}
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list([row])})
+
+    def prompt(name: str) -> str:
+        (row,) = read_rows(find_splits(name)["train"])
+        assert isinstance(row, Row)
+        return row.columns["prompt"]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    expected = {
+        "o/n": "o/n None sha-of-main",
+        "o/n:a": "o/n a sha-of-main",
+        "o/n@refs/convert/parquet": "o/n None sha-of-refs/convert/parquet",
+        "o/n:a@v1.0": "o/n a sha-of-v1.0",
+    }
+    assert {name: prompt(name) for name in expected} == expected
+    with pytest.raises(DataError, match=r"Available: \['a', 'b'\]; name its configuration, as in o/n:CONFIG"):
+        find_splits("o/n:none")
+    # Without the hub, what was fetched by each name is used, and nothing else.
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert {name: prompt(name) for name in reversed(expected)} == expected
+    for name in ("o/n:b", "o/n@v2", "o/n:a@", "o/n:"):
+        with pytest.raises(UsageError, match="no such file or directory"):
+            find_splits(name)
 
 
 @pytest.mark.parametrize("name", ["x.xlsx", "x.arrow", "x.txt"])
@@ -587,7 +641,7 @@ def test_a_file_of_another_kind_is_named(write: Write, name: str) -> None:
 
 def examples(path: Path, target: str = "chosen", on_bad_row: str = "error"):
     """Read examples with the template of these tests."""
-    return read_examples(path, Columns(), target, TEMPLATE, on_bad_row)
+    return read_examples(dataset_split(path), target, TEMPLATE, on_bad_row)
 
 
 @pytest.mark.parametrize(
@@ -664,5 +718,5 @@ def test_every_format_has_a_parser_and_is_named_in_help_and_errors(tmp_path: Pat
     assert all(name in FORMAT_NAMES for name in FORMATS)
     assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in FORMAT_OF_SUFFIX)
     with pytest.raises(DataError) as caught:
-        find_splits(str(tmp_path))
+        training_splits(str(tmp_path))
     assert all(suffix in str(caught.value) for suffix in FORMAT_OF_SUFFIX)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import Done, pair_rows, read_jsonl, run_here, write_jsonl
 
-from tisdpo_cli.engine.training import preference as pairs
 from tisdpo_cli.engine.training import policy, reference, reference_model
+from tisdpo_cli.engine.training import preference as pairs
 from tisdpo_cli.model import loading
 from tisdpo_cli.runs.cache import TensorCache, key_of
 

@@ -442,9 +442,7 @@ SET = {"estimate": ["max_length=300"], "merge": ["overwrite=true"]}
 
 @pytest.mark.parametrize("command", WITH_SETTINGS)
 def test_printed_settings_read_back_to_the_same_settings(loads, command: str) -> None:
-    first = loads(
-        command, CHANGED.get(command, "beta: 0.3\n"), sets=SET.get(command, ["seed=7"])
-    )
+    first = loads(command, CHANGED.get(command, "beta: 0.3\n"), sets=SET.get(command, ["seed=7"]))
     text = to_yaml(first.settings, first.origins)
     again = loads(command, text, flags={})
     assert again.settings == first.settings

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.settings.base import Command, leaf_paths
-from tisdpo_cli.settings.commands import CommandSpec
+from tisdpo_cli.settings.commands import COMMANDS, CommandSpec
+from tisdpo_cli.settings.datasets import parts_of, words_of
 from tisdpo_cli.settings.fields import meta
+from tisdpo_cli.settings.groups import Data, TrainingData
 
 
 def next_command(
@@ -18,7 +20,9 @@ def next_command(
     """Fill in the template of a command.
 
     Its fields are `{model}`, `{dataset}` and `{output}`; `{data_options}` and `{weights_options}`, which must stay the
-    same in every stage; `{options}`, all options of this command; `{tokenizer}`, if there is none beside the dataset.
+    same in every stage, as far as the next command has them; `{scored_options}`, which are these without those that
+    a scored dataset already reflects; `{options}`, all options of this command; `{tokenizer}`, if there is none beside
+    the dataset.
 
     Args:
         spec: of the command that has run, with a template.
@@ -29,16 +33,25 @@ def next_command(
     """
     assert spec.next is not None
     output, dataset = getattr(settings, "output_dir", ""), getattr(settings, "dataset", "")
+    words = words_of(dataset)
+    if any(part.own() for part in parts_of(dataset)):
+        # A command line cannot say how each dataset is read.
+        words = ["DATASET"]
     options = repeated_options(spec.settings, flags)
     options += "".join(f" --set {shlex.quote(item)}" for item in sets)
     options += f" --config {shlex.quote(str(config))}" if config is not None else ""
-    beside = Path(dataset).expanduser() / "tokenizer_config.json"
+    following = leaf_paths(COMMANDS[spec.next.split()[1]].settings)
+    data = {path: value for path, value in flags.items() if path.startswith("data.") and path in following}
+    reflected = {**TrainingData.of_scored_dataset(), **(Data.of_mixture() if len(words) > 1 else {})}
+    scored = {path: value for path, value in data.items() if path not in reflected}
+    beside = Path(words[0]).expanduser() / "tokenizer_config.json"
     return spec.next.format(
         # Two contrastive models do not tell their starting model.
         model=shlex.quote(getattr(settings, "model", None) or "MODEL"),
-        dataset=shlex.quote(dataset),
+        dataset=" --dataset ".join(map(shlex.quote, words)),
         output=shlex.quote(output),
-        data_options=repeated_options(spec.settings, flags, "data."),
+        data_options=repeated_options(spec.settings, data),
+        scored_options=repeated_options(spec.settings, scored),
         weights_options=repeated_options(spec.settings, flags, "weights."),
         options=options,
         tokenizer="" if beside.is_file() else f" --tokenizer {shlex.quote(output)}",

@@ -35,7 +35,7 @@ def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation]
         common = {name: given.pop(name, default) for name, default in _COMMON_DEFAULTS.items()}
         common.pop("debug")
         bare = given.pop("bare", None)
-        flags = {names[name]: value for name, value in given.items() if value is not None}
+        flags = {names[name]: value for name, value in given.items() if value is not None and value != []}
         if bare is not None and positional is not None:
             if positional in flags:
                 raise typer.BadParameter(f"{positional} is given twice")
@@ -61,7 +61,7 @@ def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
 
 
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
-    is_flag = info.annotation is bool
+    is_flag, many = info.annotation is bool, meta(info)["many"]
     choices = choices_of(info.annotation)
     option = typer.Option(
         None,
@@ -70,7 +70,8 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
         autocompletion=(lambda: list(choices)) if choices else None,
     )
     # Typer reads the annotation at run time.
-    return _keyword(name, Optional[bool] if is_flag else Optional[str], option)  # noqa: UP045
+    kind = Optional[bool] if is_flag else Optional[list[str]] if many else Optional[str]  # noqa: UP045
+    return _keyword(name, kind, option)
 
 
 def spellings(name: str, info: FieldInfo) -> list[str]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.hints import unused_context
 from tisdpo_cli.data.messages import Conversation, is_supervised, supervised_conversation
-from tisdpo_cli.data.pairs import Columns, Pair, read_pairs, text_problem, transcript
+from tisdpo_cli.data.mixture import combine
+from tisdpo_cli.data.pairs import Pair, part_notices, read_pairs, text_problem, transcript
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
 from tisdpo_cli.errors import DataError, UsageError
@@ -32,7 +34,7 @@ class Example:
 
 
 def read_examples(
-    path: Path, columns: Columns, target: Target, instruction_template: str, on_bad_row: str
+    split: DatasetSplit, target: Target, instruction_template: str, on_bad_row: str
 ) -> tuple[list[Example], list[str]]:
     """Read the examples of a split, and messages for the user.
 
@@ -40,8 +42,7 @@ def read_examples(
     `completion`) are conversations to learn, and `instruction` makes instruction rows; any other file holds pairs.
 
     Args:
-        path: file of the split.
-        columns: column names of pairs.
+        split: what is read.
         target: which responses of a pair become examples.
         instruction_template: prompt of an instruction row, with a placeholder `{instruction}`.
         on_bad_row: `error` or `skip`.
@@ -50,20 +51,38 @@ def read_examples(
         DataError: rows are invalid.
         UsageError: the target is the rejected response of instruction rows.
     """
-    kind = _kind(path, columns)
+    read = [_read_part(split, part, target, instruction_template, on_bad_row) for part in split.parts]
+    rows, notices = combine(
+        split,
+        [examples for examples, _ in read],
+        lambda examples: examples[0].prompt,
+        lambda examples: examples[0].conversation is not None,
+    )
+    return [example for row in rows for example in row], [*part_notices(split, [said for _, said in read]), *notices]
+
+
+def _read_part(
+    split: DatasetSplit, part: Part, target: Target, instruction_template: str, on_bad_row: str
+) -> tuple[list[list[Example]], list[str]]:
+    """The examples of each row of a part, and messages for the user."""
+    path, first = part.path, split.first(part)
+    kind = _kind(path, part.columns)
     if kind == "pairs":
-        split = read_pairs(path, columns, on_bad_row)
+        read = read_pairs(path, part.columns, on_bad_row, first)
         sides = ("chosen", "rejected") if target == "both" else (target,)
-        return [_of_pair(pair, side) for pair in split.pairs for side in sides], split.notices
+        return [[_of_pair(pair, side) for side in sides] for pair in read.pairs], read.notices
     if target == "rejected":
         raise UsageError(f"{kind} rows have no rejected response", where=f"{path}: --target rejected")
-    examples, bad = [], []
+    examples: list[list[Example]] = []
+    bad: list[BadRow] = []
     notices: list[str] = []
     rows: list[Row] = []
     for row in read_rows(path, notices):
         rows += [row] if isinstance(row, Row) else []
         example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
-        bad.append(example) if isinstance(example, BadRow) else examples.append(example)
+        bad.append(example) if isinstance(example, BadRow) else examples.append([example])
+        if len(examples) == first:
+            break
     notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
     return examples, [*notices, *unused_context(path.name, rows, _USED[kind])]
 
@@ -78,6 +97,8 @@ _USED = {
 
 def _kind(path: Path, columns: Columns) -> Kind:
     """What a file holds, by its first row."""
+    if columns.data_format != "pairs":
+        return "pairs"
     first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
     if first is None or columns.chosen in first.columns:
         return "pairs"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from tisdpo_cli.data.chat_tokens import ChatOptions, ChatStats, encode_chat
-from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
+from tisdpo_cli.data.dataset import DatasetSplit
+from tisdpo_cli.data.pairs import Pair, read_split_pairs
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.tokens import EncodedPair, Limits, TruncationStats, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, naming_out_of_memory
@@ -17,10 +17,11 @@ class Split:
     """One split: its pairs as text and as tokens, in the same order, and notices and warnings for the user.
 
     Attributes:
+        source: where it was read.
         stops: ids that end the answers of conversations.
     """
 
-    path: Path
+    source: DatasetSplit
     pairs: list[Pair]
     encoded: list[EncodedPair]
     notices: list[str] = field(default_factory=list)
@@ -33,7 +34,6 @@ class ReadOptions:
     """How to read and truncate rows.
 
     Attributes:
-        columns: column names.
         on_bad_row: `error` or `skip`.
         limits: maximum lengths.
         parse_data: whether special tokens spelled out in rows become these tokens.
@@ -41,7 +41,6 @@ class ReadOptions:
         templates: prompt templates to put around the prompts of conversations, each the text before and after.
     """
 
-    columns: Columns
     on_bad_row: str
     limits: Limits
     parse_data: bool = False
@@ -50,22 +49,22 @@ class ReadOptions:
 
 
 @naming_out_of_memory("reading")
-def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: int | None = None) -> Split:
-    """Read and tokenize all valid rows of a split.
+def read_split(source: DatasetSplit, options: ReadOptions, vocabulary: Vocabulary, first: int | None = None) -> Split:
+    """Read and tokenize the valid rows of a split.
 
     Args:
-        path: file of the split.
-        options: columns, limits, and what to do with invalid rows.
+        source: the split.
+        options: limits, and what to do with invalid rows.
         vocabulary: tokenizer of the model in use.
         first: how many rows to use from the start; all where None.
 
     Raises:
         DataError: rows are invalid, or a prompt has no tokens.
     """
-    rows = read_pairs(path, options.columns, options.on_bad_row)
+    rows = read_split_pairs(source, options.on_bad_row)
     pairs = rows.pairs[:first] if first is not None else rows.pairs
     if any(pair.conversation is not None for pair in pairs):
-        return _read_conversations(path, pairs, rows.notices, options, vocabulary)
+        return _read_conversations(source, pairs, rows.notices, options, vocabulary)
     encoded, stats = encode_pairs(
         [pair.prompt for pair in pairs],
         [pair.chosen for pair in pairs],
@@ -79,14 +78,14 @@ def read_split(path: Path, options: ReadOptions, vocabulary: Vocabulary, first: 
         raise DataError(
             "the prompt has no tokens, so nothing predicts the first response token", where=unprompted.where
         )
-    messages = [f"{path.name}: {message}" for message in stats.messages(options.limits)]
+    messages = [f"{source.name}: {message}" for message in stats.messages(options.limits)]
     marked = stats.marked.warning(stats.rows)
-    warnings = [f"{path.name}: {marked}"] if marked else []
-    return Split(path, pairs, encoded, [*rows.notices, *messages], warnings=warnings)
+    warnings = [f"{source.name}: {marked}"] if marked else []
+    return Split(source, pairs, encoded, [*rows.notices, *messages], warnings=warnings)
 
 
 def _read_conversations(
-    path: Path, pairs: list[Pair], notices: list[str], options: ReadOptions, vocabulary: Vocabulary
+    source: DatasetSplit, pairs: list[Pair], notices: list[str], options: ReadOptions, vocabulary: Vocabulary
 ) -> Split:
     stats, chat_stats = TruncationStats(), ChatStats()
     kept: list[Pair] = []
@@ -107,8 +106,8 @@ def _read_conversations(
         stats.count(encoded[-1], chat.whole_prompt, chat.whole_prompt)
     skipped = handle_bad_rows(bad, len(pairs), options.on_bad_row)
     messages = [*stats.messages(options.limits), *chat_stats.notices(options.limits)]
-    named = [f"{path.name}: {message}" for message in messages]
-    return Split(path, kept, encoded, [*notices, *skipped, *named], chat_stats.stops)
+    named = [f"{source.name}: {message}" for message in messages]
+    return Split(source, kept, encoded, [*notices, *skipped, *named], chat_stats.stops)
 
 
 def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
@@ -126,14 +125,14 @@ def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
     kept = [p for p in split.encoded if p.index not in dropped]
     messages = []
     if equal:
-        messages.append(f"{split.path.name}: {len(equal)} pairs dropped: equal responses (tokenized and truncated)")
+        messages.append(f"{split.source.name}: {len(equal)} pairs dropped: equal responses (tokenized and truncated)")
     if empty:
-        messages.append(f"{split.path.name}: {len(empty)} pairs dropped: no response token after truncation")
+        messages.append(f"{split.source.name}: {len(empty)} pairs dropped: no response token after truncation")
     if not kept:
         raise DataError(
             f"none of {len(split.encoded)} pairs can be trained: {len(equal)} have equal responses, {len(empty)} have "
             "no response token after truncation",
-            where=str(split.path),
+            where=split.source.where,
             fix="check the data, or raise --max-length",
         )
     return kept, messages

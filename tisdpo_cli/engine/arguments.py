@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tisdpo_cli.data.chat_tokens import ChatOptions
-from tisdpo_cli.data.pairs import Columns
-from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
+from tisdpo_cli.data.locate import TEST, TRAIN, find_splits, named_split, test_split, training_splits
 from tisdpo_cli.data.scored import read_manifest
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import Limits
@@ -20,24 +21,58 @@ from tisdpo_cli.model.content_hashes import content_hashes
 from tisdpo_cli.model.directory import base_of
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.stage import OutputRequest
-from tisdpo_cli.settings.groups import ColumnOptions, Data
+from tisdpo_cli.settings.datasets import DatasetPart, parts_of
+from tisdpo_cli.settings.groups import ColumnOptions, Data, TrainingData
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.train_pairs import TrainPairs
 
 Scored = TypeVar("Scored", TrainPairs, InspectWeights)
+AnyData = TypeVar("AnyData", bound=Data)
 
 
-def find_dataset(dataset: str, reporter: Reporter) -> dict[str, Path]:
-    """Split name to its file, with a note if the choice needs one; see `find_splits`."""
-    files = find_splits(dataset)
-    for notice in files.notices:
-        reporter.note(notice)
-    return files
+def find_dataset(
+    dataset: str | Sequence[DatasetPart], data: TrainingData, reporter: Reporter
+) -> dict[str, DatasetSplit]:
+    """The splits in use, `train` and perhaps `test`, with a note if the choice needs one; see `training_splits`."""
+    parts: dict[str, list[Part]] = {TRAIN: [], TEST: []}
+    for part in parts_of(dataset):
+        own = _for_part(part, data)
+        files = training_splits(part.path, own.split, own.eval_split, own.eval_size is not None)
+        for notice in files.notices:
+            reporter.note(notice)
+        columns, limits = columns_of(own), {TRAIN: part.limit, TEST: None}
+        for role, path in files.items():
+            parts[role].append(Part(part.path, path, columns, limits[role], part.share if role == TRAIN else None))
+    train = DatasetSplit(tuple(parts[TRAIN]), data.limit, data.eval_size)
+    if data.eval_size is not None:
+        return {TRAIN: train, TEST: replace(train, for_test=True)}
+    return {TRAIN: train, **({TEST: DatasetSplit(tuple(parts[TEST]), for_test=True)} if parts[TEST] else {})}
+
+
+def evaluated_split(dataset: str | Sequence[DatasetPart], name: str | None, data: Data) -> tuple[str, DatasetSplit]:
+    """The split to evaluate on, by default the test split if there is one, with its name."""
+    parts, names = [], []
+    for part in parts_of(dataset):
+        found = find_splits(part.path)
+        names.append(name or test_split(found) or TRAIN)
+        path = named_split(found, names[-1], part.path, "--split")
+        parts.append(Part(part.path, path, columns_of(_for_part(part, data))))
+    return ", ".join(dict.fromkeys(names)), DatasetSplit(tuple(parts), for_test=True)
+
+
+def _for_part(part: DatasetPart, data: AnyData) -> AnyData:
+    """The settings for a dataset of a mixture."""
+    own = {name: value for name, value in part.own().items() if name in type(data).model_fields}
+    if own.get("data_format", data.data_format) not in ("pairs", "scored-pairs"):
+        names = ("prompt_column", "chosen_column", "rejected_column")
+        own = {**{name: ColumnOptions.model_fields[name].default for name in names}, **own}
+    return data.model_copy(update=own)
 
 
 def columns_of(data: ColumnOptions) -> Columns:
     """The column names of the settings."""
-    return Columns(data.prompt_column, data.chosen_column, data.rejected_column, data.dialogue == "hh")
+    data_format = data.data_format if isinstance(data, Data) else "pairs"
+    return Columns(data.prompt_column, data.chosen_column, data.rejected_column, data.dialogue == "hh", data_format)
 
 
 def limits_of(data: Data) -> Limits:
@@ -47,7 +82,7 @@ def limits_of(data: Data) -> Limits:
 
 def read_options(data: Data) -> ReadOptions:
     """How rows are read and cut."""
-    return ReadOptions(columns_of(data), data.on_bad_row, limits_of(data), parses(data), chat_options(data))
+    return ReadOptions(data.on_bad_row, limits_of(data), parses(data), chat_options(data))
 
 
 def chat_options(data: ColumnOptions) -> ChatOptions:
@@ -86,9 +121,13 @@ _RECORDED = (
 )  # fmt: skip
 
 
-def recorded_reading(data: ColumnOptions) -> dict[str, Any]:
-    """How rows are read, for the manifest of a scored dataset."""
-    return {name: getattr(data, name) for name in _RECORDED}
+def recorded_reading(dataset: str | Sequence[DatasetPart], data: Data) -> dict[str, Any]:
+    """How the rows of a scored dataset are read, for its manifest."""
+    parts = parts_of(dataset)
+    # What is written are pairs, whatever they were made of, and with the columns of no part if there are several.
+    plain = {name: default for path, default in Data.of_mixture().items() for name in [path.rpartition(".")[2]]}
+    own = {name: getattr(_for_part(parts[0], data), name) for name in _RECORDED}
+    return {**own, **(plain if len(parts) > 1 else {}), "data_format": "pairs"}
 
 
 def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
@@ -103,11 +142,13 @@ def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
     if not isinstance(recorded, dict):
         return settings
     values = {f"data.{name}": recorded[name] for name in _RECORDED if name in recorded and name not in given}
+    if isinstance(settings.data, Data):
+        values["data.data_format"] = "pairs"
     return settings.with_values(values)  # type: ignore[return-value]
 
 
 def output_request(
-    settings: Any, resolved: Mapping[str, Any], models: Mapping[str, Path | None], files: Mapping[str, Path]
+    settings: Any, resolved: Mapping[str, Any], models: Mapping[str, Path | None], splits: Iterable[DatasetSplit]
 ) -> OutputRequest:
     """The output that a command creates.
 
@@ -115,15 +156,16 @@ def output_request(
         settings: of the command.
         resolved: settings whose value depends on the machine or on other settings, as they are in force.
         models: option name to directory of the models it reads, or None.
-        files: split name to file of the dataset it reads.
+        splits: what it reads of the dataset.
     """
     read = [path for path in models.values() if path is not None]
+    files = list(dict.fromkeys(path for split in splits for path in split.paths))
     resume = settings.resume if hasattr(settings, "resume") else settings.checkpoints.resume
     return OutputRequest(
         path=Path(settings.output_dir),
         command=settings.command,
         fingerprint={**settings.fingerprint(), **resolved},
-        inputs=[*read, *map(base_of, read), *files.values()],
+        inputs=[*read, *map(base_of, read), *files],
         content_hashes=lambda: {**content_hashes(models, files), **_template_hash(settings.data)},
         overwrite=settings.overwrite,
         restart=resume == "never",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tisdpo_cli.errors import ModelError
@@ -55,12 +55,12 @@ def _code(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if coded else []
 
 
-def content_hashes(models: Mapping[str, Path | None], files: Mapping[str, Path]) -> dict[str, str]:
+def content_hashes(models: Mapping[str, Path | None], files: Iterable[Path]) -> dict[str, str]:
     """Hash the models and the dataset that a command reads, under the keys `content of NAME`.
 
     Args:
         models: option name to model directory, or None if the option is not set.
-        files: split name to file of the dataset.
+        files: of the dataset.
     """
     hashes = {f"content of {name}": hash_model(path) for name, path in models.items() if path is not None}
-    return {**hashes, "content of dataset": sha256(*files.values(), named=True)}
+    return {**hashes, "content of dataset": sha256(*files, named=True)}

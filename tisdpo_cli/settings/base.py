@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tisdpo_cli.formats import FORMAT_NAMES
-from tisdpo_cli.settings.fields import Group, group_of, setting, shapes_result
+from tisdpo_cli.settings.fields import Group, group_of, meta, setting, shapes_result
 
 PREFERENCE_PAIRS = f"preference pairs: {FORMAT_NAMES} file, directory, or hub id"
 
@@ -50,7 +50,10 @@ class Command(BaseSettings):
         values: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
-            if isinstance(value, Group):
+            if meta(info).get("many") and not isinstance(value, str):
+                # The parts of a mixture are compared by content too, but not what is done with them.
+                values[name] = [part.in_force() for part in value]
+            elif isinstance(value, Group):
                 values.update({f"{name}.{inner}": in_force for inner, in_force in value.in_force().items()})
             elif shapes_result(info):
                 values[name] = value
@@ -102,9 +105,16 @@ def model_setting(help_text: str, *flags: str, default: Any = ..., panel: str = 
     )
 
 
-def dataset_setting(help_text: str, *flags: str) -> Any:
-    """The path or hub id of a dataset. It is compared by content, not by name."""
-    return setting(..., help_text, "Data", *flags, shapes_result=False, repeated=False, reads="dataset", metavar="PATH")
+def dataset_setting(help_text: str, *flags: str, many: bool = False) -> Any:
+    """The path or hub id of a dataset, or `many` of them. It is compared by content, not by name."""
+    return setting(
+        ..., help_text, "Data", *flags, shapes_result=False, repeated=False, reads="dataset", metavar="PATH", many=many
+    )
+
+
+def pairs_setting(help_text: str = PREFERENCE_PAIRS) -> Any:
+    """`--dataset` of the commands that take a mixture."""
+    return dataset_setting(f"{help_text}; repeat it as PATH=SHARE for a mixture", "-d", "--dataset-name", many=True)
 
 
 def output_setting() -> Any:

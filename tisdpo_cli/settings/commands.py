@@ -65,7 +65,7 @@ COMMANDS: dict[str, CommandSpec] = {
             run="engine:estimate",
             panel=METHOD,
             example="tisdpo estimate --forward out/dpo --reverse out/reverse -d pairs.jsonl -o out/scored",
-            next="tisdpo train --model {model} --dataset {output}{data_options} --output-dir out/tisdpo",
+            next="tisdpo train --model {model} --dataset {output}{scored_options} --output-dir out/tisdpo",
         ),
         CommandSpec(
             Train,

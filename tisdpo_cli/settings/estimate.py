@@ -8,18 +8,18 @@ from pydantic import field_validator, model_validator
 
 from tisdpo_cli.method.prompt_templates import TEMPLATES, template_text
 from tisdpo_cli.settings.base import (
-    PREFERENCE_PAIRS,
     Command,
     Resume,
-    dataset_setting,
     model_setting,
     output_setting,
     overwrite_setting,
+    pairs_setting,
     remote_code_setting,
     resume_setting,
 )
+from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, setting
-from tisdpo_cli.settings.groups import Data, Dtype, Layout, dtype_setting, layout_setting
+from tisdpo_cli.settings.groups import Dtype, Layout, TrainingData, dtype_setting, layout_setting
 
 # The two sides of the contrast that scores are made of.
 CONTRAST = ("forward", "reverse")
@@ -51,8 +51,8 @@ class Estimate(Command):
     positive_template: str | None = _template_setting("forward", "harmless")
     negative_template: str | None = _template_setting("reverse", "harmful")
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
-    data: Data = Data()
+    dataset: DatasetValue = pairs_setting()
+    data: TrainingData = TrainingData()
     keep_logps: bool = setting(False, "also write the log-probs under both models, as extra columns", "Data")
     batch_size: PositiveInt = setting(
         16, "pairs per forward pass on each process", "Memory", "--per-device-eval-batch-size"

@@ -8,14 +8,14 @@ from typing import ClassVar
 from pydantic import field_validator, model_validator
 
 from tisdpo_cli.settings.base import (
-    PREFERENCE_PAIRS,
     Command,
-    dataset_setting,
     file_setting,
     model_setting,
+    pairs_setting,
     remote_code_setting,
     seed_setting,
 )
+from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -40,7 +40,7 @@ class Evaluate(Command):
     baseline: PathText | None = model_setting("model to compare with", default=None)
     ref_model: PathText = model_setting("reference model: the one that training started from")
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
+    dataset: DatasetValue = pairs_setting()
     split: str | None = setting(None, "split to evaluate (default: test if there is one)", "Data")
     data: Data = Data()
     batch_size: PositiveInt = setting(16, "rows per forward pass", "Memory", "--per-device-eval-batch-size")

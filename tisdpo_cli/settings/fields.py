@@ -54,6 +54,7 @@ def setting(
     repeated: bool = True,
     reads: Literal["model", "dataset"] | None = None,
     metavar: str | None = None,
+    many: bool = False,
 ) -> Any:
     """A field with its help.
 
@@ -67,6 +68,7 @@ def setting(
         repeated: whether the suggested next command repeats the setting.
         reads: what the path names, so that it can be checked before anything heavy is imported.
         metavar: the placeholder for the value in help.
+        many: whether the option may be given several times.
     """
     extra: dict[str, Any] = {
         "panel": panel,
@@ -75,6 +77,7 @@ def setting(
         "repeated": repeated,
         "reads": reads,
         "metavar": metavar,
+        "many": many,
     }
     return Field(default, description=help_text, json_schema_extra=extra)
 

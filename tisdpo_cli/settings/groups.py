@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
 
+from tisdpo_cli.formats import DataFormat
 from tisdpo_cli.settings.base import resume_setting
 from tisdpo_cli.settings.fields import (
     Group,
@@ -95,9 +96,26 @@ class ColumnOptions(Group):
 class Data(ColumnOptions):
     """How rows are read and truncated."""
 
+    data_format: DataFormat = setting(
+        "pairs", f"what a row holds: {', '.join(get_args(DataFormat))}", "Data", metavar="NAME"
+    )
     max_length: PositiveInt = setting(512, "maximum tokens of prompt and response together", "Data")
     max_prompt_length: PositiveInt = setting(256, "maximum prompt tokens in rows that exceed --max-length", "Data")
     keep_prompt: Literal["end", "start"] = setting("end", "part of a truncated prompt to keep", "Data")
+
+    @classmethod
+    def of_mixture(cls) -> dict[str, Any]:
+        """The settings for the columns of a scored mixture, whatever they are in its parts."""
+        names = ("prompt_column", "chosen_column", "rejected_column", "dialogue")
+        return {f"data.{name}": cls.model_fields[name].default for name in names}
+
+    @model_validator(mode="after")
+    def _names_columns_of_pairs(self) -> Data:
+        columns = ("prompt_column", "chosen_column", "rejected_column")
+        given = [name for name in columns if getattr(self, name) != type(self).model_fields[name].default]
+        if given and self.data_format not in ("pairs", "scored-pairs"):
+            raise ValueError(f"{given[0]} is for pairs; rows of data_format {self.data_format} have their own columns")
+        return self
 
     @model_validator(mode="after")
     def _leaves_room_for_a_response(self) -> Data:
@@ -109,7 +127,40 @@ class Data(ColumnOptions):
         return self
 
 
-class SftData(Data):
+def _rows_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("must be a number of rows, or a share below 1")
+    return int(value) if value >= 1 else value
+
+
+class TrainingData(Data):
+    """How rows are chosen, read and truncated where a dataset is split into training and evaluation."""
+
+    split: PathText = setting("train", "split to train on", "Data", "--dataset-train-split", metavar="NAME")
+    eval_split: PathText | None = setting(
+        None, "split to evaluate on (default: test, or validation and the like)", "Data", "--dataset-test-split",
+        metavar="NAME",
+    )  # fmt: skip
+    limit: PositiveInt | None = setting(None, "use only the first N rows of the training split", "Data")
+    eval_size: Annotated[PositiveFloat, AfterValidator(_rows_or_share)] | None = setting(
+        None, "hold out N rows of the training split, or a share of them, to evaluate on", "Data",
+        "--test-split-size", metavar="N|SHARE",
+    )  # fmt: skip
+
+    @classmethod
+    def of_scored_dataset(cls) -> dict[str, Any]:
+        """The settings that `estimate` has applied to the rows of a scored dataset, with what they are for it."""
+        names = ("data_format", "split", "eval_split", "limit", "eval_size")
+        return {f"data.{name}": cls.model_fields[name].default for name in names}
+
+    @model_validator(mode="after")
+    def _one_test_split(self) -> TrainingData:
+        if self.eval_split is not None and self.eval_size is not None:
+            raise ValueError("give either eval_split or eval_size, not both")
+        return self
+
+
+class SftData(TrainingData):
     """How rows are read and truncated in train-sft, which also takes instruction rows."""
 
     instruction_template: str = setting(

@@ -26,6 +26,7 @@ _FOREIGN_OPTIONS = {
     "eval-strategy": "use --eval-every, a number of steps",
     "evaluation-strategy": "use --eval-every, a number of steps",
     "resume-from-checkpoint": "use --resume",
+    "dataset-config": "use --dataset NAME:CONFIG",
     "precompute-ref-log-probs": "reference log-probs are always precomputed; see --no-ref-cache",
     "padding-free": "rows are packed by default; see --layout",
     "use-liger-kernel": "the head is chunked by default",

@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from tisdpo_cli.settings.base import (
-    PREFERENCE_PAIRS,
     Command,
-    dataset_setting,
     model_setting,
     output_setting,
     overwrite_setting,
+    pairs_setting,
     seed_setting,
 )
+from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
 from tisdpo_cli.settings.groups import Dtype
@@ -31,7 +31,7 @@ class Stages(Command):
     model: PathText | None = model_setting(
         "starting model (default: a new one, from the train_sft section)", "-m", "--model-name-or-path", default=None
     )
-    dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
+    dataset: DatasetValue = pairs_setting()
     method: Literal["dpo", "sft", "prompt"] = setting(
         "dpo",
         "contrastive models: forward and reverse DPO, SFT on chosen and on rejected, or one model with two prompts",

@@ -10,7 +10,7 @@ from tisdpo_cli.settings.run import STAGES, Run
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 # What `setting` attaches to a field for the program's own use.
-_INTERNAL = {"panel", "flags", "shapes_result", "repeated", "reads", "metavar"}
+_INTERNAL = {"panel", "flags", "shapes_result", "repeated", "reads", "metavar", "many"}
 
 
 def json_schema(command: type[Command]) -> dict[str, Any]:

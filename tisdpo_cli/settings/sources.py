@@ -243,11 +243,12 @@ def to_yaml(settings: Command, origins: Mapping[str, str] | None = None) -> str:
 
 
 def _write(lines: list[str], settings: Any, prefix: str, depth: int, origins: Mapping[str, str] | None) -> None:
-    wired = set(_wiring_names(prefix.rstrip(".")))
+    stage, _, group = prefix.partition(".")
+    wired = set(_wiring_names(stage))
     for name in type(settings).model_fields:
         value, path = getattr(settings, name), f"{prefix}{name}"
         indent = "  " * depth
-        if name in wired:
+        if f"{group}{name}" in wired:
             continue
         if hasattr(type(value), "model_fields"):
             lines.append(f"{indent}{name}:")
@@ -265,6 +266,8 @@ def _wiring_names(stage: str) -> Iterable[str]:
 
 
 def _yaml_scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = [part.plain() for part in value]
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6, allow_unicode=style is None)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -8,19 +8,20 @@ from pydantic import model_validator
 
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.base import (
-    PREFERENCE_PAIRS,
     Command,
     dataset_setting,
     dry_run_setting,
     model_setting,
     output_setting,
     overwrite_setting,
+    pairs_setting,
     profile_setting,
     remote_code_setting,
     seed_setting,
 )
+from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Data, Evaluation, Memory, Optim
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, Optim, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
 
 
@@ -32,8 +33,8 @@ class TrainPairs(Command):
         "reference model (default: the initial --model)", default=None, repeated=True
     )
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = dataset_setting(PREFERENCE_PAIRS, "-d", "--dataset-name")
-    data: Data = Data()
+    dataset: DatasetValue = pairs_setting()
+    data: TrainingData = TrainingData()
     method: Method = Method()
     adapter: Adapter = Adapter()
     optim: Optim = Optim()
@@ -69,8 +70,14 @@ class Train(TrainPairs):
 
     command: ClassVar[str] = "train"
 
-    dataset: PathText = dataset_setting("scored dataset, from `tisdpo estimate`", "-d", "--dataset-name")
+    dataset: DatasetValue = dataset_setting("scored dataset, from `tisdpo estimate`", "-d", "--dataset-name", many=True)
     weights: Weights = Weights()
+
+    @model_validator(mode="after")
+    def _reads_one_dataset(self) -> Train:
+        if not isinstance(self.dataset, str):
+            raise ValueError("train reads one scored dataset; give the mixture to estimate")
+        return self
 
     @model_validator(mode="after")
     def _loss_takes_weights(self) -> Train:

@@ -10,15 +10,16 @@ from tisdpo_cli.formats import FORMAT_NAMES
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.base import (
     Command,
-    dataset_setting,
     dry_run_setting,
     model_setting,
     output_setting,
     overwrite_setting,
+    pairs_setting,
     profile_setting,
     remote_code_setting,
     seed_setting,
 )
+from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
 from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData, SftOptim
 
@@ -37,8 +38,8 @@ class TrainSft(Command):
     layers: PositiveInt = setting(4, "number of layers of the new model, with --init", "Model")
     heads: PositiveInt = setting(6, "number of attention heads of the new model, with --init", "Model")
     trust_remote_code: bool = remote_code_setting()
-    dataset: PathText = dataset_setting(
-        f"preference pairs or instruction rows: {FORMAT_NAMES} file, directory, or hub id", "-d", "--dataset-name"
+    dataset: DatasetValue = pairs_setting(
+        f"preference pairs or instruction rows: {FORMAT_NAMES} file, directory, or hub id"
     )
     target: Literal["chosen", "rejected", "both"] = setting("chosen", "responses of pairs to train on", "Data")
     train_on_prompt: bool = setting(False, "train on the prompt tokens too", "Data")

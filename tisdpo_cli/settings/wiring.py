@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.settings.groups import Data, TrainingData
 from tisdpo_cli.settings.names import resolve
 from tisdpo_cli.settings.run import STAGES, Stages
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -47,6 +48,7 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
     """The values that the pipeline sets in each stage: which output is whose input."""
     at = {stage: str(Path(head.output_dir) / name) for stage, name in _DIRECTORIES.items()}
     start = at["train_sft"] if with_sft else head.model
+    scored = {} if isinstance(head.dataset, str) else Data.of_mixture()
     common = {"dataset": head.dataset, "overwrite": head.overwrite}
     # A dry run of one stage would leave the next without its input.
     trained = {**common, "dry_run": False, "model": start}
@@ -66,8 +68,14 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
             "model": start if head.method == "prompt" else None,
             "output_dir": at["estimate"],
         },
-        "train": {**trained, "dataset": at["estimate"], "output_dir": at["train"]},
-        "inspect_weights": {"scored": at["estimate"], "html": str(Path(head.output_dir) / "report.html")},
+        "train": {
+            **trained,
+            **TrainingData.of_scored_dataset(),
+            **scored,
+            "dataset": at["estimate"],
+            "output_dir": at["train"],
+        },
+        "inspect_weights": {**scored, "scored": at["estimate"], "html": str(Path(head.output_dir) / "report.html")},
     }
 
 

@@ -5,13 +5,14 @@ The entry point: settings stop here. It returns plain values (`results`) and kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.splits import drop_untrainable, read_split
-from tisdpo_cli.engine.arguments import find_dataset, parses, read_options
+from tisdpo_cli.engine.arguments import evaluated_split, parses, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
 from tisdpo_cli.engine.evaluation.results import Evaluation
@@ -27,6 +28,7 @@ from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import versions
 from tisdpo_cli.runs.runtime import Runtime, autocast_dtype
+from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.evaluate import Evaluate
 
 
@@ -44,13 +46,12 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
     if samples_path is not None:
         _check_writable(samples_path)
     policies, reference = _locate_models(settings)
-    files = find_dataset(settings.dataset, reporter)
-    split = _choose_split(settings.split, files)
+    split, source = evaluated_split(settings.dataset, settings.split, settings.data)
     reward_function = None if settings.scorer is None else rewards_from_function(settings.scorer)
     runtime = Runtime(reporter)
     if runtime.world > 1:
         raise UsageError("evaluate runs in a single process", fix="start it without a launcher")
-    task = _task(settings, runtime, files[split], [*policies, reference])
+    task = _task(settings, runtime, source, [*policies, reference])
     reward_model = None if settings.reward_model is None else locate_model(settings.reward_model, "--reward-model")
     if reward_model is not None:
         check_renders(reward_model, [prompt.given for prompt in task.prompts])
@@ -64,7 +65,7 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
         reporter.note(f"wrote {settings.samples}")
     metrics = [result.metrics for result in results]
     return Evaluation(
-        dataset=settings.dataset,
+        dataset=text_of(settings.dataset),
         split=split,
         pairs=len(task.pairs),
         prompts=len({prompt.row for prompt in task.prompts}),
@@ -73,7 +74,7 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
         reward_at_baseline_kl=reward_at_baseline_kl(metrics),
         provenance={
             "models": {model.name: hash_model(model.path) for model in [*policies, reference]},
-            "dataset": sha256(files[split]),
+            "dataset": sha256(*source.paths),
             "settings": settings.fingerprint(),
             "versions": versions(),
         },
@@ -95,13 +96,13 @@ def _locate_models(settings: Evaluate) -> tuple[list[PolicyRef], PolicyRef]:
     return policies, locate("reference", "--ref-model", settings.ref_model)
 
 
-def _task(settings: Evaluate, runtime: Runtime, file: Path, models: Sequence[PolicyRef]) -> EvaluationTask:
+def _task(settings: Evaluate, runtime: Runtime, source: DatasetSplit, models: Sequence[PolicyRef]) -> EvaluationTask:
     """The task, checked as far as possible without loading weights."""
     trust, limit, per_prompt = settings.trust_remote_code, settings.max_new_tokens, settings.samples_per_prompt
     tokenizer = _shared_tokenizer(models, settings.data.max_length, trust, parses(settings.data))
     options = read_options(settings.data)
     chat = ChatEncoder(tokenizer, options.chat)
-    split = read_split(file, options, vocabulary_of(tokenizer, chat), settings.eval_pairs)
+    split = read_split(source, options, vocabulary_of(tokenizer, chat), settings.eval_pairs)
     kept, dropped = drop_untrainable(split)
     for warning in split.warnings:
         runtime.reporter.warn(warning)
@@ -141,14 +142,6 @@ def _check_writable(path: Path) -> None:
         raise UsageError("is a directory", where=where, fix="name a file")
     if not path.parent.is_dir():
         raise UsageError(f"no such directory: {path.parent}", where=where, fix="create it first")
-
-
-def _choose_split(name: str | None, files: Mapping[str, Path]) -> str:
-    """The requested split; by default `test` if it exists."""
-    split = name or ("test" if "test" in files else "train")
-    if split not in files:
-        raise UsageError(f"no such split; available: {', '.join(files)}", where=f"--split {split}")
-    return split
 
 
 def _shared_tokenizer(

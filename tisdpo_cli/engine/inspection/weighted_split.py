@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tisdpo_cli.data.chat_tokens import ChatOptions, response_ids
-from tisdpo_cli.data.pairs import Columns, Pair, read_pairs
-from tisdpo_cli.data.reader import find_splits
+from tisdpo_cli.data.dataset import Columns
+from tisdpo_cli.data.locate import TRAIN, find_splits, named_split
+from tisdpo_cli.data.pairs import Pair, read_pairs
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.scored import (
     Logps,
@@ -200,9 +201,7 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
         TisdpoError: the dataset is not scored, does not fit its tokenizer, or has no such split.
     """
     files = find_splits(scored)
-    if options.split not in files:
-        raise UsageError(f"no split {options.split!r}; available: {', '.join(files)}", where="--split")
-    file = files[options.split]
+    file = named_split(files, options.split, scored, "--split")
     read = read_pairs(file, options.columns, options.on_bad_row)
     require_scores((pair.row for pair in read.pairs), scored, options.final)
     manifest = read_manifest(Path(scored).expanduser()) or {}
@@ -211,7 +210,7 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     at_start = not manifest and weights_at_start(tokenizer, read.pairs)
     chat = ChatEncoder(tokenizer, options.chat)
     vocabulary = vocabulary_of(tokenizer, chat, at_start)
-    centers = _centers(options, files["train"], vocabulary) if options.centered else None
+    centers = _centers(options, files[TRAIN], vocabulary) if options.centered else None
     weighter = token_weighter(options.make_recipe, options.seed, tokenizer, read.pairs, centers, at_start)
     encoded = _encoded(read.pairs, vocabulary)
     chat.check(manifest.get("chat"), scored)
@@ -220,7 +219,7 @@ def read_weighted_split(scored: str, options: SplitOptions) -> WeightedSplit:
     skipped = handle_bad_rows(bad, len(read.pairs), options.on_bad_row)
     # Editing scores is legitimate and needs no warning; a file of final weights may still hold scores.
     warnings = [*([changed] if changed and options.final else []), *([AT_START] if at_start else [])]
-    return WeightedSplit(pairs, weighter, [*files.notices, *read.notices, *warnings, *skipped])
+    return WeightedSplit(pairs, weighter, [*read.notices, *warnings, *skipped])
 
 
 def _centers(options: SplitOptions, train: Path, vocabulary: Vocabulary) -> Centers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading
@@ -28,6 +29,7 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, claim_output, finished_result
+from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.estimate import CONTRAST, Estimate
 from tisdpo_cli.settings.sources import to_yaml
 
@@ -45,7 +47,7 @@ class _Estimation:
         paths: `model`, or `forward` and `reverse`, to the directory.
         models: side to what the user calls its model.
         templates: side to the text of its template.
-        files: split name to file.
+        splits: what is scored.
         reading: how rows are read, for the manifest.
         config_yaml: the settings, written to `config.yaml`.
     """
@@ -54,7 +56,7 @@ class _Estimation:
     paths: Mapping[str, Path]
     models: Mapping[str, str]
     templates: Mapping[str, str]
-    files: Mapping[str, Path]
+    splits: Mapping[str, DatasetSplit]
     options: ReadOptions
     reading: dict[str, Any]
     keep_logps: bool
@@ -70,24 +72,24 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     """
     options = ["model"] if settings.model is not None else list(CONTRAST)
     paths = {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
-    files = find_dataset(settings.dataset, reporter)
+    sources = find_dataset(settings.dataset, settings.data, reporter)
     runtime = Runtime(reporter)
     precision = runtime.precision(settings.dtype, scoring=True)
     estimation = _Estimation(
-        dataset=settings.dataset,
+        dataset=text_of(settings.dataset),
         paths=paths,
         models=settings.models(),
         templates=settings.templates(),
-        files=files,
+        splits=sources,
         options=read_options(settings.data),
-        reading=recorded_reading(settings.data),
+        reading=recorded_reading(settings.dataset, settings.data),
         keep_logps=settings.keep_logps,
         scoring=ScoringConfig(
             settings.batch_size, settings.layout, precision, settings.sequential, settings.trust_remote_code
         ),
         config_yaml=to_yaml(settings),
     )
-    with claim_output(runtime, output_request(settings, {"dtype": precision}, paths, files)) as output:
+    with claim_output(runtime, output_request(settings, {"dtype": precision}, paths, sources.values())) as output:
         if output.state == "finished":
             return finished_result(runtime, output)
         return _estimate(estimation, runtime, output)
@@ -101,7 +103,7 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     chat = ChatEncoder(tokenizer, estimation.options.chat)
     vocabulary = vocabulary_of(tokenizer, chat)
     options = replace(estimation.options, templates=tuple(map(split_template, estimation.templates.values())))
-    splits = {name: read_split(path, options, vocabulary) for name, path in estimation.files.items()}
+    splits = {name: read_split(split, options, vocabulary) for name, split in estimation.splits.items()}
     for notice in chat.notices():
         reporter.note(notice)
     for warning in (warning for split in splits.values() for warning in split.warnings):

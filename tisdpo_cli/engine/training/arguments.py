@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
 from tisdpo_cli.engine.training.optimizer import Schedule
@@ -62,10 +64,13 @@ def _recorded_budget(config: Path) -> int | None:
 
 
 def claim_training_output(
-    runtime: Runtime, settings: TrainPairs | TrainSft, models: dict[str, Path | None], files: dict[str, Path]
+    runtime: Runtime,
+    settings: TrainPairs | TrainSft,
+    models: Mapping[str, Path | None],
+    splits: Mapping[str, DatasetSplit],
 ) -> Output:
     """Claim the output directory of a training; see `claim_output`."""
-    return claim_output(runtime, output_request(settings, _resolved(runtime, settings), models, files))
+    return claim_output(runtime, output_request(settings, _resolved(runtime, settings), models, splits.values()))
 
 
 def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> SessionConfig:

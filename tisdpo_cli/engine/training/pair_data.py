@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.scored import check_unchanged, has_weights, missing_score, read_manifest, require_scores
 from tisdpo_cli.data.splits import ReadOptions, Split, drop_untrainable, read_split
@@ -54,14 +55,14 @@ class PairSource:
 
     Attributes:
         dataset: what the user calls the dataset.
-        files: split name to file.
+        splits: `train` and perhaps `test`.
         eval_pairs: test pairs to evaluate, at most.
         swapped: whether chosen and rejected are swapped.
         weighting: how tokens are weighted, or None for unit weights.
     """
 
     dataset: str
-    files: Mapping[str, Path]
+    splits: Mapping[str, DatasetSplit]
     options: ReadOptions
     eval_pairs: int
     swapped: bool
@@ -99,20 +100,20 @@ def prepare_pairs(
         reporter.note(notice)
     chat, scored = ChatEncoder(tokenizer, source.options.chat), None
     vocabulary = vocabulary_of(tokenizer, chat)
-    train = read_split(source.files["train"], source.options, vocabulary)
+    train = read_split(source.splits["train"], source.options, vocabulary)
     if source.weighting is not None:
         manifest = read_manifest(Path(source.dataset).expanduser())
         at_start = manifest is None and weights_at_start(tokenizer, train.pairs)
         if at_start:
             reporter.note(AT_START)
             vocabulary = vocabulary_of(tokenizer, chat, at_start)
-            train = read_split(source.files["train"], source.options, vocabulary)
+            train = read_split(source.splits["train"], source.options, vocabulary)
         scored = _Scored(manifest, tokenizer, chat, _centers(source.weighting, train, reporter), at_start)
     elif has_weights(pair.row for pair in train.pairs):
         reporter.note("ignoring the token weights in this dataset; use `tisdpo train` to train with them")
     splits = [train]
-    if "test" in source.files and source.eval_pairs:
-        splits.append(read_split(source.files["test"], source.options, vocabulary, source.eval_pairs))
+    if "test" in source.splits and source.eval_pairs:
+        splits.append(read_split(source.splits["test"], source.options, vocabulary, source.eval_pairs))
     for notice in chat.notices():
         reporter.note(notice)
     if scored is not None and scored.manifest is not None:
@@ -155,7 +156,7 @@ def _weighted_pairs(
         weighting.make_recipe, weighting.seed, scored.tokenizer, rows, scored.centers, scored.at_start
     )
     recipe = weighter.recipe
-    reporter.note(f"{split.path.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
+    reporter.note(f"{split.source.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
     weighted: list[WeightedPair] = []
     bad: list[BadRow] = []
     for pair, contexts in zip(kept, weighter.contexts_of_pairs(rows, scored.chat), strict=True):
@@ -166,7 +167,7 @@ def _weighted_pairs(
     weights = [pair.weights for pair in weighted if pair.weights is not None]
     chosen, rejected = ([both[side] for both in weights] for side in (0, 1))
     for line in weight_warnings(chosen, rejected, recipe.final):
-        reporter.warn(f"{split.path.name}: {line}")
+        reporter.warn(f"{split.source.name}: {line}")
     return weighted
 
 
@@ -176,7 +177,7 @@ def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored
     Raises:
         DataError: it has none, or they belong to another tokenizer.
     """
-    require_scores((pair.row for pair in split.pairs), str(split.path), weighting.final)
+    require_scores((pair.row for pair in split.pairs), split.source.where, weighting.final)
     manifest = scored.manifest
     if manifest is None:
         return
@@ -186,7 +187,7 @@ def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored
             where=source.dataset,
             fix="score it again with models that share the tokenizer",
         )
-    changed = check_unchanged(manifest, split.path, weighting.final)
+    changed = check_unchanged(manifest, split.source.paths[0], weighting.final)
     if changed:
         (reporter.warn if weighting.final else reporter.note)(changed)
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import find_dataset, read_options, with_recorded_reading
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, pair_costs, planned_passes
@@ -42,6 +43,7 @@ from tisdpo_cli.runs.cache import TensorCache
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, finished_result
+from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.train_pairs import Train, TrainPairs, TrainReverse
 
 
@@ -70,15 +72,15 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
     if isinstance(settings, Train):
-        settings = with_recorded_reading(settings, settings.dataset)
+        settings = with_recorded_reading(settings, text_of(settings.dataset))
     models = _locate_models(settings)
-    files = find_dataset(settings.dataset, reporter)
+    splits = find_dataset(settings.dataset, settings.data, reporter)
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, models.policy_path)
-    training = _training(runtime, settings, models, files)
+    training = _training(runtime, settings, models, splits)
     check_start_adapter(training.session.adapter, models.policy_path)
     paths = {"model": models.policy_path, "ref_model": models.reference_path}
-    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, files)
+    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, splits)
     with claimed as output:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
@@ -105,14 +107,14 @@ def _locate_models(settings: TrainPairs) -> Models:
     )
 
 
-def _training(runtime: Runtime, settings: TrainPairs, models: Models, files: Mapping[str, Path]) -> _Training:
+def _training(runtime: Runtime, settings: TrainPairs, models: Models, splits: Mapping[str, DatasetSplit]) -> _Training:
     directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
     swapped = isinstance(settings, TrainReverse)
     return _Training(
         models=models,
         source=PairSource(
-            dataset=settings.dataset,
-            files=files,
+            dataset=text_of(settings.dataset),
+            splits=splits,
             options=read_options(settings.data),
             eval_pairs=settings.evaluation.eval_pairs,
             swapped=swapped,

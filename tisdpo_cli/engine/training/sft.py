@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.data.chat_tokens import ChatStats, encode_chat
+from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.examples import Example, Target, read_examples
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.splits import ReadOptions
@@ -116,7 +117,7 @@ class _Source:
     """Where the examples and the model of a fine-tuning come from.
 
     Attributes:
-        files: split name to file.
+        splits: `train` and perhaps `test`.
         target: which responses of a pair to learn.
         instruction_template: prompt of an instruction row.
         train_on_prompt: whether prompt tokens are learned too.
@@ -124,7 +125,7 @@ class _Source:
         model: the directory of the model, or the shape of a new one.
     """
 
-    files: Mapping[str, Path]
+    splits: Mapping[str, DatasetSplit]
     options: ReadOptions
     target: Target
     instruction_template: str
@@ -141,13 +142,13 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
     path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
-    files = find_dataset(settings.dataset, reporter)
+    splits = find_dataset(settings.dataset, settings.data, reporter)
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, path)
-    source, session = _source(settings, path, files), session_config(runtime, settings)
+    source, session = _source(settings, path, splits), session_config(runtime, settings)
     if path is not None:
         check_start_adapter(session.adapter, path)
-    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, {"model": path}, files)
+    claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, {"model": path}, splits)
     with claimed as output:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
@@ -179,9 +180,9 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         return run_training(runtime, session, output, setup)
 
 
-def _source(settings: TrainSft, path: Path | None, files: Mapping[str, Path]) -> _Source:
+def _source(settings: TrainSft, path: Path | None, splits: Mapping[str, DatasetSplit]) -> _Source:
     return _Source(
-        files=files,
+        splits=splits,
         options=read_options(settings.data),
         target=settings.target,
         instruction_template=settings.data.instruction_template,
@@ -200,21 +201,21 @@ def _source(settings: TrainSft, path: Path | None, files: Mapping[str, Path]) ->
 @naming_out_of_memory("reading")
 def _tasks(source: _Source, tokenizer: Tokenizer, reporter: Reporter) -> tuple[SftTask, SftTask | None]:
     """What is trained, and what is evaluated."""
-    examples = _read(source, source.files["train"], reporter)
-    task = SftTask(_encode(source, examples, tokenizer, source.files["train"], reporter), tokenizer.pad)
-    if "test" not in source.files or not source.eval_examples:
+    examples = _read(source, source.splits["train"], reporter)
+    task = SftTask(_encode(source, examples, tokenizer, source.splits["train"], reporter), tokenizer.pad)
+    if "test" not in source.splits or not source.eval_examples:
         return task, None
-    examples = _read(source, source.files["test"], reporter)[: source.eval_examples]
-    return task, SftTask(_encode(source, examples, tokenizer, source.files["test"], reporter), tokenizer.pad)
+    examples = _read(source, source.splits["test"], reporter)[: source.eval_examples]
+    return task, SftTask(_encode(source, examples, tokenizer, source.splits["test"], reporter), tokenizer.pad)
 
 
-def _examples(source: _Source, path: Path, target: Target) -> tuple[list[Example], list[str]]:
+def _examples(source: _Source, split: DatasetSplit, target: Target) -> tuple[list[Example], list[str]]:
     options = source.options
-    return read_examples(path, options.columns, target, source.instruction_template, options.on_bad_row)
+    return read_examples(split, target, source.instruction_template, options.on_bad_row)
 
 
-def _read(source: _Source, path: Path, reporter: Reporter) -> list[Example]:
-    examples, notices = _examples(source, path, source.target)
+def _read(source: _Source, split: DatasetSplit, reporter: Reporter) -> list[Example]:
+    examples, notices = _examples(source, split, source.target)
     for notice in notices:
         reporter.note(notice)
     return examples
@@ -223,7 +224,7 @@ def _read(source: _Source, path: Path, reporter: Reporter) -> list[Example]:
 def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
     if isinstance(source.model, NewModel):
         # Whatever is learned first, both sides of the pairs will be tokenized with it.
-        examples, _ = _examples(source, source.files["train"], "both")
+        examples, _ = _examples(source, source.splits["train"], "both")
         texts = (text for example in examples for text in (example.prompt, example.response))
         tokenizer = make_tokenizer(texts, source.model.vocab_size, source.options.parse_data)
         reporter.note(f"new byte-level BPE tokenizer with {len(tokenizer.backend)} tokens")
@@ -252,7 +253,7 @@ def _model(runtime: Runtime, session: SessionConfig, source: _Source, tokenizer:
 
 
 def _encode(
-    source: _Source, examples: Sequence[Example], tokenizer: Tokenizer, path: Path, reporter: Reporter
+    source: _Source, examples: Sequence[Example], tokenizer: Tokenizer, split: DatasetSplit, reporter: Reporter
 ) -> list[EncodedExample]:
     chat, marked = ChatEncoder(tokenizer, source.options.chat), MarkedRows()
     vocabulary, limits = vocabulary_of(tokenizer, chat), source.options.limits
@@ -274,19 +275,19 @@ def _encode(
         reporter.note(notice)
     warning = marked.warning(len(examples))
     if warning:
-        reporter.warn(f"{path.name}: {warning}")
+        reporter.warn(f"{split.name}: {warning}")
     if truncated:
-        reporter.note(f"{path.name}: truncated {truncated} examples to {limits.max_length} tokens")
+        reporter.note(f"{split.name}: truncated {truncated} examples to {limits.max_length} tokens")
     if dropped:
-        reporter.note(f"{path.name}: dropped {dropped} examples without a response token after truncation")
+        reporter.note(f"{split.name}: dropped {dropped} examples without a response token after truncation")
     if not encoded:
         raise DataError(
             f"none of {len(examples)} examples has a response token after truncation",
-            where=str(path),
+            where=split.where,
             fix="raise --max-length",
         )
     tokens = sum(len(example.learned) for example in encoded)
-    reporter.note(f"{path.name}: {len(encoded)} examples, {tokens} learned tokens")
+    reporter.note(f"{split.name}: {len(encoded)} examples, {tokens} learned tokens")
     return encoded
 
 
