@@ -34,13 +34,17 @@ def import_here(where: Path) -> Clock:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tisdpo_cli.engine.scoring import estimate, scorer
-    from tisdpo_cli.engine.training import preference
+    from tisdpo_cli.engine.scoring import estimate
+    from tisdpo_cli.engine.training import policy, preference, reference_model
+    from tisdpo_cli.model import adapters, loading
+
+    # Peft's imports.
+    adapters._peft()
 
     AutoModelForCausalLM.from_pretrained(where / "model").to(device())
     AutoTokenizer.from_pretrained(where / "model")
     clock = Clock()
-    for module in (scorer, preference):
+    for module in (loading, policy, reference_model):
         module.load_model = _timed(_there(module.load_model), clock)  # type: ignore[attr-defined]
     for module in (estimate, preference):
         module.load_tokenizer = _timed(module.load_tokenizer, clock)  # type: ignore[attr-defined]
@@ -130,7 +134,7 @@ def clock_of_trl() -> Clock:
     return clock
 
 
-def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False) -> Any:
+def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False, lora_r: int | None = None) -> Any:
     """TRL's DPOTrainer on the rows in our order, its models loaded and its rows tokenised.
 
     Args:
@@ -138,6 +142,7 @@ def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False) -> An
         dtype: what it computes in.
         side: one of `trl_sides`.
         swapped: whether chosen and rejected change places.
+        lora_r: rank of an adapter on all linear layers, or None to train the whole model.
     """
     import torch
     from datasets import Dataset
@@ -165,9 +170,16 @@ def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False) -> An
     def model() -> Any:
         return AutoModelForCausalLM.from_pretrained(where / "model", dtype=torch.float32)
 
+    adapter = None
+    if lora_r is not None:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     return DPOTrainer(
         model=model(),
-        ref_model=None if precompute else model(),
+        # With an adapter the reference is the model without it.
+        ref_model=None if precompute or adapter is not None else model(),
+        peft_config=adapter,
         args=config,
         train_dataset=Dataset.from_list([rows[i] for i in order]),
         processing_class=AutoTokenizer.from_pretrained(where / "model"),

@@ -93,8 +93,8 @@ def train_here(case, policy, pairs, plan, directory, how):
     return read_metrics(metrics)[1:]
 
 
-def trl_trainer(case, policy, rows, directory, batch=BATCH, **method):
-    """TRL's trainer on rows in this order, which keeps the loss of every update unrounded."""
+def trl_trainer(case, policy, rows, directory, batch=BATCH, adapter=None, **method):
+    """TRL's trainer on rows in this order, of a new adapter if given, which keeps every loss unrounded."""
 
     class Recording(trl.DPOTrainer):
         losses: list[float]
@@ -117,7 +117,8 @@ def trl_trainer(case, policy, rows, directory, batch=BATCH, **method):
     )  # fmt: skip
     trainer = Recording(
         model=policy,
-        ref_model=copy.deepcopy(case.model),
+        ref_model=copy.deepcopy(case.model) if adapter is None else None,
+        peft_config=adapter,
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=case.tokenizer.backend,
