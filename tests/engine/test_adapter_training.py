@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Done, Listener, read_jsonl, run_here, write_jsonl
+from safetensors.torch import load_file
 
 from tisdpo_cli.engine.training import preference as engine
 from tisdpo_cli.errors import Interrupted
@@ -256,3 +260,101 @@ def test_a_whole_pipeline_of_adapters(world: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out" / stage / "adapter_model.safetensors").is_file()
         assert not (tmp_path / "out" / stage / "model.safetensors").exists()
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+@bitsandbytes
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_optimizers_in_8_bits_resume_to_the_same_bytes(world: Path, tmp_path: Path, optimizer: str) -> None:
+    """The rank makes adapters of more than 4,096 weights: states of smaller ones stay in float32."""
+    options = ("--lora-r", "64", "--lr", "1e-2", "--optimizer", optimizer, "--warmup-steps", "0", "--batch-size", "8")
+    command = ("train-dpo", "-m", world / "sft", "-d", world / "data", "--max-steps", "4", *options)
+    done(*command, "-o", tmp_path / "once")
+    settings = {
+        "model": str(world / "sft"), "dataset": str(world / "data"), "output_dir": str(tmp_path / "twice"),
+        "optim": {"max_steps": 4, "learning_rate": 1e-2, "optimizer": optimizer, "warmup_steps": 0, "batch_size": 8},
+        "adapter": {"lora_r": 64},
+    }  # fmt: skip
+    with pytest.raises(Interrupted):
+        engine.train_pairs(TrainDpo(value_layers=[settings]), StopInTraining())
+    (checkpoint,) = (tmp_path / "twice" / "checkpoints").iterdir()
+    kinds = {tensor.dtype for tensor in load_file(checkpoint / "optimizer.safetensors").values()}
+    assert torch.uint8 in kinds
+    assert "resuming from" in done(*command, "-o", tmp_path / "twice").err
+    assert content(tmp_path / "once") == content(tmp_path / "twice")
+
+
+QLORA = (*LORA, "--load-in-4bit")
+
+
+@bitsandbytes
+def test_a_base_in_4_bits_goes_through_every_command(world: Path, tmp_path: Path, monkeypatch) -> None:
+    """The same base in 4 bits is the reference and scores; merged, its weights are what they were in 4 bits."""
+    for command, name in (("train-dpo", "dpo"), ("train-reverse", "reverse")):
+        said = done(
+            command, "-m", world / "sft", "-d", world / "data", "-o", tmp_path / name, "--max-steps", "4", *QLORA
+        )
+        assert "frozen, in 4 bits (nf4)" in said.err
+        assert metrics(tmp_path / name)[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert "read from the cache" in said.err
+    done("train-dpo", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "again", "--max-steps", "4", *QLORA)
+    assert content(tmp_path / "again") == content(tmp_path / "dpo")
+    tensors = load_file(tmp_path / "dpo" / "adapter_model.safetensors")
+    assert all(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name), "every adapter has moved"
+    refused = run_here("merge", tmp_path / "dpo", "-o", tmp_path / "whole")
+    assert (refused.code, "add --dequantize" in refused.error) == (2, True)
+    sides = {}
+    for name in ("dpo", "reverse"):
+        done("merge", tmp_path / name, "-o", tmp_path / f"{name}-whole", "--dequantize")
+        sides[name] = tmp_path / f"{name}-whole"
+    done("estimate", "--forward", tmp_path / "dpo", "--reverse", tmp_path / "reverse", "-d", world / "data",
+         "-o", tmp_path / "scored")  # fmt: skip
+    done("estimate", "--forward", sides["dpo"], "--reverse", sides["reverse"], "-d", world / "data",
+         "-o", tmp_path / "scored-whole")  # fmt: skip
+    first, second = (read_jsonl(tmp_path / name / "train.jsonl") for name in ("scored", "scored-whole"))
+    for one, two in zip(first, second, strict=True):
+        assert one["chosen_weight"] == pytest.approx(two["chosen_weight"], abs=1e-5)
+    done(
+        "train-dpo",
+        "-m",
+        tmp_path / "dpo",
+        "-d",
+        world / "data",
+        "-o",
+        tmp_path / "further",
+        "--max-steps",
+        "1",
+        *QLORA,
+    )
+    base = json.loads((tmp_path / "further" / "base_model.json").read_text())
+    assert base["quantization"] == "nf4"
+    refused = run_here("train-dpo", "-m", tmp_path / "dpo", "-d", world / "data", "-o", tmp_path / "x", *LORA)
+    assert (refused.code, "trained on a base model in 4 bits" in refused.error) == (2, True)
+
+
+@bitsandbytes
+def test_layers_that_give_no_gradients_are_found(world: Path, tmp_path: Path, monkeypatch) -> None:
+    """As quantized layers in evaluation mode do on some CPUs, without a word."""
+    from tisdpo_cli.engine.training import trainer
+
+    backward = trainer.Trainer._backward
+
+    def without_one(self, batch):
+        sums = backward(self, batch)
+        next(p for p in self.model.parameters() if p.requires_grad).grad = None
+        return sums
+
+    monkeypatch.setattr(trainer.Trainer, "_backward", without_one)
+    refused = run_here("train-dpo", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "out", *QLORA,
+                       "--max-steps", "1")  # fmt: skip
+    assert (refused.code, "gets no gradients through the quantized layers" in refused.error) == (1, True), refused.err
+
+
+def test_without_bitsandbytes_the_package_is_named(world: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for options in (QLORA, (*LORA, "--optimizer", "adamw8bit")):
+        refused = run_here("train-dpo", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "out", *options)
+        assert (refused.code, "pip install 'tisdpo[bitsandbytes]'" in refused.error) == (2, True), refused.err

@@ -10,9 +10,10 @@ from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import reporting_write_errors
 from tisdpo_cli.model.adapters import adapters_of, refuse_unfaithful_merge
 from tisdpo_cli.model.content_hashes import hash_model
-from tisdpo_cli.model.directory import base_of, is_adapter, locate_model
+from tisdpo_cli.model.directory import base_of, is_adapter, is_quantized_adapter, locate_model
 from tisdpo_cli.model.layout import probe_logps
 from tisdpo_cli.model.loading import load_model, save_model
+from tisdpo_cli.model.quantization import dequantized, is_quantized
 from tisdpo_cli.model.tokenizer import load_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output, apply_umask
@@ -34,6 +35,15 @@ def merge(settings: Merge, reporter: Reporter) -> StageResult:
     path = locate_model(settings.model, "--model", settings.trust_remote_code)
     if not is_adapter(path):
         raise UsageError("is a whole model, not an adapter", where=settings.model)
+    quantized = is_quantized_adapter(path)
+    if quantized and not settings.dequantize:
+        raise UsageError(
+            "this adapter was trained on its base model in 4 bits, which a merged model does not have",
+            where=settings.model,
+            fix="add --dequantize to merge it into the expanded weights, which gives the same log-probs",
+        )
+    if settings.dequantize and not quantized:
+        raise UsageError("the base model of this adapter is not quantized", where="--dequantize")
     runtime = Runtime(reporter)
     if runtime.world > 1:
         raise UsageError("merge runs in a single process", fix="start it without a launcher")
@@ -64,6 +74,10 @@ def _merge(
     model = load_model(path, trust_remote_code, trained=False)
     refuse_unfaithful_merge(model, str(path))
     expected = probe_logps(model)
+    if is_quantized(model):
+        # An adapter on layers in 4 bits would be merged by quantizing again.
+        base = dequantized(load_model(base_of(path), trust_remote_code, quantized=True))
+        model = load_model(path, trust_remote_code, onto=base, trained=False)
     adapters = adapters_of(model)
     assert adapters is not None
     model = adapters.merge()

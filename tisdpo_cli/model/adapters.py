@@ -18,6 +18,7 @@ from torch import nn
 
 from tisdpo_cli.errors import ModelError, UsageError, is_out_of_memory
 from tisdpo_cli.model.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, read_json
+from tisdpo_cli.model.quantization import keep_gradients
 from tisdpo_cli.model.tokenizer import first_line
 
 # The name of the adapter that is trained and saved; peft writes an adapter of this name at the root of a directory.
@@ -61,10 +62,17 @@ class LoraShape:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What an adapter is put on: absolute path or hub id, and content (see `hash_model`)."""
+    """What an adapter is put on.
+
+    Attributes:
+        name: absolute path or hub id.
+        sha256: its content; see `hash_model`.
+        quantization: how its weights are held, or None for as they are.
+    """
 
     name: str
     sha256: str
+    quantization: str | None = None
 
 
 class Adapters:
@@ -127,7 +135,7 @@ class Adapters:
         # Sets of names have another order in every process.
         ordered = {key: sorted(value) if _is_names(value) else value for key, value in config.items()}
         _write_json(directory / ADAPTER_CONFIG, {**ordered, "base_model_name_or_path": base.name})
-        _write_json(directory / BASE_RECORD, {"name": base.name, "sha256": base.sha256})
+        _write_json(directory / BASE_RECORD, vars(base))
 
     def merge(self) -> nn.Module:
         """Add the active adapter to the weights of the base model, which is returned without any adapter."""
@@ -263,6 +271,7 @@ def _wrap(model: nn.Module, config: Any, name: str, trained: bool) -> None:
         peft = _peft().get_peft_model(model, config, adapter_name=name)
     model._tisdpo_adapters = Adapters(peft, name, trained)  # type: ignore[assignment]
     peft.eval()
+    keep_gradients(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Trained whole modules too, whatever the precision of the base model.

@@ -142,6 +142,12 @@ def base_of(path: Path) -> Path:
         ) from error
 
 
+def is_quantized_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter that was trained on a base model in 4 bits."""
+    record = path / BASE_RECORD
+    return is_adapter(path) and record.is_file() and bool(read_json(record, "").get("quantization"))
+
+
 def _refuse_adapter(path: Path) -> None:
     """Refuse an adapter beside a whole model, which transformers would apply."""
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

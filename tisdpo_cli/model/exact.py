@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.model.quantization import computing_in_float32
+
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
@@ -17,6 +19,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     One part at a time is converted, so that the whole model never needs the memory of float32.
     """
     hooks = []
+    quantized = computing_in_float32(model)
     for module in model.modules():
         low = {
             n: p
@@ -28,7 +31,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             hooks.append(module.register_forward_pre_hook(partial(_convert, kept)))
             hooks.append(module.register_forward_hook(partial(_restore, kept), always_call=True))
     try:
-        yield
+        with quantized:
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tisdpo_cli.errors import ModelError, UsageError, is_out_of_memory, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel, adapters_of, attach_saved
-from tisdpo_cli.model.directory import base_of
+from tisdpo_cli.model.directory import base_of, is_quantized_adapter
 from tisdpo_cli.model.packed_attention import LAYOUT, AttentionSpec
+from tisdpo_cli.model.quantization import compute_in, keep_gradients, quantization_config
 from tisdpo_cli.model.randomness import disable_dropout_modules, disable_randomness, original_rates
 from tisdpo_cli.model.tokenizer import Tokenizer, first_line, load_backend, silence_transformers
 from tisdpo_cli.model.varlen_attention import packed_attention
@@ -93,6 +94,7 @@ def load_model(
     onto: nn.Module | None = None,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    quantized: bool = False,
 ) -> nn.Module:
     """Load a causal LM with nothing random in it, and check that every weight exists, fits and is finite.
 
@@ -102,25 +104,31 @@ def load_model(
         onto: base model of the adapter, if it is loaded already; it is returned with the adapter switched on.
         dtype: of the weights.
         trained: whether an adapter will be trained.
+        quantized: whether to hold linear layers in 4 bits; an adapter that was trained so is always loaded so.
 
     Raises:
         ModelError: a tensor is missing, unexpected, has another shape or contains NaN; or the architecture is not a
             causal LM.
     """
     base = base_of(path)
-    model = onto if onto is not None else _load_whole(base, trust_remote_code, dtype)
+    quantized = quantized or is_quantized_adapter(path)
+    model = onto if onto is not None else _load_whole(base, trust_remote_code, dtype, quantized)
     if base != path:
         with naming_out_of_memory("loading", str(path)):
             attach_saved(model, path, trained)
     return model
 
 
-def _load_whole(path: Path, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
+def _load_whole(path: Path, trust_remote_code: bool, dtype: torch.dtype, quantized: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
+
+    hint, low = "use a causal language model", quantization_config(dtype) if quantized else None
 
     config = _config(path, trust_remote_code)
     rates = disable_randomness(config)
-    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, "use a causal language model", dtype)
+    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, hint, dtype, low)
+    keep_gradients(model)
+    compute_in(model, dtype)
     model._tisdpo_notes += untie_own_head(model)
     model._tisdpo_rates = rates
     return model
@@ -134,7 +142,7 @@ class SharedModels:
 
     def __init__(self, device: torch.device, trust_remote_code: bool) -> None:
         self._device, self._trust_remote_code = device, trust_remote_code
-        self._bases: dict[Path, nn.Module] = {}
+        self._bases: dict[tuple[Path, bool], nn.Module] = {}
 
     def load(self, path: Path, keep: bool = True) -> nn.Module:
         """Load a model or an adapter, whose adapter (or none) is then active.
@@ -144,12 +152,13 @@ class SharedModels:
             keep: whether others may be put on its base model later.
         """
         base = base_of(path)
-        shared = self._bases.get(base.resolve())
+        key = base.resolve(), is_quantized_adapter(path)
+        shared = self._bases.get(key)
         if shared is None:
             model = load_model(path, self._trust_remote_code, trained=False)
             model = move_to_device(model, self._device).requires_grad_(False)
             if keep:
-                self._bases[base.resolve()] = model
+                self._bases[key] = model
             return model
         if base != path:
             return load_model(path, onto=shared, trained=False).to(self._device)
@@ -197,15 +206,27 @@ def load_reward_model(path: Path) -> tuple[nn.Module, Any]:
 
 
 def _load(
-    auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str, dtype: torch.dtype = torch.float32
+    auto_class: Any,
+    path: Path,
+    config: Any,
+    trust_remote_code: bool,
+    hint: str,
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
 ) -> Any:
     silence_transformers()
     with naming_out_of_memory("loading", str(path)):
-        return _load_checked(auto_class, path, config, trust_remote_code, hint, dtype)
+        return _load_checked(auto_class, path, config, trust_remote_code, hint, dtype, quantization)
 
 
 def _load_checked(
-    auto_class: Any, path: Path, config: Any, trust_remote_code: bool, hint: str, dtype: torch.dtype
+    auto_class: Any,
+    path: Path,
+    config: Any,
+    trust_remote_code: bool,
+    hint: str,
+    dtype: torch.dtype,
+    quantization: Any,
 ) -> Any:
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         return auto_class.from_pretrained(
@@ -219,6 +240,7 @@ def _load_checked(
             ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
 
     try:

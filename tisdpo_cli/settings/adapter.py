@@ -29,6 +29,10 @@ class Adapter(Group):
     rslora: bool = setting(False, "scale by alpha / √rank, not alpha / rank", "Adapter", "--use-rslora")
     dora: bool = setting(False, "adapt direction and size of weights apart (DoRA)", "Adapter", "--use-dora")
 
+    load_in_4bit: bool = setting(
+        False, "hold the base model's linear layers in 4 bits (QLoRA): NF4, double quantization", "Adapter"
+    )
+
     @model_validator(mode="after")
     def _has_a_rank(self) -> Adapter:
         if self.lora_r is None:

@@ -180,11 +180,15 @@ class SftData(TrainingData):
 DEFAULT_BATCH_SIZE = 32
 
 
-# Names of AdamW in transformers; here they are one.
-_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+# Names of optimizers in transformers.
+_OTHER_NAMES = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
+    "paged_adamw_8bit": "paged_adamw8bit",
+}
 Optimizer = Annotated[
-    Literal["rmsprop", "adamw", "adam", "sgd"],
-    BeforeValidator(lambda given: "adamw" if given in _ADAMW else given),
+    Literal["rmsprop", "adamw", "adam", "sgd", "adamw8bit", "paged_adamw8bit"],
+    BeforeValidator(lambda given: _OTHER_NAMES.get(given, given) if isinstance(given, str) else given),
 ]
 
 

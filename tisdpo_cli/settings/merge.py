@@ -22,5 +22,8 @@ class Merge(Command):
     model: PathText = model_setting("adapter to merge: directory or hub id", "-m", "--adapter")
     trust_remote_code: bool = remote_code_setting()
     dtype: Literal["float32", "bf16"] = setting("float32", "precision of the weights to write", "Output")
+    dequantize: bool = setting(
+        False, "merge an adapter of a base model in 4 bits into its weights as they are in 4 bits, expanded", "Output"
+    )
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()

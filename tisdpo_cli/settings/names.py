@@ -35,8 +35,9 @@ _FOREIGN_OPTIONS = {
     "disable-dropout": "dropout is always off",
     "use-peft": "use --lora-r, the rank of the adapter",
     "lora-task-type": "an adapter is always one of a causal language model",
-    "load-in-4bit": "quantized base models are not supported yet; see --lora-r and --dtype bf16",
-    "load-in-8bit": "quantized base models are not supported yet; see --lora-r and --dtype bf16",
+    "load-in-8bit": "use --load-in-4bit",
+    "bnb-4bit-quant-type": "nf4 is the only type; see --load-in-4bit",
+    "use-bnb-nested-quant": "double quantization is always on; see --load-in-4bit",
     "fsdp": "sharded training is not supported yet",
     "deepspeed": "sharded training is not supported yet",
 }

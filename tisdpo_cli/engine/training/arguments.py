@@ -107,6 +107,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         eval_batch_size=evaluation.eval_batch_size,
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
         adapter=_lora_shape(settings.adapter),
+        quantized=settings.adapter.load_in_4bit,
     )
 
 

@@ -11,8 +11,9 @@ from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.adapters import Adapters, BaseModel, LoraShape, adapters_of, attach_new
 from tisdpo_cli.model.content_hashes import hash_model
-from tisdpo_cli.model.directory import ADAPTER_CONFIG, base_of, is_adapter, read_json
+from tisdpo_cli.model.directory import ADAPTER_CONFIG, base_of, is_adapter, is_quantized_adapter, read_json
 from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.quantization import NF4, is_quantized
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.runtime import Runtime
 
@@ -26,13 +27,13 @@ def load_policy(runtime: Runtime, config: SessionConfig, path: Path, trust_remot
     adapted = config.adapter is not None or is_adapter(path)
     # Weights that no update changes need no more precision than the computation.
     dtype = torch.bfloat16 if adapted and config.precision == "bf16" else torch.float32
-    model = load_model(path, trust_remote_code, dtype=dtype)
+    model = load_model(path, trust_remote_code, dtype=dtype, quantized=config.quantized)
     if config.adapter is not None and adapters_of(model) is None:
         attach_new(model, config.adapter, config.seed)
     return move_to_device(model, runtime.device)
 
 
-def check_start_adapter(shape: LoraShape | None, path: Path) -> None:
+def check_start_adapter(shape: LoraShape | None, quantized: bool, path: Path) -> None:
     """Check that an adapter to train further has the shape that is asked for.
 
     Raises:
@@ -40,6 +41,9 @@ def check_start_adapter(shape: LoraShape | None, path: Path) -> None:
     """
     if shape is None or not is_adapter(path):
         return
+    if quantized != is_quantized_adapter(path):
+        was = "was not" if quantized else "was"
+        raise UsageError(f"{path} is an adapter that {was} trained on a base model in 4 bits", where="--load-in-4bit")
     config = read_json(path / ADAPTER_CONFIG, "")
     different = shape.differences(config)
     if different:
@@ -51,25 +55,26 @@ def check_start_adapter(shape: LoraShape | None, path: Path) -> None:
         )
 
 
-def base_model(path: Path, name: str, content: str) -> BaseModel:
+def base_model(model: nn.Module, path: Path, name: str, content: str) -> BaseModel:
     """What the adapter that a training makes is put on.
 
     Args:
+        model: the model with its adapter.
         path: directory that the training starts from.
         name: what the user calls it.
         content: its hash.
     """
+    quantization = NF4 if is_quantized(model) else None
     if is_adapter(path):
-        return BaseModel(
-            str(read_json(path / ADAPTER_CONFIG, "")["base_model_name_or_path"]), hash_model(base_of(path))
-        )
-    return BaseModel(str(path.resolve()) if Path(name).expanduser().is_dir() else name, content)
+        base = str(read_json(path / ADAPTER_CONFIG, "")["base_model_name_or_path"])
+        return BaseModel(base, hash_model(base_of(path)), quantization)
+    return BaseModel(str(path.resolve()) if Path(name).expanduser().is_dir() else name, content, quantization)
 
 
 def report_adapter(reporter: Reporter, adapters: Adapters, model: nn.Module) -> None:
     """Say what is trained of a model with an adapter, and which promises its dropout breaks."""
     frozen = next(p for p in model.parameters() if not p.requires_grad)
-    dtype = str(frozen.dtype).removeprefix("torch.")
+    dtype = "4 bits (nf4)" if is_quantized(model) else str(frozen.dtype).removeprefix("torch.")
     reporter.note(f"adapter: {adapters.describe()}; the weights of its base model are frozen, in {dtype}")
     if adapters.dropouts():
         reporter.warn(
@@ -80,7 +85,8 @@ def report_adapter(reporter: Reporter, adapters: Adapters, model: nn.Module) -> 
 
 def parameter_count(model: nn.Module) -> str:
     """`494.0 M parameters`, or `1.2 M of 494.0 M parameters` if the others are frozen."""
-    size = sum(p.numel() for p in model.parameters())
+    # A byte holds two weights in 4 bits.
+    size = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained < size:
         return f"{_number(trained)} of {_number(size)} parameters"

@@ -78,7 +78,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     runtime = Runtime(reporter)
     settings = with_token_budget(runtime, settings, models.policy_path)
     training = _training(runtime, settings, models, splits)
-    check_start_adapter(training.session.adapter, models.policy_path)
+    check_start_adapter(training.session.adapter, training.session.quantized, models.policy_path)
     paths = {"model": models.policy_path, "ref_model": models.reference_path}
     claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, splits)
     with claimed as output:
@@ -202,7 +202,9 @@ def _set_up(
         policy,
         tokenizer,
         lambda metrics: check_step0(metrics, training.loss, precision, same_start, runtime.reporter),
-        base_model(training.models.policy_path, training.models.policy, output.made_from["content of model"]),
+        base_model(
+            policy.model, training.models.policy_path, training.models.policy, output.made_from["content of model"]
+        ),
     )
 
 

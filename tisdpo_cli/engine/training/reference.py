@@ -19,6 +19,7 @@ from tisdpo_cli.engine.training.batching import Microbatching, pair_costs
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
+from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.reporter import Progress
 from tisdpo_cli.runs.cache import TensorCache, cpu_model, key_of
 from tisdpo_cli.runs.outputs import versions
@@ -62,6 +63,7 @@ class ReferencePass:
         # Separate rows are grouped by their padded length.
         grouping = {} if scorer.packed else {"grouping": "padded"}
         parts = {**scorer.cut_short, "weights": str(next(scorer.parameters()).dtype)}
+        parts |= {"quantized": True} if is_quantized(scorer.model) else {}
         layout = {"packed": scorer.packed, **grouping, **split, **parts, "pairs": _PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
         device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else f"{kind}: {cpu_model()}"

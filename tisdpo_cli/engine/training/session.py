@@ -50,6 +50,7 @@ class SessionConfig:
         eval_batch_size: examples per forward pass and process in an evaluation.
         profile: directory for a profile of some updates.
         adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
+        quantized: whether a new adapter's base model is held in 4 bits.
     """
 
     config_yaml: str
@@ -69,6 +70,7 @@ class SessionConfig:
     eval_batch_size: int
     profile: Path | None
     adapter: LoraShape | None = None
+    quantized: bool = False
 
 
 def session_scorer(

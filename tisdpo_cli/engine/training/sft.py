@@ -37,12 +37,13 @@ from tisdpo_cli.engine.training.session import (
     session_scorer,
 )
 from tisdpo_cli.errors import DataError, naming_out_of_memory
-from tisdpo_cli.model.adapters import adapters_of
+from tisdpo_cli.model.adapters import BaseModel, adapters_of
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit, make_model, move_to_device
 from tisdpo_cli.model.logprobs import batch_for, score
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, finished_result
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -147,7 +148,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
     settings = with_token_budget(runtime, settings, path)
     source, session = _source(settings, path, splits), session_config(runtime, settings)
     if path is not None:
-        check_start_adapter(session.adapter, path)
+        check_start_adapter(session.adapter, session.quantized, path)
     claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, {"model": path}, splits)
     with claimed as output:
         if output is not None and output.state == "finished":
@@ -175,7 +176,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
             scorer,
             tokenizer,
             lambda metrics: runtime.reporter.note(f"step-0 loss {metrics['loss']:.4f}"),
-            None if path is None else base_model(path, settings.model or "", output.made_from["content of model"]),
+            _base(model, path, settings.model or "", output),
         )
         return run_training(runtime, session, output, setup)
 
@@ -193,6 +194,10 @@ def _source(settings: TrainSft, path: Path | None, splits: Mapping[str, DatasetS
         else NewModel(settings.vocab_size, settings.hidden_size, settings.layers, settings.heads, settings.seed),
         trust_remote_code=settings.trust_remote_code,
     )
+
+
+def _base(model: nn.Module, path: Path | None, name: str, output: Output) -> BaseModel | None:
+    return None if path is None else base_model(model, path, name, output.made_from["content of model"])
 
 
 # Below this line there are no settings ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tisdpo_cli.engine.training.optimizer import (
 from tisdpo_cli.engine.training.profiling import profiled
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapter_dropout
+from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
 from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
@@ -167,8 +168,19 @@ class Trainer:
         began = time.perf_counter()
         batch = self.plan.batch(0)
         sums = self._backward(batch)
+        self._check_gradients()
         self._ahead = sums, time.perf_counter() - began
         return {"step": 0, "epoch": 0.0, **self._averages(self.task, sums, batch)}
+
+    def _check_gradients(self) -> None:
+        """Refuse a quantized model of which a part gets no gradients: some kernels have none, and do not say so."""
+        if not is_quantized(self.model):
+            return
+        without = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            raise TrainingError(
+                f"{without[0]} gets no gradients through the quantized layers", fix="leave out --load-in-4bit"
+            )
 
     def _update(self) -> dict[str, Any]:
         began = time.perf_counter()
