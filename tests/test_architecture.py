@@ -318,7 +318,7 @@ def test_the_declared_dependencies_are_those_imported() -> None:
         re.split(r"[<>=\[]", entry)[0].lower().replace("-", "_") for entry in re.findall(r'"([^"]+)"', block[1])
     }
     # flash-attn is used where it is installed; these are extras.
-    extras = {"peft"}
+    extras = {"peft", "bitsandbytes"}
     imported = {
         DISTRIBUTIONS.get(first, first).lower()
         for path in FILES

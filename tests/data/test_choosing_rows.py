@@ -8,6 +8,7 @@ import pytest
 from conftest import pair_rows, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
+from tisdpo_cli.data.examples import read_examples
 from tisdpo_cli.data.locate import find_splits, training_splits
 from tisdpo_cli.data.pairs import Pairs, read_split_pairs
 from tisdpo_cli.data.reader import read_rows
@@ -113,6 +114,17 @@ def test_what_is_behind_the_limit_is_not_read(tmp_path: Path) -> None:
     assert len(read(path, 20).pairs) == 20
     with pytest.raises(DataError, match=r"x.jsonl:21"):
         read(path, 21)
+
+
+def test_both_sides_of_a_pair_are_held_out_together(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    sides = []
+    for for_test in (False, True):
+        split = DatasetSplit((Part("x", path, Columns()),), None, 4, for_test)
+        examples, _ = read_examples(split, "both", "{instruction}", "error")
+        sides.append([example.where for example in examples])
+    assert [len(places) for places in sides] == [32, 8]
+    assert not set(sides[0]) & set(sides[1])
 
 
 # Commands ----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def test_a_mixture_is_written_as_it_is_read(tmp_path: Path, monkeypatch: pytest.
     ("value", "said"),
     [
         ("a=0.5", "a share needs several datasets"),
+        (["a=0.5"], "a share needs several datasets"),
         (["a=0.5", "b"], "give a share to every dataset of a mixture, or to none"),
         (["a=0", "b=1"], "dataset 1: share: Input should be greater than 0"),
         ([{"path": "a", "shar": 1}, "b"], "dataset 1: shar: Extra inputs are not permitted"),

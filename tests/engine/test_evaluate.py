@@ -409,7 +409,7 @@ def test_samples_are_side_by_side(contrast: Path, tmp_path: Path) -> None:
         (["--scorer", "a:b", "--reward-model", "x"], 2, "not both"),
         (["--sample-prompts", "0", "--samples", "x.jsonl"], 2, "sample_prompts must not be 0"),
         (["--samples", "no/such/place.jsonl"], 2, "no such directory: no/such"),
-        (["--split", "validation"], 2, "no such split; available: train, test"),
+        (["--split", "validation"], 2, "has no split 'validation'; available: train, test"),
         (["--max-new-tokens", "3000"], 2, "lower it to"),
         (["--baseline", "nowhere/at/all"], 2, "--baseline nowhere/at/all"),
         (["--temperature", "-1"], 2, "--temperature"),

@@ -52,6 +52,7 @@ class ChatEncoder:
         self._tokenizer, self._options = tokenizer, options or ChatOptions(None, {}, DEFAULT_DAY)
         self.used = False
         self._checked = self._apart = 0
+        self._last: tuple[Conversation | None, EncodedConversation | None] = (None, None)
 
     def __call__(self, conversation: Conversation, limit: int | None) -> tuple[EncodedConversation, int]:
         """Encode a conversation, without its oldest turns if its prompt has more ids than a limit.
@@ -75,11 +76,14 @@ class ChatEncoder:
         tools, kwargs = conversation.tools, conversation.template_kwargs
         if limit is None:
             encoded = self.template.encode(prompt, answers, tools, kwargs)
+            # What is too long is asked for again, with a limit.
+            self._last = conversation, encoded
             if self._checked < _CHECKED:
                 self._checked += 1
                 self._apart += not self.template.joins(encoded)
             return encoded, 0
-        return self.template.shortened(prompt, answers, limit, tools, kwargs)
+        last, whole = self._last
+        return self.template.shortened(prompt, answers, limit, tools, kwargs, whole if last is conversation else None)
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -6,7 +6,7 @@ Knows transformers' tokenizers as objects. Knows no templates and no messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -75,10 +75,37 @@ class ChatEncoding(TextEncoding):
             ids = self._tokenize([marked], special=True)["input_ids"][0]
             if self._count(ids) == sum(1 for match in self._scan.finditer(marked) if self._is_guarded(match["token"])):
                 return ids
-        return list(self._join(self._pieces(marked), behind))
+        return self.encode_behind([marked], behind)[0]
 
-    def _join(self, pieces: list[tuple[str, str]], behind: int | None) -> Iterator[int]:
-        """Ids of pieces (text, token after it or empty), each text encoded as one run."""
+    def encode_behind(self, texts: Sequence[str], behind: int | None) -> list[list[int]]:
+        """Encode several rendered texts whose data is marked, each behind the same token, in one call.
+
+        Args:
+            texts: rendered texts.
+            behind: id of the token before each of them, or None at the start of a sequence.
+
+        Raises:
+            DataError: the tokenizer makes a token of the template from text.
+        """
+        plans = [list(self._plan(self._pieces(marked), behind)) for marked in texts]
+        runs = dict.fromkeys((run, continued) for plan in plans for run, continued, _ in plan if run)
+        encoded: dict[tuple[str, bool], list[int]] = {}
+        for continued in (False, True):
+            keys = [key for key in runs if key[1] == continued]
+            encoded |= zip(keys, self.encode([run for run, _ in keys], continued), strict=True)
+        if not all(map(self._guarded.isdisjoint, encoded.values())):
+            raise DataError("the tokenizer turns text of this conversation into a special token")
+        joined = []
+        for plan in plans:
+            ids: list[int] = []
+            for run, continued, token in plan:
+                ids += encoded[run, continued] if run else []
+                ids += [self.tokens[token]] if token else []
+            joined.append(ids)
+        return joined
+
+    def _plan(self, pieces: list[tuple[str, str]], behind: int | None) -> Iterator[tuple[str, bool, str]]:
+        """Pieces (text, token after it or empty) as runs of text, whether each continues another, and its token."""
         texts = {int(id_) for id_ in self.tokens.values()}
         before = "" if behind not in texts else self._added[behind].content
         continued = behind is not None and not (before and self._begins_behind(before))
@@ -86,13 +113,8 @@ class ChatEncoding(TextEncoding):
             # A token that takes in the blanks beside it does so with those of its own string.
             run = text.lstrip() if i and self._flag(before, "rstrip") else text
             run = run.rstrip() if self._flag(token, "lstrip") else run
-            if run:
-                (ids,) = self.encode([run], continued)
-                if self._count(ids):
-                    raise DataError("the tokenizer turns text of this conversation into a special token")
-                yield from ids
+            yield run, continued, token
             if token:
-                yield self.tokens[token]
                 before, continued = token, not self._begins_behind(token)
 
     def _pieces(self, marked: str) -> list[tuple[str, str]]:

@@ -143,7 +143,7 @@ class ChatTemplate:
         shown = [rest + closing for rest in rests]
         return EncodedConversation(
             prompt=ids,
-            answers=tuple(self._encoding.encode_marked(text, behind=ids[-1] if ids else None) for text in shown),
+            answers=tuple(self._answers(shown, ids)),
             stop=self._encoding.tokens[stop["token"]] if stop else self._backend.eos_token_id,
             opening=moved,
             own_stop=stop is not None,
@@ -165,6 +165,11 @@ class ChatTemplate:
         message = self._encoding.mark({"role": "assistant", "content": answer})
         return self._encoding.encode_marked(scene.render([message], generation=False))
 
+    def _answers(self, shown: Sequence[str], prompt: Sequence[int]) -> list[list[int]]:
+        if prompt:
+            return self._encoding.encode_behind(shown, prompt[-1])
+        return [self._encoding.encode_marked(text) for text in shown]
+
     def joins(self, encoded: EncodedConversation) -> bool:
         """Whether prompt and each answer have the same ids joined, as one text, as they have apart."""
         begin, *rests = encoded._marked
@@ -181,11 +186,20 @@ class ChatTemplate:
         limit: int,
         tools: Sequence[dict[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        whole: EncodedConversation | None = None,
     ) -> tuple[EncodedConversation, int]:
         """Encode a conversation without as many of its oldest turns as its prompt needs to have at most `limit` ids.
 
         Leading system messages stay, and what stays begins with a user's message. Where even the last turn is longer,
         only that one is left. Answers keep their ids.
+
+        Args:
+            prompt: messages before the answers.
+            answers: assistant messages, one of which follows the prompt.
+            limit: ids of the prompt, at most.
+            tools: JSON schemas of the tools that the assistant may call.
+            kwargs: variables for the template, for this conversation only.
+            whole: the same conversation as `encode` returns it, if it is known.
 
         Returns:
             The conversation, and how many messages are left out.
@@ -193,7 +207,7 @@ class ChatTemplate:
         Raises:
             DataError: as `encode`.
         """
-        whole = best = self.encode(prompt, answers, tools, kwargs)
+        whole = best = whole if whole is not None else self.encode(prompt, answers, tools, kwargs)
         head = next((i for i, message in enumerate(prompt) if not _is_system(message)), len(prompt))
         dropped = 0
         starts = [i for i in range(head + 1, len(prompt)) if prompt[i]["role"] == "user"]

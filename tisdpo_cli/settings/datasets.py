@@ -47,14 +47,14 @@ class DatasetPart(Group):
 def _read(value: Any) -> Any:
     """One dataset as text, or the parts of a mixture."""
     if not isinstance(value, (list, tuple)):
-        if isinstance(value, str) and _shared(value) is not None:
-            raise ValueError("a share needs several datasets: give --dataset PATH=SHARE for each")
-        return value
+        return _read([value]) if isinstance(value, str) else value
     parts = tuple(_part(item, f"dataset {number}") for number, item in enumerate(value, start=1))
     if not parts:
         raise ValueError("the list of datasets is empty")
     shares = [part.share is not None for part in parts]
-    if any(shares) and (len(parts) == 1 or not all(shares)):
+    if shares == [True]:
+        raise ValueError("a share needs several datasets: give --dataset PATH=SHARE for each")
+    if any(shares) and not all(shares):
         raise ValueError("give a share to every dataset of a mixture, or to none")
     if len(parts) > 1:
         return parts

@@ -136,9 +136,9 @@ def _rows_or_share(value: float) -> float:
 class TrainingData(Data):
     """How rows are chosen, read and truncated where a dataset is split into training and evaluation."""
 
-    split: PathText = setting("train", "split to train on", "Data", "--dataset-train-split", metavar="NAME")
+    split: PathText = setting("train", "training split", "Data", "--dataset-train-split", metavar="NAME")
     eval_split: PathText | None = setting(
-        None, "split to evaluate on (default: test, or validation and the like)", "Data", "--dataset-test-split",
+        None, "evaluation split (default: test, or validation and the like)", "Data", "--dataset-test-split",
         metavar="NAME",
     )  # fmt: skip
     limit: PositiveInt | None = setting(None, "use only the first N rows of the training split", "Data")
