@@ -81,8 +81,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return
     # bitsandbytes would cast states in 8 bits to the dtype of the parameters.
-    for index, parameter in enumerate(_parameters(optimizer)):
-        for name, value in state.get(index, {}).items():
+    for number, parameter in enumerate(_parameters(optimizer)):
+        for name, value in state.get(number, {}).items():
             on_device = value.to(parameter.device) if isinstance(value, Tensor) else value
             optimizer.state[parameter][name] = on_device
 
