@@ -36,7 +36,7 @@ def import_here(where: Path) -> Clock:
 
     from tisdpo_cli.engine.scoring import estimate
     from tisdpo_cli.engine.training import policy, preference, reference_model
-    from tisdpo_cli.model import adapters, loading
+    from tisdpo_cli.model import adapters, shared_models
 
     # Peft's imports.
     adapters._peft()
@@ -44,7 +44,7 @@ def import_here(where: Path) -> Clock:
     AutoModelForCausalLM.from_pretrained(where / "model").to(device())
     AutoTokenizer.from_pretrained(where / "model")
     clock = Clock()
-    for module in (loading, policy, reference_model):
+    for module in (shared_models, policy, reference_model):
         module.load_model = _timed(_there(module.load_model), clock)  # type: ignore[attr-defined]
     for module in (estimate, preference):
         module.load_tokenizer = _timed(module.load_tokenizer, clock)  # type: ignore[attr-defined]

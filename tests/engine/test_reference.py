@@ -193,3 +193,21 @@ def test_a_kept_tensor_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert kept.numpy().tobytes() == tensor.numpy().tobytes()
     assert [path.name for path in (cache.directory / "ab").iterdir()] == ["ab12.safetensors"]
     assert told == []
+
+
+def test_a_short_run_waits_for_the_pairs_that_it_trains(
+    world: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all would take long; a few are computed all, so that other trainings share them."""
+    asked: list[int] = []
+    run = reference.ReferencePass.run
+    monkeypatch.setattr(
+        reference.ReferencePass, "run", lambda self, pairs: asked.append(len(pairs)) or run(self, pairs)
+    )
+    train("train-dpo", world, tmp_path / "few", cache, "--max-steps", "2", "--batch-size", "3")
+    monkeypatch.setattr(pairs, "PAIRS_PER_PART", 20)
+    train("train-dpo", world, tmp_path / "short", cache, "--max-steps", "2", "--batch-size", "3")
+    assert asked == [24, 8, 6, 8]
+    asked.clear()
+    train("train-dpo", world, tmp_path / "long", cache, "--max-steps", "9", "--batch-size", "3")
+    assert asked == [24, 8]

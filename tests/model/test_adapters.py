@@ -25,7 +25,8 @@ from tisdpo_cli.model.adapters import (
 )
 from tisdpo_cli.model.batch import collate
 from tisdpo_cli.model.layout import make_scorer, probe_logps
-from tisdpo_cli.model.loading import SharedModels, load_model
+from tisdpo_cli.model.loading import load_model
+from tisdpo_cli.model.shared_models import SharedModels
 
 FAMILIES = ["llama", "gemma2, soft caps", "phi, bias in the head", "gpt-neox"]
 SHAPE = LoraShape(4, 8.0)

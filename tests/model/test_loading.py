@@ -424,7 +424,7 @@ def scoring(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("tisdpo_cli.model.loading.load_model", no_model)
+    monkeypatch.setattr("tisdpo_cli.model.shared_models.load_model", no_model)
 
     def run(forward: Path, reverse: Path) -> tuple[int, str]:
         flags = {"forward": str(forward), "reverse": str(reverse), "dataset": str(world / "data")}

@@ -204,7 +204,9 @@ def test_the_cpu_is_part_of_the_key_and_of_env(monkeypatch: pytest.MonkeyPatch) 
 
     def depends_on() -> object:
         runtime = SimpleNamespace(device=torch.device("cpu"))
-        scorer, microbatching = SimpleNamespace(packed=True), SimpleNamespace()
+        model = torch.nn.Linear(1, 1)
+        scorer = SimpleNamespace(packed=True, cut_short={}, model=model, parameters=model.parameters)
+        microbatching = SimpleNamespace()
         return reference.ReferencePass(runtime, scorer, 0, microbatching, {}, None).depends_on  # type: ignore[arg-type]
 
     here = depends_on()

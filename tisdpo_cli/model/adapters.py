@@ -18,7 +18,7 @@ from torch import nn
 
 from tisdpo_cli.errors import ModelError, UsageError, is_out_of_memory
 from tisdpo_cli.model.directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, read_json
-from tisdpo_cli.model.quantization import keep_gradients
+from tisdpo_cli.model.quantization import keep_gradients, silence_bitsandbytes
 from tisdpo_cli.model.tokenizer import first_line
 
 # The name of the adapter that is trained and saved; peft writes an adapter of this name at the root of a directory.
@@ -289,6 +289,7 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _peft() -> Any:
+    silence_bitsandbytes()
     try:
         import peft
     except ImportError as error:

@@ -134,40 +134,6 @@ def _load_whole(path: Path, trust_remote_code: bool, dtype: torch.dtype, quantiz
     return model
 
 
-class SharedModels:
-    """Frozen models on a device, in which adapters of one base model share it.
-
-    A scorer that is made right after `load` keeps to the adapter that was loaded; see `TokenScorer.adapter`.
-    """
-
-    def __init__(self, device: torch.device, trust_remote_code: bool) -> None:
-        self._device, self._trust_remote_code = device, trust_remote_code
-        self._bases: dict[tuple[Path, bool], nn.Module] = {}
-
-    def load(self, path: Path, keep: bool = True) -> nn.Module:
-        """Load a model or an adapter, whose adapter (or none) is then active.
-
-        Args:
-            path: its directory.
-            keep: whether others may be put on its base model later.
-        """
-        base = base_of(path)
-        key = base.resolve(), is_quantized_adapter(path)
-        shared = self._bases.get(key)
-        if shared is None:
-            model = load_model(path, self._trust_remote_code, trained=False)
-            model = move_to_device(model, self._device).requires_grad_(False)
-            if keep:
-                self._bases[key] = model
-            return model
-        if base != path:
-            return load_model(path, onto=shared, trained=False).to(self._device)
-        adapters = adapters_of(shared)
-        if adapters is not None:
-            adapters.switch(None)
-        return shared
-
-
 def take_notes(model: nn.Module) -> list[str]:
     """Return what the user should know about how a model was loaded, once."""
     notes = list(getattr(model, "_tisdpo_notes", ()))

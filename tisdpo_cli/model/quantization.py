@@ -39,14 +39,18 @@ def quantization_config(dtype: torch.dtype) -> Any:
     )
 
 
+def silence_bitsandbytes() -> None:
+    """Turn off its messages: at import, by peft too, it says which kernels it could not fetch."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def bitsandbytes() -> Any:
     """The package.
 
     Raises:
         UsageError: it is not installed, or does not run on this machine.
     """
-    # It reports at import which kernels it could not fetch.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence_bitsandbytes()
     try:
         import bitsandbytes
     except Exception as error:

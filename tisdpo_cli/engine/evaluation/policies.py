@@ -22,8 +22,8 @@ from tisdpo_cli.engine.evaluation.statistics import mean, perplexity, ratio, rep
 from tisdpo_cli.errors import RankError, UsageError, naming_out_of_memory
 from tisdpo_cli.method.objectives import response_sums
 from tisdpo_cli.model.layout import make_scorer
-from tisdpo_cli.model.loading import SharedModels
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, compare
+from tisdpo_cli.model.shared_models import SharedModels
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Progress
 from tisdpo_cli.runs.runtime import Runtime

@@ -15,7 +15,7 @@ from torch import Tensor
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.scoring.scorer import ScoringConfig, Side, score_pairs
 from tisdpo_cli.model.layout import make_scorer
-from tisdpo_cli.model.loading import SharedModels
+from tisdpo_cli.model.shared_models import SharedModels
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.runs.runtime import Runtime
 

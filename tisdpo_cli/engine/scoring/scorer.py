@@ -24,8 +24,8 @@ from tisdpo_cli.errors import Interrupted, ModelError, RankError
 from tisdpo_cli.files import replacing, reporting_write_errors
 from tisdpo_cli.model.directory import base_of, check_safetensors
 from tisdpo_cli.model.layout import make_scorer
-from tisdpo_cli.model.loading import SharedModels
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, score
+from tisdpo_cli.model.shared_models import SharedModels
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Progress
 from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype

@@ -37,6 +37,12 @@ class Plan:
         """Updates in one pass over the data."""
         return math.ceil(self.examples / self.batch_size)
 
+    def trained(self) -> list[int]:
+        """The examples that any update trains, in the order of the dataset."""
+        if self.updates >= self.batches_per_epoch:
+            return list(range(self.examples))
+        return sorted(i for step in range(self.updates) for i in self.batch(step))
+
     def batch(self, step: int) -> list[int]:
         """The examples of an update (0 is the first), in the seeded order."""
         epoch, position = divmod(step, self.batches_per_epoch)

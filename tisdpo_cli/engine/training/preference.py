@@ -20,7 +20,7 @@ from tisdpo_cli.engine.training.policy import (
     parameter_count,
     report_adapter,
 )
-from tisdpo_cli.engine.training.reference import ReferencePass
+from tisdpo_cli.engine.training.reference import PAIRS_PER_PART, ReferencePass
 from tisdpo_cli.engine.training.reference_model import Models, load_scorer, with_reference
 from tisdpo_cli.engine.training.session import (
     SessionConfig,
@@ -238,9 +238,12 @@ def _tasks(
     reference_pass = ReferencePass(runtime, reference, pad, split, source, training.cache)
     if training.session.precision == "bf16":
         return _aligned_tasks(runtime, training, reference_pass, pad, pairs, plan, policy.packed)
+    # A short run over many pairs waits for those that it trains only; a few are computed all, for others to share.
+    trained = plan.trained() if len(train) > PAIRS_PER_PART else range(len(train))
+    needed: tuple[Sequence[int], ...] = (trained, range(len(test)))
     task, *others = (
-        PairTask(_with_reference_logps(split, reference_pass, training.swapped), None, loss, pad)
-        for split in pairs
+        PairTask(_with_reference_logps(split, indices, reference_pass, training.swapped), None, loss, pad)
+        for split, indices in zip(pairs, needed, strict=True)
         if split
     )
     return task, others[0] if others else None
@@ -273,11 +276,17 @@ def _aligned_tasks(
     return task, PairTask(test, reference_pass.run_passes(encoded, passes), training.loss, pad)
 
 
-def _with_reference_logps(pairs: Sequence[WeightedPair], reference: ReferencePass, swapped: bool) -> list[WeightedPair]:
-    """The pairs with reference log-probs, which are computed unswapped so that all trainings share them."""
-    logps = reference.run([pair.tokens.swapped() if swapped else pair.tokens for pair in pairs])
+def _with_reference_logps(
+    pairs: Sequence[WeightedPair], needed: Sequence[int], reference: ReferencePass, swapped: bool
+) -> list[WeightedPair]:
+    """The pairs, those that are needed with reference log-probs, which are computed unswapped so that all trainings
+    share them.
+    """
+    tokens = [pairs[i].tokens for i in needed]
+    logps = reference.run([pair.swapped() if swapped else pair for pair in tokens])
     both = [(rejected, chosen) if swapped else (chosen, rejected) for chosen, rejected in logps]
-    return [replace(pair, reference=sides) for pair, sides in zip(pairs, both, strict=True)]
+    sides = dict(zip(needed, both, strict=True))
+    return [replace(pair, reference=sides.get(i)) for i, pair in enumerate(pairs)]
 
 
 # Reports ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tisdpo_cli.runs.cache import TensorCache, cpu_model, key_of
 from tisdpo_cli.runs.outputs import versions
 from tisdpo_cli.runs.runtime import Runtime
 
-_PAIRS_PER_PART = 512
+PAIRS_PER_PART = 512
 
 # Log-probs of a pair's chosen and of its rejected response, each [tokens] float32 on the CPU.
 Logps = tuple[Tensor, Tensor]
@@ -64,7 +64,7 @@ class ReferencePass:
         grouping = {} if scorer.packed else {"grouping": "padded"}
         parts = {**scorer.cut_short, "weights": str(next(scorer.parameters()).dtype)}
         parts |= {"quantized": True} if is_quantized(scorer.model) else {}
-        layout = {"packed": scorer.packed, **grouping, **split, **parts, "pairs": _PAIRS_PER_PART, "code": REVISION}
+        layout = {"packed": scorer.packed, **grouping, **split, **parts, "pairs": PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
         device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else f"{kind}: {cpu_model()}"
         machine = {"device": device, "threads": torch.get_num_threads()}
@@ -77,7 +77,7 @@ class ReferencePass:
             DataError: a log-prob is not finite.
         """
         runtime = self.runtime
-        parts = [list(range(i, min(i + _PAIRS_PER_PART, len(pairs)))) for i in range(0, len(pairs), _PAIRS_PER_PART)]
+        parts = [list(range(i, min(i + PAIRS_PER_PART, len(pairs)))) for i in range(0, len(pairs), PAIRS_PER_PART)]
         mine: list[tuple[int, Tensor]] = []
         computed = 0
         with runtime.reporter.progress("reference log-probs", len(pairs), 0, "pairs") as progress:
@@ -162,7 +162,7 @@ def _parts_of(passes: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
     """Consecutive passes, each once, in parts of at least so many pairs as a cache file holds."""
     parts: list[list[Sequence[int]]] = [[]]
     for some in dict.fromkeys(map(tuple, passes)):
-        if sum(map(len, parts[-1])) >= _PAIRS_PER_PART:
+        if sum(map(len, parts[-1])) >= PAIRS_PER_PART:
             parts.append([])
         parts[-1].append(some)
     return [part for part in parts if part]
