@@ -45,8 +45,9 @@ class Shape:
 
 SHAPES = {
     "small": Shape(),
-    # Of Qwen2.5-0.5B; the tokenizer stays the small one.
+    # Of Qwen2.5; the tokenizer stays the small one.
     "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151_936),
+    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 151_936),
 }
 # Mean, median and longest, in tokens: prompts, chosen and rejected responses.
 LENGTHS = {
