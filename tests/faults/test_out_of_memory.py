@@ -43,18 +43,23 @@ def advice(command: str, activity: Any = "", stage: str = "", **given: object) -
     return memory_advice(load(COMMANDS[command].settings, flags, environ={}).settings, activity, stage)
 
 
+LORA = ", or train an adapter with --lora-r"
+
+
 @pytest.mark.parametrize(
     ("command", "given", "activity", "expected"),
     [
         ("train-dpo", {}, "",
-         "lower --tokens-per-microbatch or --max-length (now 512), or use --gradient-checkpointing"),
+         "lower --tokens-per-microbatch or --max-length (now 512), or use --gradient-checkpointing" + LORA),
         ("train-dpo", {"tokens_per_microbatch": 4096, "gradient_checkpointing": True}, "",
-         "lower --tokens-per-microbatch (now 4096) or --max-length (now 512)"),
+         "lower --tokens-per-microbatch (now 4096) or --max-length (now 512)" + LORA),
         ("train-dpo", {"micro_batch_size": 4}, "reference",
          "lower --micro-batch-size (now 4) or --max-length (now 512)"),
         ("train-sft", {"micro_batch_size": 1, "max_length": 300}, "",
-         "lower --max-length (now 300), or use --gradient-checkpointing"),
+         "lower --max-length (now 300), or use --gradient-checkpointing" + LORA),
         ("train-dpo", {"gradient_accumulation": 4, "gradient_checkpointing": True}, "",
+         "lower --max-length (now 512), or raise --gradient-accumulation (now 4)" + LORA),
+        ("train-dpo", {"gradient_accumulation": 4, "gradient_checkpointing": True, "lora_r": 8}, "",
          "lower --max-length (now 512), or raise --gradient-accumulation (now 4)"),
         ("train-dpo", {"micro_batch_size": 4}, "evaluating",
          "lower --eval-batch-size (now 8) or --max-length (now 512)"),

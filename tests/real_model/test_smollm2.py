@@ -244,3 +244,38 @@ def test_conversations_go_through_every_command(smollm2: Path, chat: Path, tmp_p
         "--eval-pairs", "4", "--sample-prompts", "2", "--max-new-tokens", "60", "--json",
     )  # fmt: skip
     assert json.loads(evaluated.out)["pairs"] == 4
+    assert ends_at(AutoModelForCausalLM.from_pretrained(tmp_path / "tisdpo"), tokenizer, stop)
+
+
+def ends_at(model: torch.nn.Module, tokenizer: object, stop: int) -> bool:
+    """Whether stock transformers ends a greedy answer with the stop."""
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return int(model.generate(**inputs, max_new_tokens=60, do_sample=False)[0, -1]) == stop
+
+
+def test_adapters_go_through_every_command(smollm2: Path, chat: Path, tmp_path: Path) -> None:
+    """Three adapters over one base: exact at step 0, scored as merged models are, opened by peft, and small."""
+    peft = pytest.importorskip("peft")
+    training = (*SHORT, "--max-steps", "2", "--lr", "1e-3", "--optimizer", "adamw", "--lora-r", "8")
+    for name in ("train-dpo", "train-reverse"):
+        command(name, "-m", smollm2, "-d", chat, "-o", tmp_path / name, *training)
+        assert read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        command("merge", tmp_path / name, "-o", tmp_path / f"{name}-merged")
+        small, whole = (
+            (tmp_path / path).stat().st_size
+            for path in (f"{name}/adapter_model.safetensors", f"{name}-merged/model.safetensors")
+        )
+        assert small < whole / 40
+    scores = []
+    for end in ("", "-merged"):
+        sides = ("--forward", tmp_path / f"train-dpo{end}", "--reverse", tmp_path / f"train-reverse{end}")
+        command("estimate", *sides, "-d", chat, "-o", tmp_path / f"scored{end}", *LENGTHS)
+        rows = read_jsonl(tmp_path / f"scored{end}" / "train.jsonl")
+        scores.append([r for row in rows for r in row["chosen_weight"] if r is not None])
+    assert scores[0] == pytest.approx(scores[1], abs=BOUND)
+    assert max(map(abs, scores[0])) > 100 * BOUND
+    command("train", "-m", smollm2, "-d", tmp_path / "scored", "-o", tmp_path / "tisdpo", *training)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tisdpo")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "tisdpo")
+    assert ends_at(model, tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>"))

@@ -62,6 +62,8 @@ def memory_advice(settings: Command, activity: Activity, stage: str = "") -> str
         parts += advice.more_passes()
         if advice.values.get("gradient_checkpointing") is False:
             parts.append(f"use {advice.name('gradient_checkpointing')}")
+        if advice.values.get("lora_r", 0) is None and not advice.values.get("init"):
+            parts.append(f"train an adapter with {advice.name('lora_r')}")
     parts += advice.one_model_at_a_time()
     # An output that was started keeps to its settings.
     again = "; changed settings need --overwrite" if "overwrite" in advice.values else ""
