@@ -167,8 +167,11 @@ def trl_trainer(where: Path, dtype: str, side: str, swapped: bool = False, lora_
         use_liger_kernel=side == LIGER,
     )  # fmt: skip
 
+    # As ours: weights that no update changes are in the precision of the computation.
+    weights = torch.bfloat16 if lora_r is not None and dtype == "bf16" else torch.float32
+
     def model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(where / "model", dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(where / "model", dtype=weights)
 
     adapter = None
     if lora_r is not None:
