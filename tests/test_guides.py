@@ -44,6 +44,7 @@ TEST = ".venv/bin/pip install -q -e '.[test]' && .venv/bin/pytest"
 
 # The pages that have blocks marked `no-run`, and why.
 NOT_RUN = {
+    "adapters.md": "a pretrained model and a benchmark, minutes each",
     "contributing.md": "the checks, these tests among them",
     "experiments.md": "minutes to hours, or data from elsewhere",
     "performance.md": "benchmarks, minutes each",

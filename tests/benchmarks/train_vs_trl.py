@@ -4,7 +4,7 @@
     python tests/benchmarks/train_vs_trl.py --dtype bf16
     python tests/benchmarks/train_vs_trl.py --lengths ultrafeedback --pairs 24
     python tests/benchmarks/train_vs_trl.py --data FILE.jsonl
-    python tests/benchmarks/train_vs_trl.py --lora 8
+    python tests/benchmarks/train_vs_trl.py --lora-r 8
 
 Ours is measured with an empty cache: tokenising, the pass of the reference, training and saving are inside its time.
 TRL is measured with and without its precomputed reference, which is inside its time too, and the faster counts; its
@@ -43,12 +43,12 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
     if asked.worker == "tisdpo":
         loading = import_here(asked.where)
         with measured(record, loading):
-            adapter = {"lora_r": asked.lora} if asked.lora else {}
+            adapter = {"lora_r": asked.lora_r} if asked.lora_r else {}
             flags = {"layout": asked.layout, **adapter}
             losses = train_here(asked.where, "train-dpo", asked.where / "data", asked.dtype, **flags)
     else:
         reference = clock_of_trl()
-        trainer = trl_trainer(asked.where, asked.dtype, asked.worker, lora_r=asked.lora or None)
+        trainer = trl_trainer(asked.where, asked.dtype, asked.worker, lora_r=asked.lora_r or None)
         with measured(record, before=reference):
             trainer.train()
         losses = losses_of(trainer)
@@ -61,14 +61,14 @@ def main() -> None:
     """Both sides, interleaved."""
     options = parser(str(__doc__).splitlines()[0], pairs=48)
     options.add_argument("--layout", default="auto", help="ours: auto, shared-prefix or separate")
-    options.add_argument("--lora", type=int, default=0, help="train an adapter of this rank on both sides; 0 for none")
+    options.add_argument("--lora-r", type=int, default=0, help="train adapters of this rank; 0 for none")
     asked = options.parse_args()
     if asked.worker is not None:
         answer(asked, worker)
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(asked, Path(folder))
-        passed = [*arguments(asked, Path(folder)), "--layout", asked.layout, "--lora", str(asked.lora)]
+        passed = [*arguments(asked, Path(folder)), "--layout", asked.layout, "--lora-r", str(asked.lora_r)]
         found = in_processes(__file__, ["tisdpo", *trl_sides()], passed, asked.rounds)
     ratios = compared(found, "tisdpo", trl_sides())
     losses = {name: records[0].pop("losses") for name, records in found.items()}

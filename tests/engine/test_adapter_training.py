@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tisdpo_cli.engine.training import preference as engine
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.model import loading
+from tisdpo_cli.model.content_hashes import hash_model
 from tisdpo_cli.settings.train_pairs import TrainDpo
 
 LORA = ("--lora-r", "4", "--lr", "1e-2", "--optimizer", "adamw", "--warmup-steps", "0", "--batch-size", "8")
@@ -227,7 +228,17 @@ def test_faulty_adapters_are_named(adapter: Path, world: Path, tmp_path: Path) -
     refused("has changed since this adapter was trained")
     config.write_text(before)
     rewrite(adapter, peft_type="PREFIX_TUNING")
-    refused("only LORA is supported")
+    refused("an adapter with peft_type 'PREFIX_TUNING'")
+    for name, value in (
+        ("init_lora_weights", "pissa"),
+        ("bias", "all"),
+        ("task_type", "SEQ_CLS"),
+        ("alora_invocation_tokens", [5]),
+    ):
+        before = json.loads((adapter / "adapter_config.json").read_text())[name]
+        rewrite(adapter, peft_type="LORA", **{name: value})
+        refused(f"an adapter with {name}")
+        rewrite(adapter, **{name: before})
     rewrite(adapter, peft_type="LORA", base_model_name_or_path=str(tmp_path / "gone"))
     refused("the base model of this adapter is not there")
     rewrite(adapter, base_model_name_or_path=str(tmp_path / "base"))
@@ -358,3 +369,69 @@ def test_without_bitsandbytes_the_package_is_named(world: Path, tmp_path: Path, 
     for options in (QLORA, (*LORA, "--optimizer", "adamw8bit")):
         refused = run_here("train-dpo", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "out", *options)
         assert (refused.code, "pip install 'tisdpo[bitsandbytes]'" in refused.error) == (2, True), refused.err
+
+
+def test_adapters_with_dropout_are_scored_and_trained_further(world: Path, tmp_path: Path) -> None:
+    """What they drop in training they drop nowhere else; the loss before the first step has it, and is not checked."""
+    options = ("-d", world / "data", "--max-steps", "4", *LORA, "--lora-dropout", "0.5")
+    for command, name in (("train-dpo", "dpo"), ("train-reverse", "reverse")):
+        done(command, "-m", world / "sft", "-o", tmp_path / name, *options)
+        done("merge", tmp_path / name, "-o", tmp_path / f"{name}-merged")
+    scores = []
+    for end in ("", "-merged"):
+        sides = ("--forward", tmp_path / f"dpo{end}", "--reverse", tmp_path / f"reverse{end}")
+        done("estimate", *sides, "-d", world / "data", "-o", tmp_path / f"scored{end}")
+        scores.append(
+            [r for row in read_jsonl(tmp_path / f"scored{end}" / "train.jsonl") for r in row["chosen_weight"]]
+        )
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    for loss in ("dpo", "tdpo1"):
+        said = done("train-dpo", "-m", tmp_path / "dpo", "-o", tmp_path / f"by-{loss}", "--loss", loss, *options)
+        assert "policy and reference differ" in said.err
+
+
+@pytest.mark.parametrize("target", ["q_proj v_porj", "all-linear lm_head"])
+def test_every_name_of_a_layer_is_checked(world: Path, tmp_path: Path, target: str) -> None:
+    command = ("train-dpo", "-m", world / "sft", "-d", world / "data", "-o", tmp_path / "out", *LORA)
+    refused = run_here(*command, "--lora-target", target)
+    assert (refused.code, "target" in refused.error) == (2, True), refused.err
+
+
+def test_another_choice_of_layers_for_an_adapter_is_refused(world: Path, adapters: Path, tmp_path: Path) -> None:
+    command = ("train-dpo", "-m", adapters / "dpo", "-d", world / "data", "-o", tmp_path / "out", *LORA)
+    for option, value in (("--lora-target", "q_proj"), ("--lora-modules-to-save", "norm")):
+        refused = run_here(*command, option, value)
+        assert (refused.code, option in refused.error) == (2, True), refused.err
+
+
+def test_in_a_pipeline_the_new_model_is_trained_whole(world: Path, tmp_path: Path) -> None:
+    options = ("--set", "lora_r=4", "--set", "warmup_steps=0", "--max-steps", "2", "--set", "train_sft.hidden_size=32")
+    done("run", "-d", world / "data", "-o", tmp_path / "out", *options, "--set", "train_sft.heads=2")
+    assert (tmp_path / "out" / "sft" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "dpo" / "adapter_model.safetensors").is_file()
+
+
+def test_in_bf16_a_dora_has_reference_log_probs_of_its_own(world: Path, tmp_path: Path) -> None:
+    """A new one changes no weight, but the roundings of its base model."""
+    command = ("train-dpo", "-m", world / "sft", "-d", world / "data", "--max-steps", "2", "--dtype", "bf16", *LORA)
+    done(*command, "-o", tmp_path / "lora", "--cache-dir", tmp_path / "shared")
+    done(*command, "-o", tmp_path / "one", "--dora", "--cache-dir", tmp_path / "shared")
+    done(*command, "-o", tmp_path / "two", "--dora", "--cache-dir", tmp_path / "own")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@bitsandbytes
+def test_a_base_in_4_bits_is_compared_with_itself(world: Path, tmp_path: Path) -> None:
+    """Not with its weights before quantization: an adapter that has learned nothing scores 0 everywhere."""
+    still = ("--lora-r", "4", "--load-in-4bit", "--optimizer", "sgd", "--lr", "1e-12", "--warmup-steps", "0")
+    command = ("train-dpo", "-d", world / "data", "--max-steps", "1", "--batch-size", "8", *still)
+    done(*command, "-m", world / "sft", "-o", tmp_path / "still")
+    done("estimate", "--forward", tmp_path / "still", "--reverse", world / "sft", "-d", world / "data",
+         "-o", tmp_path / "scored")  # fmt: skip
+    rows = read_jsonl(tmp_path / "scored" / "train.jsonl")
+    assert max(abs(r) for row in rows for r in row["chosen_weight"]) < 1e-6
+    done(*command, "-m", world / "sft", "--ref-model", world / "sft", "-o", tmp_path / "named")
+    assert metrics(tmp_path / "named")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    quantized = hash_model(tmp_path / "still")
+    (tmp_path / "still" / "base_model.json").unlink()
+    assert hash_model(tmp_path / "still") != quantized

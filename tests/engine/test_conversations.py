@@ -291,7 +291,7 @@ def test_a_prompt_template_is_a_system_message(world: Path, chat: Path, template
                 for head, tail in (("", ""), (system, after))
             )
             if cut and len(plain) > 25:
-                (whole,) = tokenizer.encode_prompts([system])
+                (whole,) = tokenizer.encode_prompts([f"{system}\n\nuser: "])
                 rest = framed[-(25 + len(framed) - len(plain) - len(whole)) :]
                 plain, framed = plain[-25:], whole + rest
             for side in ("chosen", "rejected"):

@@ -12,7 +12,7 @@ from conftest import read_jsonl, run_here
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from tisdpo_cli.engine.evaluation.sampling import Sampling, sample_all, uniform_draws
-from tisdpo_cli.model.directory import end_ids
+from tisdpo_cli.model.end_tokens import end_ids
 from tisdpo_cli.model.tokenizer import load_tokenizer
 
 

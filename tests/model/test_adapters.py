@@ -22,6 +22,7 @@ from tisdpo_cli.model.adapters import (
     attach_new,
     attach_saved,
     refuse_unfaithful_merge,
+    remove_adapter,
 )
 from tisdpo_cli.model.batch import collate
 from tisdpo_cli.model.layout import make_scorer, probe_logps
@@ -248,3 +249,40 @@ def test_without_peft_the_package_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"pip install 'tisdpo\[peft\]'"):
         attach_new(random_model("llama").float(), SHAPE, seed=0)
+
+
+def test_experts_in_bf16_are_laid_out_too() -> None:
+    """Their adapter reads the weights of all experts before the experts run."""
+    model = random_model("mixtral, experts").bfloat16()
+    attach_new(model, SHAPE, seed=0)
+    scorer = make_scorer(model, "auto", torch.bfloat16, 64, lambda _: None, "model")
+    assert scorer.packed
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+
+
+def test_an_embedding_of_another_class_is_no_adapter() -> None:
+    """Gemma 3 has a class of its own for its tied embedding."""
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    attach_new(model, LoraShape(2, 4.0, targets=("q_proj",)), seed=0)
+    refuse_unfaithful_merge(filled(model), "adapter")
+    expected = probe_logps(model)
+    assert probe_logps(adapters_of(model).merge()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_can_be_removed(base, tmp_path) -> None:
+    paths = [saved(filled(_fresh(base), seed), tmp_path / str(seed), base) for seed in (1, 2)]
+    shared = SharedModels(torch.device("cpu"), False)
+    model = shared.load(base)
+    alone = probe_logps(model)
+    shared.load(paths[0])
+    count = sum(p.numel() for p in model.parameters())
+    second = shared.load(paths[1])
+    remove_adapter(second, adapters_of(second).active)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert torch.equal(probe_logps(shared.load(base)), alone)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from tisdpo_cli.data.messages import Conversation, with_template, without_oldest
+from tisdpo_cli.data.messages import Conversation, with_other_text, with_template, without_oldest
 from tisdpo_cli.data.rows import BadRow
 from tisdpo_cli.data.tokens import ChatIds, EncodeChat, Limits, Response, cut
 from tisdpo_cli.errors import DataError
@@ -141,9 +141,13 @@ def _framed(
     both = _templated(conversation, template, ids, encode) if template[1] else before
     if len(head) + len(kept) == len(plain):
         return both
-    # What the template adds stays whole, with the frame of its turn in front of it.
-    _, begin = _difference(plain, before) if before != plain else (0, 0)
-    opening = before[: len(before) - (len(plain) - begin)] if before != plain else head
+    # What the template adds stays whole, with its turn, and the frame of the turn whose text follows.
+    opening, begin = head, 0
+    if before != plain:
+        other = with_other_text(conversation)
+        begin, _ = _difference(plain, _templated(other, ("", ""), ids, encode))
+        length, _ = _difference(before, _templated(other, (template[0], ""), ids, encode))
+        opening = before[:length]
     start, end = max(kept.start, begin), max(kept.stop, begin)
     rest = plain[start:end]
     at, behind = _difference(before, both)

@@ -142,6 +142,14 @@ def with_template(conversation: Conversation, before: str, after: str) -> Conver
     return replace(conversation, prompt=prompt)
 
 
+def with_other_text(conversation: Conversation) -> Conversation:
+    """Return a conversation whose first message that is not a system message has another text."""
+    prompt = list(conversation.prompt)
+    first = next((i for i, message in enumerate(prompt) if not is_system(message)), len(prompt) - 1)
+    prompt[first] = {**prompt[first], "content": "qqOTHERqq"}
+    return replace(conversation, prompt=prompt)
+
+
 def without_oldest(conversation: Conversation, count: int) -> Conversation:
     """Return a conversation without its oldest messages; leading system messages stay."""
     prompt = conversation.prompt

@@ -22,8 +22,9 @@ from tisdpo_cli.runs.stage import OutputRequest, StageResult, claim_output, fini
 from tisdpo_cli.settings.merge import Merge
 from tisdpo_cli.settings.sources import to_yaml
 
-# In nats per token, in float32.
-_TOLERANCE = 1e-4
+# In nats per token, in float32: a pretrained model of 135 M parameters rounds by up to 1e-4 on random tokens, while a
+# merge that goes wrong is off by tenths.
+_TOLERANCE = 2e-3
 
 
 def merge(settings: Merge, reporter: Reporter) -> StageResult:
@@ -84,7 +85,8 @@ def _merge(
     worst = float((probe_logps(model) - expected).abs().max())
     if not worst <= _TOLERANCE:
         raise ModelError(f"merged, its log-probs would differ by {worst:.1e} nats", where=str(path), fix="keep it")
-    model = model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     with torch.no_grad():
         rounded = float((probe_logps(model) - expected).abs().max())
     reporter.note(f"log-probs differ by at most {rounded:.1e} nats from those of the adapter")

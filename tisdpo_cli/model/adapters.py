@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +54,8 @@ class LoraShape:
             "r": config.get("r"),
             "alpha": config.get("lora_alpha"),
             "dropout": config.get("lora_dropout"),
-            "rslora": config.get("use_rslora", False),
-            "dora": config.get("use_dora", False),
+            "rslora": bool(config.get("use_rslora")),
+            "dora": bool(config.get("use_dora")),
         }
         return [name for name, value in recorded.items() if value != getattr(self, name)]
 
@@ -114,8 +114,27 @@ class Adapters:
         """Add an adapter, and switch it on."""
         self.switch(self.active or next(iter(self._peft.peft_config)))
         self._peft.add_adapter(name, config)
+        # What was added is in training mode.
+        self._peft.eval()
+        keep_gradients(self._peft)
         self._peft.set_adapter(name, inference_mode=True)
         self.active = name
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter that is not needed any more."""
+        self.switch(next(other for other in self._peft.peft_config if other != name))
+        self._peft.delete_adapter(name)
+
+    @property
+    def names(self) -> list[str]:
+        """All adapters."""
+        return list(self._peft.peft_config)
+
+    def kind(self, name: str) -> dict[str, Any]:
+        """What else than plain LoRA an adapter is, which computes with other roundings than its base model."""
+        config = self._peft.peft_config[name]
+        kind = {"dora": config.use_dora, "modules_to_save": sorted(config.modules_to_save or ())}
+        return {name: value for name, value in kind.items() if value}
 
     def load(self, name: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """Fill an adapter, and return the names of tensors that are missing or too many."""
@@ -160,6 +179,13 @@ def adapters_of(model: nn.Module) -> Adapters | None:
     return getattr(model, "_tisdpo_adapters", None)
 
 
+def remove_adapter(model: nn.Module, name: str | None) -> None:
+    """Remove an adapter from a model that carries others too."""
+    adapters = adapters_of(model)
+    if adapters is not None and name is not None and len(adapters.names) > 1:
+        adapters.remove(name)
+
+
 @contextmanager
 def adapter_dropout(model: nn.Module, seed: tuple[int, ...]) -> Iterator[None]:
     """Within this context, adapters drop inputs at their own rates, which they do nowhere else.
@@ -198,16 +224,29 @@ def attach_new(model: nn.Module, shape: LoraShape, seed: int) -> None:
     missing = [name for name in shape.modules_to_save if not any(n.split(".")[-1] == name for n, _ in _modules(model))]
     if missing:
         raise UsageError("the model has no module of this name", where=f"--lora-modules-to-save {missing[0]}")
+    linear = sorted({name.split(".")[-1] for name, module in _modules(model) if isinstance(module, nn.Linear)})
+    _check_targets(model, shape.targets, linear)
     torch.manual_seed(seed)
     try:
         _wrap(model, config, TRAINED, trained=True)
     except ValueError as error:
-        linear = sorted({name.split(".")[-1] for name, module in _modules(model) if isinstance(module, nn.Linear)})
         raise UsageError(
             f"cannot be adapted: {first_line(error)}",
             where=f"--lora-target {' '.join(shape.targets)}",
             fix=f"its linear layers are {', '.join(linear)}",
         ) from error
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str], linear: Sequence[str]) -> None:
+    """Check every name; peft is content if any of them matches."""
+    names = [name for name, _ in _modules(model)]
+    for target in targets if tuple(targets) != ("all-linear",) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UsageError(
+                "the model has no layer of this name",
+                where=f"--lora-target {target}",
+                fix=f"its linear layers are {', '.join(linear)}",
+            )
 
 
 def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
@@ -233,6 +272,9 @@ def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
             _wrap(model, config, name, trained)
         else:
             there.add(name, config)
+        for parameter in (p for n, p in model.named_parameters() if f".{name}." in n):
+            # Modules that were trained whole too, whatever the precision of the base model.
+            parameter.data = parameter.data.float()
         wrong = _required(model).load(name, load_file(path / ADAPTER_WEIGHTS))
     except Exception as error:
         if is_out_of_memory(error):
@@ -255,7 +297,7 @@ def refuse_unfaithful_merge(model: nn.Module, where: str) -> None:
     first, last = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    if tied and (type(first) is not nn.Embedding or type(last) is not nn.Linear):
+    if tied and any(type(module).__module__.startswith("peft.") for module in (first, last)):
         raise ModelError(
             "the adapter changes the head or the embedding, which share their weights in this model: merged, it would "
             "change both",

@@ -15,6 +15,7 @@ from tisdpo_cli.model.directory import (
     BASE_RECORD,
     base_of,
     is_adapter,
+    is_quantized_adapter,
     read_json,
     tokenizer_files,
     weight_files,
@@ -36,13 +37,14 @@ def hash_model(path: Path) -> str:
             raise ModelError(
                 "the base model has changed since this adapter was trained",
                 where=str(path),
-                fix=f"restore {base_of(path)}, or remove {BASE_RECORD} to use the adapter with another one",
+                fix=f"restore it, or set sha256 in {BASE_RECORD} to {base}",
             )
         config = read_json(path / ADAPTER_CONFIG, "")
         # Where the base model lies says nothing about its content.
         shape = json.dumps({k: v for k, v in config.items() if k != "base_model_name_or_path"}, sort_keys=True)
         own = sha256(path / ADAPTER_WEIGHTS, *tokenizer_files(path), named=True)
-        return hashlib.sha256(f"{base}{own}{shape}".encode()).hexdigest()
+        held = "in 4 bits" if is_quantized_adapter(path) else ""
+        return hashlib.sha256(f"{base}{own}{shape}{held}".encode()).hexdigest()
     configs = [file for name in ("config.json", "generation_config.json") if (file := path / name).is_file()]
     tokenizer = [file for file in tokenizer_files(path) if file.suffix != ".py"]
     return sha256(*configs, *tokenizer, *weight_files(path), *_code(path), named=True)

@@ -121,8 +121,7 @@ def base_of(path: Path) -> Path:
     if not is_adapter(path):
         return path
     config = read_json(path / ADAPTER_CONFIG, "")
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"an adapter of type {config.get('peft_type')!r}; only LORA is supported", where=str(path))
+    _refuse_other_adapters(config, path)
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"no {ADAPTER_WEIGHTS}", where=str(path), fix="save the adapter again, in safetensors")
     check_safetensors(path / ADAPTER_WEIGHTS)
@@ -140,6 +139,29 @@ def base_of(path: Path) -> Path:
             where=str(path),
             fix=f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}",
         ) from error
+
+
+# What an adapter of peft may set so that it changes its base model, or acts at some tokens only, with what is allowed.
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+}
+
+
+def _refuse_other_adapters(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse adapters that change more than what they add to linear layers at every token."""
+    for name, allowed in _PLAIN_LORA.items():
+        value = config.get(name)
+        if value not in allowed:
+            raise ModelError(
+                f"an adapter with {name} {value!r}, which is not supported",
+                where=str(path),
+                fix="merge it into its base model with peft, and use the whole model",
+            )
 
 
 def is_quantized_adapter(path: Path) -> bool:
@@ -184,8 +206,9 @@ def _from_hub(name: str, option: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     with suppress(Exception):  # not in the cache, or only part of it: ask the hub
         cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        read_json(cached / "config.json", "")
-        weight_files(cached)
+        if not (is_adapter(cached) and (cached / ADAPTER_WEIGHTS).is_file()):
+            read_json(cached / "config.json", "")
+            weight_files(cached)
         return cached
     try:
         # One quick request first: a download retries for long.
@@ -314,12 +337,7 @@ def tokenizer_files(path: Path, more: Iterable[str] = ()) -> list[Path]:
     return [*found, *sorted(path.glob("chat_templates/*.jinja")), *(sorted(path.glob("*.py")) if coded else [])]
 
 
-def end_ids(path: Path) -> list[int]:
-    """Ids of the tokens with which a model ends a response, from its generation config or else its configuration."""
-    path = base_of(path)
-    generation = path / "generation_config.json"
-    config = read_json(generation if generation.is_file() else path / "config.json", "")
-    ids = config.get("eos_token_id")
-    if ids is None and not generation.is_file() and isinstance(config.get("text_config"), dict):
-        ids = config["text_config"].get("eos_token_id")
-    return sorted({i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0})
+def has_vocabulary(path: Path) -> bool:
+    """Whether a directory holds a tokenizer, rather than a chat template or settings of one alone."""
+    names = set(_TOKENIZER_FILES) - {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    return any((path / name).is_file() for name in names if not name.startswith("chat_template"))

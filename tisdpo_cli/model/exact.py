@@ -20,14 +20,16 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """
     hooks = []
     quantized = computing_in_float32(model)
+    # An adapter on experts reads the weights of its whole subtree before any module in it runs.
+    wrappers = [m for m in model.modules() if type(m).__name__ == "ParamWrapper"]
+    inner = {m for wrapper in wrappers for m in wrapper.modules() if m is not wrapper}
     for module in model.modules():
-        low = {
-            n: p
-            for n, p in module.named_parameters(recurse=False)
-            if p.is_floating_point() and p.dtype != torch.float32
-        }
+        if module in inner:
+            continue
+        own = module.parameters(recurse=module in wrappers)
+        low = [p for p in own if p.is_floating_point() and p.dtype != torch.float32]
         if low:
-            kept = {parameter: parameter.data for parameter in low.values()}
+            kept = {parameter: parameter.data for parameter in low}
             hooks.append(module.register_forward_pre_hook(partial(_convert, kept)))
             hooks.append(module.register_forward_hook(partial(_restore, kept), always_call=True))
     try:

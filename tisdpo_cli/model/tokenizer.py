@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.errors import ModelError, is_out_of_memory
-from tisdpo_cli.model.directory import base_of, check_tokenizer_files, is_adapter, tokenizer_files
+from tisdpo_cli.model.directory import base_of, check_tokenizer_files, has_vocabulary, is_adapter, tokenizer_files
 from tisdpo_cli.model.text_encoding import TextEncoding
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -166,7 +166,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, parse_data: bool
     Raises:
         ModelError: there is none, or it has no end-of-sequence token.
     """
-    if is_adapter(path) and not tokenizer_files(path):
+    if is_adapter(path) and not has_vocabulary(path):
         path = base_of(path)
     backend = load_backend(path, trust_remote_code)
     return describe_tokenizer(backend, str(path), source=path, parse_data=parse_data)

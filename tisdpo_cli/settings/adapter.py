@@ -41,7 +41,14 @@ class Adapter(Group):
                 raise ValueError(f"{', '.join(idle)} shape an adapter and need lora_r")
         if not self.targets():
             raise ValueError("lora_target: name at least one layer, or all-linear")
+        if "all-linear" in self.targets() and len(self.targets()) > 1:
+            raise ValueError("lora_target: give all-linear alone, or the names of layers")
         return self
+
+    @classmethod
+    def none(cls) -> dict[str, Any]:
+        """The settings of a training without an adapter, by dotted name."""
+        return {f"adapter.{name}": info.get_default() for name, info in cls.model_fields.items()}
 
     def targets(self) -> tuple[str, ...]:
         """The layers to adapt."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.groups import Data, TrainingData
 from tisdpo_cli.settings.names import resolve
 from tisdpo_cli.settings.run import STAGES, Stages
@@ -54,9 +55,17 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
     trained = {**common, "dry_run": False, "model": start}
     # A contrastive model starts from an existing one: settings for the shape of a new one do not apply.
     tuned = {**trained, "init": False, **TrainSft.new_model_shape()}
+    # A model that is made anew has nothing that an adapter could be put on.
+    whole = Adapter.none() if head.model is None else {}
     positive, negative = [at[stage] for stage in _CONTRAST[head.method]] or (None, None)
     return {
-        "train_sft": {**trained, "model": head.model, "init": head.model is None, "output_dir": at["train_sft"]},
+        "train_sft": {
+            **trained,
+            **whole,
+            "model": head.model,
+            "init": head.model is None,
+            "output_dir": at["train_sft"],
+        },
         "train_dpo": {**trained, "output_dir": at["train_dpo"]},
         "train_reverse": {**trained, "output_dir": at["train_reverse"]},
         "sft_chosen": {**tuned, "target": "chosen", "output_dir": at["sft_chosen"]},

@@ -22,7 +22,8 @@ from tisdpo_cli.engine.evaluation.sampling import Sampling, uniform_draws
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import sha256, write_text
 from tisdpo_cli.model.content_hashes import hash_model
-from tisdpo_cli.model.directory import end_ids, locate_model
+from tisdpo_cli.model.directory import locate_model
+from tisdpo_cli.model.end_tokens import end_ids
 from tisdpo_cli.model.loading import check_fit, positions_of
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Reporter

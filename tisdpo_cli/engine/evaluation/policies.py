@@ -21,6 +21,7 @@ from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, sample_all
 from tisdpo_cli.engine.evaluation.statistics import mean, perplexity, ratio, repetition
 from tisdpo_cli.errors import RankError, UsageError, naming_out_of_memory
 from tisdpo_cli.method.objectives import response_sums
+from tisdpo_cli.model.adapters import remove_adapter
 from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, compare
 from tisdpo_cli.model.shared_models import SharedModels
@@ -131,7 +132,8 @@ def evaluate_policies(
         The result of each policy, and the perplexity of the reference by side of the pairs.
     """
     # Adapters of the reference's base model are put on it.
-    models = SharedModels(task.runtime.device, task.trust_remote_code)
+    paths = [reference.path, *(policy.path for policy in policies)]
+    models = SharedModels(task.runtime.device, task.trust_remote_code, paths)
     reference_scorer = _scorer(task, reference, models.load(reference.path))
     results, perplexities = list[PolicyResult](), dict[str, float]()
     rows = len(policies) * (2 * len(task.pairs) + len(task.prompts)) + task.sample_reference * len(task.prompts)
@@ -141,6 +143,7 @@ def evaluate_policies(
             on_pairs, perplexities = _evaluate_pairs(task, scorer, reference_scorer, progress)
             generations = _generate(task, scorer, reference_scorer, progress)
             results.append(_result(task, policy, on_pairs, generations))
+            remove_adapter(scorer.model, scorer.adapter)
             del scorer
             gc.collect()
         if task.sample_reference:

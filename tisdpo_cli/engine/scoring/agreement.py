@@ -46,7 +46,7 @@ def bf16_agreement(
     longest = max(pair.longest for pair in sample) + max(side.added(sample) for side in sides)
     logps: dict[tuple[str, str], Tensor] = {}
     for path in dict.fromkeys(side.path for side in sides):
-        model = SharedModels(runtime.device, config.trust_remote_code).load(path)
+        model = SharedModels(runtime.device, config.trust_remote_code, [s.path for s in sides]).load(path)
         for name, dtype in (("float32", None), ("bf16", torch.bfloat16)):
             scorer = make_scorer(model, config.layout, dtype, longest, lambda _: None, str(path))
             for side in sides:

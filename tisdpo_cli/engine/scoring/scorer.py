@@ -22,7 +22,7 @@ from tisdpo_cli.data.splits import Split
 from tisdpo_cli.data.tokens import EncodedPair, TemplateTokens
 from tisdpo_cli.errors import Interrupted, ModelError, RankError
 from tisdpo_cli.files import replacing, reporting_write_errors
-from tisdpo_cli.model.directory import base_of, check_safetensors
+from tisdpo_cli.model.directory import base_of, check_safetensors, is_quantized_adapter
 from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.logprobs import TokenScorer, batch_for, score
 from tisdpo_cli.model.shared_models import SharedModels
@@ -169,7 +169,8 @@ class PartScorer:
 
     def _load_all(self, paths: Sequence[Path], sides: Sequence[Side]) -> dict[Path, TokenScorer]:
         """A scorer of each model; adapters of one base model share it."""
-        shared = SharedModels(self.runtime.device, self.config.trust_remote_code)
+        every = [side.path for side in sides]
+        shared = SharedModels(self.runtime.device, self.config.trust_remote_code, every)
 
         def load(layout: str) -> dict[Path, TokenScorer]:
             return {path: self._scorer(shared.load(path), path, sides, layout) for path in paths}
@@ -210,9 +211,9 @@ def _groups(paths: Sequence[Path], sequential: bool) -> list[list[Path]]:
     """Which models are in memory together; those that share a base model always are."""
     if not sequential:
         return [list(dict.fromkeys(paths))]
-    groups: dict[Path, list[Path]] = {}
+    groups: dict[tuple[Path, bool], list[Path]] = {}
     for path in dict.fromkeys(paths):
-        groups.setdefault(base_of(path).resolve(), []).append(path)
+        groups.setdefault((base_of(path).resolve(), is_quantized_adapter(path)), []).append(path)
     return list(groups.values())
 
 

@@ -46,11 +46,15 @@ def check_start_adapter(shape: LoraShape | None, quantized: bool, path: Path) ->
         raise UsageError(f"{path} is an adapter that {was} trained on a base model in 4 bits", where="--load-in-4bit")
     config = read_json(path / ADAPTER_CONFIG, "")
     different = shape.differences(config)
+    if shape.targets != LoraShape.targets and sorted(shape.targets) != sorted(config.get("target_modules") or ()):
+        different.append("target")
+    if shape.modules_to_save and sorted(shape.modules_to_save) != sorted(config.get("modules_to_save") or ()):
+        different.append("modules_to_save")
     if different:
         name = different[0]
         raise UsageError(
             f"{path} is an adapter with another {name}, and it is trained further",
-            where=f"--{name if name in ('rslora', 'dora') else f'lora-{name}'}",
+            where=f"--{name if name in ('rslora', 'dora') else f'lora-{name}'}".replace("_", "-"),
             fix="leave out the options of the adapter, or merge it first with `tisdpo merge`",
         )
 
@@ -67,6 +71,7 @@ def base_model(model: nn.Module, path: Path, name: str, content: str) -> BaseMod
     quantization = NF4 if is_quantized(model) else None
     if is_adapter(path):
         base = str(read_json(path / ADAPTER_CONFIG, "")["base_model_name_or_path"])
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
         return BaseModel(base, hash_model(base_of(path)), quantization)
     return BaseModel(str(path.resolve()) if Path(name).expanduser().is_dir() else name, content, quantization)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -93,6 +94,8 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
             runtime.reporter.note("dry run: nothing was trained")
             return StageResult(Path(settings.output_dir), {}, False, of_pair(pairs[0][0], tokenizer, training.swapped))
         setup = _set_up(runtime, training, output, tokenizer, pairs, plan, policy)
+        # A model with an adapter is in a cycle, and would stay.
+        gc.collect()
         return run_training(runtime, training.session, output, setup)
 
 
@@ -194,7 +197,10 @@ def _set_up(
     policy, reference = with_reference(runtime, training.models, training.session, policy, divergence, _longest(pairs))
     # The reference leaves memory with this function, unless a task holds it.
     task, eval_task = _tasks(runtime, training, output, (policy, reference), tokenizer.pad, pairs, plan)
-    same_start, precision = _same_start(output), training.session.precision
+    adapters, precision = adapters_of(policy.model), training.session.precision
+    # What an adapter that was trained before drops shows at once; a new one is 0 whatever it drops.
+    drops = adapters is not None and bool(adapters.dropouts()) and is_adapter(training.models.policy_path)
+    same_start = _same_start(output) and not drops
     return TrainingSetup(
         task,
         eval_task,

@@ -17,6 +17,7 @@ from torch import Tensor
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.training.batching import Microbatching, pair_costs
 from tisdpo_cli.errors import DataError, naming_out_of_memory
+from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
 from tisdpo_cli.model.quantization import is_quantized
@@ -64,6 +65,9 @@ class ReferencePass:
         grouping = {} if scorer.packed else {"grouping": "padded"}
         parts = {**scorer.cut_short, "weights": str(next(scorer.parameters()).dtype)}
         parts |= {"quantized": True} if is_quantized(scorer.model) else {}
+        adapters = adapters_of(scorer.model)
+        if adapters is not None and scorer.adapter is not None:
+            parts |= adapters.kind(scorer.adapter)
         layout = {"packed": scorer.packed, **grouping, **split, **parts, "pairs": PAIRS_PER_PART, "code": REVISION}
         kind = runtime.device.type
         device = torch.cuda.get_device_name(runtime.device) if kind == "cuda" else f"{kind}: {cpu_model()}"

@@ -8,9 +8,10 @@ from pathlib import Path
 from tisdpo_cli.engine.training.policy import load_policy
 from tisdpo_cli.engine.training.session import SessionConfig, session_scorer
 from tisdpo_cli.model.adapters import Adapters, adapters_of, attach_saved
-from tisdpo_cli.model.directory import is_adapter
+from tisdpo_cli.model.directory import base_of, is_adapter
 from tisdpo_cli.model.loading import load_model, move_to_device
 from tisdpo_cli.model.logprobs import TokenScorer
+from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.runs.runtime import Runtime
 
 
@@ -52,7 +53,14 @@ def with_reference(
     path = models.reference_path or models.policy_path
     # In the precision of the policy's own frozen weights, if it has any.
     dtype = next(policy.parameters()).dtype
-    frozen = load_model(path, models.trust_remote_code, dtype=dtype, trained=False)
+    same_base = base_of(path).resolve() == base_of(models.policy_path).resolve()
+    frozen = load_model(
+        path,
+        models.trust_remote_code,
+        dtype=dtype,
+        trained=False,
+        quantized=same_base and is_quantized(policy.model),
+    )
     frozen = move_to_device(frozen, runtime.device).requires_grad_(False)
     reference = session_scorer(runtime, session, frozen, longest, models.reference)
     if reference.packed == policy.packed or divergence is None:

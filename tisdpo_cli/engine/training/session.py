@@ -20,7 +20,7 @@ from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Tas
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import reporting_write_errors
 from tisdpo_cli.model.adapters import BaseModel, LoraShape
-from tisdpo_cli.model.directory import end_ids
+from tisdpo_cli.model.end_tokens import end_ids
 from tisdpo_cli.model.layout import make_scorer, recompute_activations
 from tisdpo_cli.model.loading import save_model
 from tisdpo_cli.model.logprobs import TokenScorer
