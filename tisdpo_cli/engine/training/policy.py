@@ -79,13 +79,23 @@ def base_model(model: nn.Module, path: Path, name: str, content: str) -> BaseMod
 def report_adapter(reporter: Reporter, adapters: Adapters, model: nn.Module) -> None:
     """Say what is trained of a model with an adapter, and which promises its dropout breaks."""
     frozen = next(p for p in model.parameters() if not p.requires_grad)
-    dtype = "4 bits (nf4)" if is_quantized(model) else str(frozen.dtype).removeprefix("torch.")
+    dtype = str(frozen.dtype).removeprefix("torch.")
+    if is_quantized(model):
+        # Experts and embeddings stay as they are.
+        dtype = f"4 bits (nf4; {_share_in_4_bits(model):.0%} of them)"
     reporter.note(f"adapter: {adapters.describe()}; the weights of its base model are frozen, in {dtype}")
     if adapters.dropouts():
         reporter.warn(
             "--lora-dropout is above 0: the result depends on how a batch is split into forward passes, and responses "
             "of a pair share what is dropped of their prompt; a resumed run is still the same"
         )
+
+
+def _share_in_4_bits(model: nn.Module) -> float:
+    """The share of the frozen weights that are in 4 bits, two in a byte."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    low = sum(2 * p.numel() for p in frozen if p.dtype == torch.uint8)
+    return low / (low + sum(p.numel() for p in frozen if p.dtype != torch.uint8))
 
 
 def parameter_count(model: nn.Module) -> str:
