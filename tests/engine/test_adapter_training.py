@@ -436,3 +436,28 @@ def test_a_base_in_4_bits_is_compared_with_itself(world: Path, tmp_path: Path) -
     quantized = hash_model(tmp_path / "still")
     (tmp_path / "still" / "base_model.json").unlink()
     assert hash_model(tmp_path / "still") != quantized
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo1"])
+@pytest.mark.parametrize("reference", ["base", "other adapter"])
+def test_a_reference_on_the_policys_base_shares_its_weights(
+    world: Path, adapters: Path, tmp_path: Path, monkeypatch, loss: str, reference: str
+) -> None:
+    """The same losses as against a model of its own, which is loaded."""
+    loaded = []
+    load = loading._load_whole
+    monkeypatch.setattr(loading, "_load_whole", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    if reference == "base":
+        named, own = world / "sft", Path(shutil.copytree(world / "sft", tmp_path / "copy"))
+    else:
+        named, own = adapters / "reverse", tmp_path / "merged"
+        done("merge", adapters / "reverse", "-o", own)
+    command = ("train-dpo", "-m", adapters / "dpo", "-d", world / "data", "--loss", loss, "--max-steps", "3", *LORA)
+    loaded.clear()
+    done(*command, "--ref-model", named, "-o", tmp_path / "shared")
+    assert loaded == [world / "sft"]
+    done(*command, "--ref-model", own, "-o", tmp_path / "apart")
+    assert len(loaded) == 3
+    for one, other in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "apart"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert metrics(tmp_path / "shared")[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tisdpo_cli.engine.training.policy import load_policy
 from tisdpo_cli.engine.training.session import SessionConfig, session_scorer
-from tisdpo_cli.model.adapters import Adapters, adapters_of, attach_saved
-from tisdpo_cli.model.directory import base_of, is_adapter
+from tisdpo_cli.model.adapters import adapters_of, attach_saved
+from tisdpo_cli.model.directory import base_of, is_adapter, is_quantized_adapter
 from tisdpo_cli.model.loading import load_model, move_to_device
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.quantization import is_quantized
@@ -47,20 +47,11 @@ def with_reference(
     """
     if models.reference_path is None and divergence is None:
         return policy, policy
-    adapters = adapters_of(policy.model)
-    if models.reference_path is None and adapters is not None:
-        return policy, _start_of(runtime, models, session, policy, adapters, longest)
     path = models.reference_path or models.policy_path
+    if _shares_weights(path, models.policy_path, policy):
+        return policy, _on_the_same_weights(runtime, models, session, policy, path, longest)
     # In the precision of the policy's own frozen weights, if it has any.
-    dtype = next(policy.parameters()).dtype
-    same_base = base_of(path).resolve() == base_of(models.policy_path).resolve()
-    frozen = load_model(
-        path,
-        models.trust_remote_code,
-        dtype=dtype,
-        trained=False,
-        quantized=same_base and is_quantized(policy.model),
-    )
+    frozen = load_model(path, models.trust_remote_code, dtype=next(policy.parameters()).dtype, trained=False)
     frozen = move_to_device(frozen, runtime.device).requires_grad_(False)
     reference = session_scorer(runtime, session, frozen, longest, models.reference)
     if reference.packed == policy.packed or divergence is None:
@@ -70,18 +61,27 @@ def with_reference(
     return policy, session_scorer(runtime, session, frozen, longest, models.reference, "separate")
 
 
-def _start_of(
-    runtime: Runtime, models: Models, session: SessionConfig, policy: TokenScorer, adapters: Adapters, longest: int
+def _shares_weights(path: Path, policy_path: Path, policy: TokenScorer) -> bool:
+    """Whether a reference is the base model of the policy's adapter, or an adapter on it in the same precision."""
+    if adapters_of(policy.model) is None or base_of(path).resolve() != base_of(policy_path).resolve():
+        return False
+    return not is_adapter(path) or is_quantized_adapter(path) == is_quantized(policy.model)
+
+
+def _on_the_same_weights(
+    runtime: Runtime, models: Models, session: SessionConfig, policy: TokenScorer, path: Path, longest: int
 ) -> TokenScorer:
-    """A scorer of the policy as it starts, on the weights that both share: without its adapter, or with a copy of it.
+    """A scorer of the reference on the weights of the policy: without an adapter, or with one of its own.
 
     Raises:
         ModelError: the two need different layouts.
     """
+    adapters = adapters_of(policy.model)
+    assert adapters is not None
     with adapters.using(policy.adapter):
         adapters.switch(None)
-        if is_adapter(models.policy_path):
-            attach_saved(policy.model, models.policy_path, trained=False)
+        if is_adapter(path):
+            attach_saved(policy.model, path, trained=False)
             policy.model.to(runtime.device)
         layout = "shared-prefix" if policy.packed else "separate"
         return session_scorer(runtime, session, policy.model, longest, models.reference, layout)
