@@ -461,3 +461,13 @@ def test_a_reference_on_the_policys_base_shares_its_weights(
     for one, other in zip(metrics(tmp_path / "shared"), metrics(tmp_path / "apart"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
     assert metrics(tmp_path / "shared")[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_an_adapter_of_the_hub_is_found_in_the_cache(world: Path, adapters: Path, tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_kwargs: str(adapters / "dpo"))
+    said = done(
+        "train-dpo", "-m", "acme/adapter", "-d", world / "data", "-o", tmp_path / "out", "--max-steps", "1", *LORA
+    )
+    assert "policy = acme/adapter + its adapter" in said.err

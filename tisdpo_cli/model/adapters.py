@@ -283,7 +283,9 @@ def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
             f"the adapter does not fit its base model: {first_line(error)}", where=str(path), fix="copy it again"
         ) from error
     if wrong:
-        raise ModelError(f"tensors are missing or too many, such as {wrong[0]}", where=str(path), fix="copy it again")
+        whole = any(name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) for name in wrong)
+        fix = "merge it into its base model with peft, and use the whole model" if whole else "copy it again"
+        raise ModelError(f"tensors are missing or too many, such as {wrong[0]}", where=str(path), fix=fix)
     if not all(bool(p.isfinite().all()) for n, p in model.named_parameters() if f".{name}." in n):
         raise ModelError("weights are not finite", where=str(path), fix="train the adapter again")
 
