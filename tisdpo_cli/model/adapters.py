@@ -23,6 +23,8 @@ from tisdpo_cli.model.tokenizer import first_line
 
 # The name of the adapter that is trained and saved; peft writes an adapter of this name at the root of a directory.
 TRAINED = "default"
+# Every linear layer but the head.
+ALL_LINEAR = ("all-linear",)
 _INSTALL = "pip install 'tisdpo[peft]'"
 
 
@@ -43,7 +45,7 @@ class LoraShape:
     r: int
     alpha: float
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
     rslora: bool = False
     dora: bool = False
@@ -188,7 +190,7 @@ def remove_adapter(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def adapter_dropout(model: nn.Module, seed: tuple[int, ...]) -> Iterator[None]:
-    """Within this context, adapters drop inputs at their own rates, which they do nowhere else.
+    """Switch the dropout of adapters on within this context; it is off everywhere else.
 
     What they drop depends on the seed alone, so that a resumed training goes on as it would have.
     """
@@ -215,17 +217,16 @@ def attach_new(model: nn.Module, shape: LoraShape, seed: int) -> None:
         r=shape.r,
         lora_alpha=int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha,
         lora_dropout=shape.dropout,
-        target_modules=shape.targets[0] if shape.targets == ("all-linear",) else list(shape.targets),
+        target_modules=shape.targets[0] if shape.targets == ALL_LINEAR else list(shape.targets),
         modules_to_save=list(shape.modules_to_save) or None,
         use_rslora=shape.rslora,
         use_dora=shape.dora,
         task_type="CAUSAL_LM",
     )
-    missing = [name for name in shape.modules_to_save if not any(n.split(".")[-1] == name for n, _ in _modules(model))]
-    if missing:
-        raise UsageError("the model has no module of this name", where=f"--lora-modules-to-save {missing[0]}")
-    linear = sorted({name.split(".")[-1] for name, module in _modules(model) if isinstance(module, nn.Linear)})
-    _check_targets(model, shape.targets, linear)
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = f"its linear layers are {', '.join(sorted(linear))}"
+    _check_names(model, shape.modules_to_save, "--lora-modules-to-save", "")
+    _check_names(model, () if shape.targets == ALL_LINEAR else shape.targets, "--lora-target", known)
     torch.manual_seed(seed)
     try:
         _wrap(model, config, TRAINED, trained=True)
@@ -233,20 +234,16 @@ def attach_new(model: nn.Module, shape: LoraShape, seed: int) -> None:
         raise UsageError(
             f"cannot be adapted: {first_line(error)}",
             where=f"--lora-target {' '.join(shape.targets)}",
-            fix=f"its linear layers are {', '.join(linear)}",
+            fix=known,
         ) from error
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str], linear: Sequence[str]) -> None:
+def _check_names(model: nn.Module, asked: Sequence[str], option: str, fix: str) -> None:
     """Check every name; peft is content if any of them matches."""
-    names = [name for name, _ in _modules(model)]
-    for target in targets if tuple(targets) != ("all-linear",) else ():
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UsageError(
-                "the model has no layer of this name",
-                where=f"--lora-target {target}",
-                fix=f"its linear layers are {', '.join(linear)}",
-            )
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for name in asked:
+        if not any(there.endswith(f".{name}") for there in names):
+            raise UsageError("the model has no module of this name", where=f"{option} {name}", fix=fix)
 
 
 def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
@@ -264,7 +261,7 @@ def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
     from safetensors.torch import load_file
 
     peft, there = _peft(), adapters_of(model)
-    name = TRAINED if there is None else f"adapter-{len(there._peft.peft_config)}"
+    name = TRAINED if there is None else f"adapter-{len(there.names)}"
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trained
@@ -326,10 +323,6 @@ def _required(model: nn.Module) -> Adapters:
     adapters = adapters_of(model)
     assert adapters is not None
     return adapters
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(model.named_modules())
 
 
 def _peft() -> Any:

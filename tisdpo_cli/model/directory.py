@@ -56,6 +56,7 @@ def locate_model(name: str, option: str, trust_remote_code: bool = False) -> Pat
         path = _from_hub(name, option)
     _refuse_unfinished(path)
     if is_adapter(path):
+        _check_adapter(path)
         base = base_of(path)
         if is_adapter(base):
             raise ModelError("the base of this adapter is an adapter itself", where=str(path), fix="merge that one")
@@ -116,16 +117,11 @@ def base_of(path: Path) -> Path:
     """Return the directory of the base model of an adapter, or that of a whole model itself.
 
     Raises:
-        ModelError: the adapter is damaged or of a kind that is not supported, or its base model is not there.
+        ModelError: the base model of an adapter is not there.
     """
     if not is_adapter(path):
         return path
-    config = read_json(path / ADAPTER_CONFIG, "")
-    _refuse_other_adapters(config, path)
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"no {ADAPTER_WEIGHTS}", where=str(path), fix="save the adapter again, in safetensors")
-    check_safetensors(path / ADAPTER_WEIGHTS)
-    name = config.get("base_model_name_or_path")
+    name = read_json(path / ADAPTER_CONFIG, "").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{ADAPTER_CONFIG} names no base model", where=str(path), fix="add base_model_name_or_path")
     base = Path(name).expanduser()
@@ -152,8 +148,9 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _refuse_other_adapters(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse adapters that change more than what they add to linear layers at every token."""
+def _check_adapter(path: Path) -> None:
+    """Refuse damaged adapters, and those that do more than add to linear layers at every token."""
+    config = read_json(path / ADAPTER_CONFIG, "")
     for name, allowed in _PLAIN_LORA.items():
         value = config.get(name)
         if value not in allowed:
@@ -162,6 +159,9 @@ def _refuse_other_adapters(config: Mapping[str, Any], path: Path) -> None:
                 where=str(path),
                 fix="merge it into its base model with peft, and use the whole model",
             )
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"no {ADAPTER_WEIGHTS}", where=str(path), fix="save the adapter again, in safetensors")
+    check_safetensors(path / ADAPTER_WEIGHTS)
 
 
 def is_quantized_adapter(path: Path) -> bool:
@@ -177,7 +177,7 @@ def _refuse_adapter(path: Path) -> None:
             raise ModelError(
                 "an adapter beside a whole model, so either could be meant",
                 where=str(path / name),
-                fix="move the adapter into a directory of its own",
+                fix="move the adapter to another directory",
             )
 
 

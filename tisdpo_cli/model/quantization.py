@@ -88,7 +88,6 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def dequantized(model: nn.Module) -> nn.Module:
     """Expand the quantized layers of a model to float32: the values that it computes with."""
-    compute_in(model, torch.float32)
     return model.dequantize().float()  # type: ignore[operator]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
-from tisdpo_cli.model.adapters import Adapters, BaseModel, LoraShape, adapters_of, attach_new
+from tisdpo_cli.model.adapters import ALL_LINEAR, BaseModel, LoraShape, adapters_of, attach_new
 from tisdpo_cli.model.content_hashes import hash_model
 from tisdpo_cli.model.directory import ADAPTER_CONFIG, base_of, is_adapter, is_quantized_adapter, read_json
 from tisdpo_cli.model.loading import load_model, move_to_device
@@ -46,7 +46,7 @@ def check_start_adapter(shape: LoraShape | None, quantized: bool, path: Path) ->
         raise UsageError(f"{path} is an adapter that {was} trained on a base model in 4 bits", where="--load-in-4bit")
     config = read_json(path / ADAPTER_CONFIG, "")
     different = shape.differences(config)
-    if shape.targets != LoraShape.targets and sorted(shape.targets) != sorted(config.get("target_modules") or ()):
+    if shape.targets != ALL_LINEAR and sorted(shape.targets) != sorted(config.get("target_modules") or ()):
         different.append("target")
     if shape.modules_to_save and sorted(shape.modules_to_save) != sorted(config.get("modules_to_save") or ()):
         different.append("modules_to_save")
@@ -76,8 +76,11 @@ def base_model(model: nn.Module, path: Path, name: str, content: str) -> BaseMod
     return BaseModel(str(path.resolve()) if Path(name).expanduser().is_dir() else name, content, quantization)
 
 
-def report_adapter(reporter: Reporter, adapters: Adapters, model: nn.Module) -> None:
-    """Say what is trained of a model with an adapter, and which promises its dropout breaks."""
+def report_adapter(reporter: Reporter, model: nn.Module) -> None:
+    """Say what is trained of a model with an adapter, if it has one, and which promises its dropout breaks."""
+    adapters = adapters_of(model)
+    if adapters is None:
+        return
     frozen = next(p for p in model.parameters() if not p.requires_grad)
     dtype = str(frozen.dtype).removeprefix("torch.")
     if is_quantized(model):

@@ -305,8 +305,7 @@ def _show_banner(reporter: Reporter, training: _Training, policy: TokenScorer) -
         f"policy = {models.policy}{kind} ({parameter_count(policy.model)}, trainable), reference = {models.reference} "
         "(frozen), dropout off"
     )
-    if adapters is not None:
-        report_adapter(reporter, adapters, policy.model)
+    report_adapter(reporter, policy.model)
     metrics_only = "; the reference is used for metrics only" if not loss.needs.reference else ""
     reporter.note(f"loss = {loss.describe()}: {loss.objective.help}{metrics_only}")
     if training.swapped:

@@ -71,7 +71,7 @@ def _shares_weights(path: Path, policy_path: Path, policy: TokenScorer) -> bool:
 def _on_the_same_weights(
     runtime: Runtime, models: Models, session: SessionConfig, policy: TokenScorer, path: Path, longest: int
 ) -> TokenScorer:
-    """A scorer of the reference on the weights of the policy: without an adapter, or with one of its own.
+    """Score the reference with the weights of the policy, without an adapter or with another one.
 
     Raises:
         ModelError: the two need different layouts.

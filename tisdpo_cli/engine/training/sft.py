@@ -37,7 +37,7 @@ from tisdpo_cli.engine.training.session import (
     session_scorer,
 )
 from tisdpo_cli.errors import DataError, naming_out_of_memory
-from tisdpo_cli.model.adapters import BaseModel, adapters_of
+from tisdpo_cli.model.adapters import BaseModel
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit, make_model, move_to_device
 from tisdpo_cli.model.logprobs import batch_for, score
@@ -166,9 +166,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
         runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
-        adapters = adapters_of(model)
-        if adapters is not None:
-            report_adapter(runtime.reporter, adapters, model)
+        report_adapter(runtime.reporter, model)
         setup = TrainingSetup(
             task,
             eval_task,
