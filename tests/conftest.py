@@ -178,6 +178,16 @@ def contrast(world: Path) -> Path:
     return world
 
 
+@pytest.fixture(autouse=True)
+def imported_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forget modules that a test wrote and imported: another test may write one of the same name."""
+    yield
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and "." not in name and tmp_path_factory.getbasetemp() in Path(file).parents:
+            del sys.modules[name]
+
+
 @pytest.fixture
 def tisdpo() -> Tisdpo:
     """Runs the program in a process of its own."""
