@@ -146,10 +146,18 @@ class Adapters:
         set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=name)
         return sorted(expected ^ set(tensors))
 
-    def save(self, directory: Path, base: BaseModel) -> None:
-        """Write the trained adapter as peft does, and what its base model is."""
+    def save(self, directory: Path, base: BaseModel, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the trained adapter as peft does, and what its base model is.
+
+        Args:
+            directory: where to.
+            base: what the adapter is put on.
+            tensors: its tensors by their names in the base model, if the model itself has only parts of them.
+        """
+        prefix = "base_model.model."
+        given = {} if tensors is None else {"state_dict": {f"{prefix}{name}": t for name, t in tensors.items()}}
         # Embeddings that are no part of the adapter are the base model's.
-        self._peft.save_pretrained(directory, selected_adapters=[TRAINED], save_embedding_layers=False)
+        self._peft.save_pretrained(directory, selected_adapters=[TRAINED], save_embedding_layers=False, **given)
         with suppress(FileNotFoundError):
             (directory / "README.md").unlink()
         config = read_json(directory / ADAPTER_CONFIG, "")

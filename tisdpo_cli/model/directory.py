@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import is_unfinished, near_matches
@@ -295,6 +295,13 @@ def check_safetensors(path: Path) -> None:
         complete = False
     if not complete:
         raise ModelError("damaged: truncated or not a safetensors file", where=str(path), fix="copy it again")
+
+
+def stored_dtype(path: Path) -> Literal["bfloat16", "float16"] | None:
+    """The dtype of all tensors in the weight files of a model if it is one of 16 bits, or None."""
+    kinds = {entry.get("dtype") for file in weight_files(path) for entry in _header(file)[1].values()}
+    names: dict[Any, Literal["bfloat16", "float16"]] = {"BF16": "bfloat16", "F16": "float16"}
+    return names.get(next(iter(kinds))) if len(kinds) == 1 else None
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

@@ -24,7 +24,7 @@ class LastLayer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layer = _last_decoder_layer(model)
+        self._layer = decoder_layers(model)[-1]
         self._norm = _one_of(self._layer, ("input_layernorm", "ln_1"))
         self._attention = _one_of(self._layer, ("self_attn", "attention", "attn"))
         self._projection = _one_of(self._attention, ("o_proj", "dense", "c_proj"))
@@ -68,11 +68,16 @@ def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, positions)
 
 
-def _last_decoder_layer(model: nn.Module) -> nn.Module:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a language model.
+
+    Raises:
+        ValueError: it has no list of them.
+    """
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module[-1]
+            return module
     raise ValueError("the model has no list of layers")
 
 

@@ -14,7 +14,7 @@ from tisdpo_cli.model.batch import collate
 from tisdpo_cli.model.exact import in_float32
 from tisdpo_cli.model.last_layer import LastLayer
 from tisdpo_cli.model.loading import restore_attention, take_notes, use_packed_attention
-from tisdpo_cli.model.logprobs import TokenScorer
+from tisdpo_cli.model.logprobs import ScorerTraits, TokenScorer, score
 from tisdpo_cli.model.lookahead import refuse_lookahead
 from tisdpo_cli.model.row_lengths import EQUAL_LENGTHS, LengthRule, length_rule
 
@@ -62,6 +62,15 @@ def make_scorer(
     if shared:
         use_packed_attention(model)
     return TokenScorer(model, autocast, packed=shared, last=last, rule=rule)
+
+
+def scorer_with(model: nn.Module, traits: ScorerTraits, autocast: torch.dtype | None) -> TokenScorer:
+    """A scorer like one that another process has made of the same model."""
+    restore_attention(model)
+    if traits.packed:
+        use_packed_attention(model)
+    last = LastLayer(model) if traits.last else None
+    return TokenScorer(model, autocast, traits.packed, last, traits.rule, traits.plain)
 
 
 @torch.inference_mode()
@@ -191,7 +200,7 @@ def _probe(model: nn.Module, longest: int) -> _Groups:
 
 
 def _logps(scorer: TokenScorer, groups: _Groups, packed: bool) -> Tensor:
-    return scorer(collate(groups, 0, packed).to(_device(scorer.model)))
+    return score(scorer, collate(groups, 0, packed).to(scorer.device))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -5,6 +5,7 @@ Knows transformers. Knows no dataset rows, no settings and no training.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,13 @@ def _attend(
     return packed_attention(query, key, value, kwargs[LAYOUT], spec).transpose(1, 2).contiguous(), None
 
 
-def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: BaseModel | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    directory: Path,
+    base: BaseModel | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Save model and tokenizer in the layout of `save_pretrained`, with the model's original rates of dropout and
     noise; of a model with an adapter, the adapter alone.
 
@@ -274,15 +281,17 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: Ba
         tokenizer: saved beside it.
         directory: where to.
         base: what the adapter is put on.
+        tensors: trained tensors and buffers by name, each tied one once, if the model itself has only parts of them.
     """
     adapters = adapters_of(model)
     if adapters is not None:
         assert base is not None
-        adapters.save(directory, base)
+        adapters.save(directory, base, tensors)
         tokenizer.save(directory)
         return
     with original_rates(model.config, getattr(model, "_tisdpo_rates", [])):
-        model.save_pretrained(directory)  # type: ignore[operator]
+        given = {} if tensors is None else {"state_dict": dict(tensors)}
+        model.save_pretrained(directory, **given)  # type: ignore[operator]
     tokenizer.save(directory)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.batch import Batch, Group, collate
 from tisdpo_cli.model.exact import in_float32
-from tisdpo_cli.model.head import PlainHead, candidates
+from tisdpo_cli.model.head import candidates
 from tisdpo_cli.model.last_layer import LastLayer, at_positions
 from tisdpo_cli.model.packed_attention import LAYOUT
 from tisdpo_cli.model.row_lengths import LengthRule, forget_lengths, length_rule
@@ -39,8 +40,25 @@ class ComparedLogps(NamedTuple):
     kl: Tensor | None
 
 
+class ScorerTraits(NamedTuple):
+    """What a `TokenScorer` does because the numbers of its model allow it.
+
+    Attributes:
+        packed: whether batches are packed rows.
+        last: whether the last layer is cut short.
+        rule: which rows may share a forward pass.
+        plain: number of the head's candidate that is used, or None.
+    """
+
+    packed: bool
+    last: bool
+    rule: LengthRule
+    plain: int | None
+
+
 class TokenScorer(nn.Module):
-    """A causal language model that returns per-token log-probs; this is the module that DDP wraps.
+    """A causal language model that returns per-token log-probs; this is the module that DDP wraps, and what the root of
+    FSDP2 holds.
 
     The model's own forward runs unchanged, but its head gets only the N positions that predict a scored token, in
     chunks: a hook takes the hidden states from its input. They go through `PlainHead` if the head is a linear layer
@@ -55,6 +73,7 @@ class TokenScorer(nn.Module):
         packed: whether batches are packed rows.
         last: the model's last layer if it can run at the scored positions only, or None.
         rule: which rows may share a forward pass; by default that of the model's positions.
+        plain: which of the head's `candidates` reproduces the model's logits, or None for none of them, if known.
 
     Attributes:
         adapter: the adapter of the model that is active when the scorer is made, or None: the one that it scores with,
@@ -68,6 +87,7 @@ class TokenScorer(nn.Module):
         packed: bool = False,
         last: LastLayer | None = None,
         rule: LengthRule | None = None,
+        plain: int | Literal["unknown"] | None = "unknown",
     ) -> None:
         super().__init__()
         self.rule = length_rule(model) if rule is None else rule
@@ -77,7 +97,31 @@ class TokenScorer(nn.Module):
         adapters = adapters_of(model)
         self.adapter = None if adapters is None else adapters.active
         self._last = last
-        self._plain = self._plain_head()
+        self._plain_number = self._find_plain_head() if plain == "unknown" else plain
+        heads = () if self._plain_number is None else candidates(model)
+        self._plain = next(islice(heads, self._plain_number, None), None)
+        # In a tuple: the root holds the scorer, not the other way round.
+        self._root: tuple[nn.Module, ...] = ()
+        self._device: torch.device | None = None
+
+    @property
+    def root(self) -> nn.Module | None:
+        """What a forward pass must go through if the weights are sharded, or None."""
+        return self._root[0] if self._root else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device or next(self.parameters()).device
+
+    def run_in(self, root: nn.Module, device: torch.device) -> None:
+        """Run in a root from now on, which calls it with what it is called with, and compute on a device."""
+        self._root, self._device = (root,), device
+
+    @property
+    def traits(self) -> ScorerTraits:
+        """What it does because the numbers allow it."""
+        return ScorerTraits(self.packed, self._last is not None, self.rule, self._plain_number)
 
     def using_adapter(self) -> AbstractContextManager[object]:
         """Within this context, the adapter of this scorer is active."""
@@ -108,16 +152,16 @@ class TokenScorer(nn.Module):
 
         return torch.cat([_recomputed(chunk_logps, *chunk) for chunk in chunks])
 
-    def _plain_head(self) -> PlainHead | None:
-        """Return the head as a `PlainHead` if that reproduces the model's own logits, else None."""
-        for head in candidates(self.model):
+    def _find_plain_head(self) -> int | None:
+        """The number of the candidate that reproduces the model's own logits, or None."""
+        for number, head in enumerate(candidates(self.model)):
             width, weight = head.linear.weight.shape[1], head.linear.weight
             probe = torch.linspace(-2, 2, 4 * width, device=weight.device).view(4, width).sin()
             with torch.no_grad(), in_float32(self.model):
                 expected = self._logits(probe).float().log_softmax(-1)
                 logps = head.logps(probe, expected.argmin(-1), None)
             if torch.allclose(logps, expected.min(-1).values, rtol=1e-5, atol=1e-5):
-                return head
+                return number
         return None
 
     def _compared(self, batch: Batch, reference: TokenScorer, divergence: str) -> ComparedLogps:
@@ -260,12 +304,25 @@ def batch_for(scorer: nn.Module, groups: Sequence[Group], pad_id: int) -> Batch:
     """Collate a batch for a `TokenScorer`, or a module that wraps one, in its layout and on its device."""
     inner = scorer if isinstance(scorer, TokenScorer) else scorer.module
     assert isinstance(inner, TokenScorer)
-    return collate(groups, pad_id, inner.packed).to(next(inner.parameters()).device)
+    return collate(groups, pad_id, inner.packed).to(inner.device)
 
 
 def score(scorer: nn.Module, batch: Batch) -> Tensor:
     """Return log-probs [N] of a batch; `scorer` is a `TokenScorer` or a module that wraps one."""
-    return scorer(batch)
+    return _call(scorer, batch)
+
+
+def _call(scorer: nn.Module, *args: Any) -> Any:
+    root = scorer.root if isinstance(scorer, TokenScorer) else None
+    if root is None:
+        return scorer(*args)
+    result = root(scorer, *args)
+    if not torch.is_grad_enabled():
+        # The backward pass gives gathered weights up. Without one they would stay: plain tensors without gradients,
+        # of which updates take no notice, and which hide those of later updates from forward passes.
+        for module in root.modules():
+            getattr(module, "reshard", lambda: None)()
+    return result
 
 
 def compare(scorer: nn.Module, reference: TokenScorer, batch: Batch, divergence: str | None) -> ComparedLogps:
@@ -279,7 +336,7 @@ def compare(scorer: nn.Module, reference: TokenScorer, batch: Batch, divergence:
             at each scored position, in nats, with gradient through the model; None for none.
     """
     if divergence is not None:
-        return scorer(batch, reference, divergence)
+        return _call(scorer, batch, reference, divergence)
     logps = score(scorer, batch)
     with torch.no_grad():
         return ComparedLogps(logps, score(reference, batch), None)

@@ -3,15 +3,17 @@
 A checkpoint is a directory `step-00000120` with its tensor files and a manifest of their sizes and hashes. The manifest
 ends with a hash of itself, and the name of the directory repeats the step: one flipped bit anywhere is found. A
 checkpoint is written under another name and appears by one rename, so that a kill at any moment leaves the one before.
+
+Each process writes its rows of a model that is split over processes, and a run on any number of them can read these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from tisdpo_cli.files import PARTIAL, remove, remove_partials, replacing, report
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tisdpo_cli.runs.runtime import Runtime
 
 MANIFEST = "checkpoint.json"
 _PREFIX = "step-"
@@ -32,17 +36,73 @@ class Checkpoint:
     Attributes:
         step: number of updates done.
         state: the JSON values saved with the tensors.
+        shapes: of tensors that are split by rows over several files: group of tensors to name to global shape.
+        world: number of files of a group.
     """
 
     path: Path
     step: int
     state: dict[str, Any]
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    world: int = 1
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file."""
-        from safetensors.torch import load_file
+    @contextmanager
+    def open(self, name: str) -> Iterator[SavedTensors]:
+        """The tensors of one group, to be read within this context."""
+        from safetensors import safe_open
 
-        return load_file(self.path / f"{name}.safetensors")
+        paths = [self.path / _file(name, rank, self.world) for rank in range(self.world)]
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+            yield SavedTensors(files, self.shapes.get(name, {}))
+
+
+class SavedTensors:
+    """Tensors of a checkpoint, read only where they are needed.
+
+    Attributes:
+        names: of all tensors.
+    """
+
+    def __init__(self, files: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> None:
+        self._files, self._shapes = files, shapes
+        # The first process writes all that is not split.
+        self.names: list[str] = sorted(files[0].keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The global shape of a tensor."""
+        return tuple(self._shapes.get(name) or self._files[0].get_slice(name).get_shape())
+
+    def read(self, name: str, first: int | None = None, end: int | None = None) -> Tensor:
+        """Rows [first, end) of a tensor, or all of it."""
+        import torch
+
+        if name not in self._shapes:
+            return self._files[0].get_tensor(name) if first is None else self._files[0].get_slice(name)[first:end]
+        parts, start = [], 0
+        first, end = first or 0, self._shapes[name][0] if end is None else end
+        for file in self._files:
+            rows = file.get_slice(name)
+            count = rows.get_shape()[0]
+            low, high = max(first - start, 0), min(end - start, count)
+            if low < high:
+                parts.append(rows[low:high])
+            start += count
+        # Of no rows, those of an empty file.
+        return torch.cat(parts) if parts else self._files[0].get_tensor(name)[:0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one process writes of a group of tensors.
+
+    Attributes:
+        tensors: its rows of what is split, and on the first process all that is not.
+        shapes: global shapes of what is split.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shapes: Mapping[str, Sequence[int]]
 
 
 def save_checkpoint(
@@ -60,41 +120,108 @@ def save_checkpoint(
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final, partial = directory / _name(step), directory / f"{PARTIAL}{step:08d}"
+    with _partial(directory, step) as partial:
+        files = _write(partial, tensors, 0, 1)
+        _finish(partial, directory, step, _manifest(step, files, state))
+    _prune(directory, step, keep)
+    return directory / _name(step)
+
+
+def save_shards(
+    runtime: Runtime, directory: Path, step: int, shards: Mapping[str, Shard], state: Mapping[str, Any], keep: int
+) -> None:
+    """Write a checkpoint to which every process adds a file of its own for each group of tensors.
+
+    Raises:
+        TrainingError: see `save_checkpoint`, on any process.
+    """
+    partial = directory / f"{PARTIAL}{step:08d}"
+    tensors = {name: shard.tensors for name, shard in shards.items()}
+
+    def write() -> dict[str, Any]:
+        with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
+            return _write(partial, tensors, runtime.rank, runtime.world)
+
+    def finish() -> None:
+        with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
+            _finish(partial, directory, step, _manifest(step, files, state, shapes, runtime.world))
+
+    shapes = {name: dict(shard.shapes) for name, shard in shards.items()}
+    try:
+        runtime.on_main(lambda: _prepare(directory, step, partial))
+        files = {name: entry for written in runtime.on_all(write) for name, entry in written.items()}
+        runtime.on_main(finish)
+    except BaseException:
+        if runtime.main:
+            _discard(partial)
+        raise
+    runtime.on_main(lambda: _prune(directory, step, keep))
+
+
+@contextmanager
+def _partial(directory: Path, step: int) -> Iterator[Path]:
+    """A directory to write a checkpoint into; it is removed if that fails."""
+    partial = directory / f"{PARTIAL}{step:08d}"
     try:
         with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
-            directory.mkdir(parents=True, exist_ok=True)
-            remove_partials(directory)
-            partial.mkdir()
-            _write(partial, step, tensors, state)
-            remove(final)
-            partial.rename(final)
-            sync([directory])
+            _prepare(directory, step, partial)
+            yield partial
     except BaseException:
         _discard(partial)
         raise
+
+
+def _prepare(directory: Path, step: int, partial: Path) -> None:
+    with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_partials(directory)
+        partial.mkdir()
+
+
+def _finish(partial: Path, directory: Path, step: int, manifest: str) -> None:
+    """Let a checkpoint appear, whose tensor files are written."""
+    with replacing(partial / MANIFEST) as new:
+        new.write_text(manifest, encoding="utf-8")
+    final = directory / _name(step)
+    remove(final)
+    partial.rename(final)
+    sync([directory])
+
+
+def _prune(directory: Path, step: int, keep: int) -> None:
     discard_after(directory, step)
     for old in _by_age(directory)[:-keep]:
         _discard(old)
-    return final
 
 
-def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _file(name: str, rank: int, world: int) -> str:
+    return f"{name}.safetensors" if world == 1 else f"{name}-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def _write(partial: Path, tensors: Mapping[str, Mapping[str, Tensor]], rank: int, world: int) -> dict[str, Any]:
+    """Write the files of one process; returns their entries in the manifest."""
     from safetensors.torch import save_file
 
     files = {}
     for name, values in tensors.items():
-        path = partial / f"{name}.safetensors"
+        path = partial / _file(name, rank, world)
         with replacing(path) as new:
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, new)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    with replacing(partial / MANIFEST) as new:
-        new.write_text(_manifest(step, files, state), encoding="utf-8")
+    return files
 
 
-def _manifest(step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+def _manifest(
+    step: int,
+    files: Mapping[str, Any],
+    state: Mapping[str, Any],
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    world: int = 1,
+) -> str:
     """The text of a manifest; there is no other text with the same values."""
-    content = {"step": step, "files": dict(files), "state": dict(state)}
+    content: dict[str, Any] = {"step": step, "files": dict(files), "state": dict(state)}
+    if world > 1:
+        content |= {"world": world, "shapes": shapes}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest})
 
@@ -141,7 +268,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         step, state, files = int(manifest["step"]), dict(manifest["state"]), dict(manifest["files"])
-        fault = _fault_of_manifest(path, text, manifest) or _fault_of_files(path, files)
+        world, shapes = int(manifest.get("world", 1)), dict(manifest.get("shapes", {}))
+        fault = _fault_of_manifest(path, text, manifest, shapes, world) or _fault_of_files(path, files)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UsageError("not a checkpoint, or damaged", where=str(path)) from error
     except OSError as error:
@@ -150,14 +278,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UsageError("not a checkpoint, or damaged", where=str(path)) from error
     if fault is not None:
         raise UsageError(f"damaged checkpoint: {fault}", where=str(path))
-    return Checkpoint(path, step, state)
+    return Checkpoint(path, step, state, shapes, world)
 
 
-def _fault_of_manifest(path: Path, text: str, manifest: Mapping[str, Any]) -> str | None:
+def _fault_of_manifest(
+    path: Path, text: str, manifest: Mapping[str, Any], shapes: Mapping[str, Any], world: int
+) -> str | None:
     if "sha256" not in manifest:
         return f"{MANIFEST} has no hash of itself (an earlier version wrote it)"
     step = manifest["step"]
-    if text != _manifest(step, manifest["files"], manifest["state"]):
+    if text != _manifest(step, manifest["files"], manifest["state"], shapes, world):
         return f"{MANIFEST} has changed"
     name = path.resolve().name
     # A copy may have any name that does not say another step.

@@ -8,15 +8,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tisdpo_cli.errors import TisdpoError, TrainingError, UsageError
 from tisdpo_cli.reporter import Reporter, Silent
+from tisdpo_cli.runs.sharding import Sharding, without_accelerates_fsdp
 
 T = TypeVar("T")
 
@@ -31,8 +33,12 @@ _CPU_TOKENS, _SHARE_OF_MEMORY, _BYTES_PER_VALUE = 4096, 4, 70
 class Runtime:
     """This process and its place in the run."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, sharding: Sharding | None = None) -> None:
         """Join the other processes, if any.
+
+        Args:
+            reporter: shows progress and notes.
+            sharding: how the model of a training is split over the processes, or None for a whole model on each.
 
         Raises:
             TisdpoError: launched for several processes but running alone, or with a sharding that is not supported.
@@ -40,13 +46,18 @@ class Runtime:
         _deterministic()
         # The scorer handles precision; accelerate would wrap the model a second time.
         # Metrics are summed in float64, which Apple's GPUs do not have.
-        self.accelerator = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
+        with without_accelerates_fsdp():
+            self.accelerator = Accelerator(
+                mixed_precision="no", cpu=torch.backends.mps.is_available(), kwargs_handlers=_process_group(sharding)
+            )
         self.accelerator.gradient_accumulation_steps = 1
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
         self.reporter: Reporter = reporter if self.main else Silent()
+        # A single process has nothing to split.
+        self.sharding = sharding if self.world > 1 else None
         self._gpu_bytes = self._smallest_gpu()
         self._check_launch()
 
@@ -57,11 +68,9 @@ class Runtime:
                 f"launched for {wanted} processes but running as {self.world}",
                 fix="on CPUs set ACCELERATE_USE_CPU=1 for torchrun, or use accelerate launch --multi_gpu",
             )
-        kind = self.accelerator.distributed_type
-        sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if sharded or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise TisdpoError(
-                "sharded training (FSDP, DeepSpeed) is not supported", fix="launch with plain data parallelism"
+                "sharded training with DeepSpeed is not supported", fix="launch with plain data parallelism or FSDP2"
             )
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -82,9 +91,38 @@ class Runtime:
             raise box[1]
         return box[0]
 
+    def on_all(self, work: Callable[[], T]) -> list[T]:
+        """Run a function on every process and share all results, or the first error, with all."""
+        mine, fault = None, None
+        try:
+            mine = work()
+        except Exception as error:
+            known = isinstance(error, TisdpoError)
+            fault = error if known else TrainingError("another process stopped; see its message")
+            if not known:
+                self.gather([(None, fault)])
+                raise
+        results = self.gather([(mine, fault)])
+        failed = next((fault for _, fault in results if fault is not None), None)
+        if failed is not None:
+            raise failed
+        return [cast("T", result) for result, _ in results]
+
     def total(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all processes."""
         return self.accelerator.reduce(values, "sum") if self.world > 1 else values
+
+    def mesh(self) -> DeviceMesh:
+        """All processes, in the order of their ranks."""
+        return init_device_mesh(self.device.type, (self.world,))
+
+    def share(self, value: T) -> T:
+        """The value that the first process has."""
+        if self.world == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
 
     def gather(self, items: list[T]) -> list[T]:
         """Concatenate the lists of all processes."""
@@ -128,6 +166,13 @@ class Runtime:
             raise UsageError("this GPU does not support bf16", where="--dtype bf16", fix="use float32")
         automatic = dtype == "auto" and gpu and capable and not scoring
         return "bf16" if dtype == "bf16" or automatic else "float32"
+
+
+def _process_group(sharding: Sharding | None) -> list[Any]:
+    """How processes talk: a model whose shards are in CPU memory has norms to sum there too."""
+    if sharding is None or not sharding.offload or not torch.cuda.is_available():
+        return []
+    return [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")]
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

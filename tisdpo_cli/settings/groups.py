@@ -242,8 +242,23 @@ class Memory(Group):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", "Memory"
     )
+    shard: Literal["auto", "none", "full"] = setting(
+        "auto",
+        "full: split the model over the processes (FSDP2); auto: as the launcher's configuration says",
+        "Memory",
+        shapes_result=False,
+    )
+    cpu_offload: bool = setting(
+        False, "keep shards in CPU memory while they are not in use; needs --shard full", "Memory", shapes_result=False
+    )
     dtype: Dtype = dtype_setting("bf16 on GPUs that support it")
     layout: Layout = layout_setting()
+
+    @model_validator(mode="after")
+    def _offloads_shards(self) -> Memory:
+        if self.cpu_offload and self.shard != "full":
+            raise ValueError("cpu_offload keeps shards in CPU memory: set shard to full")
+        return self
 
     @model_validator(mode="after")
     def _one_measure(self) -> Memory:

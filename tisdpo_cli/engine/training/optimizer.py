@@ -1,13 +1,13 @@
-"""Optimizers: how they are made, and their state as tensors for a checkpoint."""
+"""Optimizers and their schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tisdpo_cli.model.quantization import bitsandbytes
 
@@ -46,46 +46,3 @@ def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimize
         weight_decay=schedule.weight_decay,
         **fused,
     )
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, each tied one once; of a model with frozen parameters, the trained ones."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if len(trained) < len(dict(model.named_parameters())):
-        return dict(trained)
-    saved = model.state_dict()
-    buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
-    return {**dict(model.named_parameters()), **buffers}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer as `index.name` to tensor; counts are tensors of int64."""
-    state: Any = optimizer.state
-    return {
-        # A file holds no tensor twice: all parameters share the tables of an optimizer in 8 bits.
-        f"{index}.{name}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
-        for index, parameter in enumerate(_parameters(optimizer))
-        for name, value in state.get(parameter, {}).items()
-        if value is not None
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state from `optimizer_tensors` into an optimizer with the same parameters."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        counts = tensor.dtype == torch.int64 and not tensor.ndim
-        state.setdefault(int(index), {})[name] = int(tensor) if counts else tensor
-    if type(optimizer).__module__.startswith("torch."):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return
-    # bitsandbytes would cast states in 8 bits to the dtype of the parameters.
-    for number, parameter in enumerate(_parameters(optimizer)):
-        for name, value in state.get(number, {}).items():
-            on_device = value.to(parameter.device) if isinstance(value, Tensor) else value
-            optimizer.state[parameter][name] = on_device
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

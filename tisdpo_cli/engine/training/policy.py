@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from tisdpo_cli.engine.training.session import SessionConfig
+from tisdpo_cli.engine.training.sharded_model import dtype_to_load, place
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.adapters import ALL_LINEAR, BaseModel, LoraShape, adapters_of, attach_new
 from tisdpo_cli.model.content_hashes import hash_model
 from tisdpo_cli.model.directory import ADAPTER_CONFIG, base_of, is_adapter, is_quantized_adapter, read_json
-from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.loading import load_model
 from tisdpo_cli.model.quantization import NF4, is_quantized
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.runtime import Runtime
@@ -27,10 +28,11 @@ def load_policy(runtime: Runtime, config: SessionConfig, path: Path, trust_remot
     adapted = config.adapter is not None or is_adapter(path)
     # Weights that no update changes need no more precision than the computation.
     dtype = torch.bfloat16 if adapted and config.precision == "bf16" else torch.float32
+    dtype = dtype_to_load(runtime, path, dtype)
     model = load_model(path, trust_remote_code, dtype=dtype, quantized=config.quantized)
     if config.adapter is not None and adapters_of(model) is None:
         attach_new(model, config.adapter, config.seed)
-    return move_to_device(model, runtime.device)
+    return place(runtime, model)
 
 
 def check_start_adapter(shape: LoraShape | None, quantized: bool, path: Path) -> None:

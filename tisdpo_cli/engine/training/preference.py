@@ -31,6 +31,7 @@ from tisdpo_cli.engine.training.session import (
     report_end_token,
     run_training,
 )
+from tisdpo_cli.engine.training.sharded_model import shard_model
 from tisdpo_cli.engine.training.step0 import check_step0
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.objectives import Loss
@@ -43,6 +44,7 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.cache import TensorCache
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import StageResult, finished_result
 from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.train_pairs import Train, TrainPairs, TrainReverse
@@ -76,7 +78,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         settings = with_recorded_reading(settings, text_of(settings.dataset))
     models = _locate_models(settings)
     splits = find_dataset(settings.dataset, settings.data, reporter)
-    runtime = Runtime(reporter)
+    runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
     settings = with_token_budget(runtime, settings, models.policy_path)
     training = _training(runtime, settings, models, splits)
     check_start_adapter(training.session.adapter, training.session.quantized, models.policy_path)
@@ -195,6 +197,7 @@ def _set_up(
     _show_banner(runtime.reporter, training, policy)
     divergence = training.loss.needs.divergence
     policy, reference = with_reference(runtime, training.models, training.session, policy, divergence, _longest(pairs))
+    shard_model(runtime, policy, reference)
     # The reference leaves memory with this function, unless a task holds it.
     task, eval_task = _tasks(runtime, training, output, (policy, reference), tokenizer.pad, pairs, plan)
     adapters, precision = adapters_of(policy.model), training.session.precision

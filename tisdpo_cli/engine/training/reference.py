@@ -96,6 +96,7 @@ class ReferencePass:
                     if self.cache is not None:
                         self.cache.write(key, flat)
                 mine.append((number, flat))
+            self._take_part(pairs[0])
         self._report_cached(len(pairs) - sum(runtime.gather([computed])))
         flat = torch.cat([part for _, part in sorted(runtime.gather(mine), key=lambda item: item[0])])
         lengths = [len(response.ids) for pair in pairs for response in (pair.chosen, pair.rejected)]
@@ -127,6 +128,7 @@ class ReferencePass:
                 else:
                     from_cache += sum(map(len, part))
                 computed.update(zip(map(tuple, part), values.split(lengths), strict=True))
+            self._take_part(pairs[0])
         self._report_cached(from_cache)
         return computed
 
@@ -149,10 +151,22 @@ class ReferencePass:
             computed.update(zip(batch, zip(*sides, strict=True), strict=True))
         return torch.cat([logps for i in range(len(pairs)) for logps in computed[i]])
 
+    @torch.no_grad()
+    def _take_part(self, pair: EncodedPair) -> None:
+        """Take part in the passes of other processes, if the reference is sharded, until they have no more."""
+        while self._passes_under_way(0):
+            score(self.scorer, batch_for(self.scorer, [(pair.prompt, [pair.chosen.ids, pair.rejected.ids])], self.pad))
+
+    def _passes_under_way(self, mine: int) -> bool:
+        if self.scorer.root is None:
+            return False
+        return int(self.runtime.total(torch.tensor([mine], device=self.runtime.device))) > 0
+
     @naming_out_of_memory("reference")
     @torch.no_grad()
     def _score(self, pairs: Sequence[EncodedPair], progress: Progress) -> tuple[Tensor, list[Group]]:
         """Log-probs [N] of one forward pass, all chosen responses before all rejected ones, and its groups."""
+        self._passes_under_way(1)
         groups: list[Group] = [(pair.prompt, [pair.chosen.ids, pair.rejected.ids]) for pair in pairs]
         logps = score(self.scorer, batch_for(self.scorer, groups, self.pad)).cpu()
         if not torch.isfinite(logps).all():

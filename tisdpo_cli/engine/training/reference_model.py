@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tisdpo_cli.engine.training.policy import load_policy
 from tisdpo_cli.engine.training.session import SessionConfig, session_scorer
+from tisdpo_cli.engine.training.sharded_model import dtype_to_load, place
 from tisdpo_cli.model.adapters import adapters_of, attach_saved
 from tisdpo_cli.model.directory import base_of, is_adapter, is_quantized_adapter
-from tisdpo_cli.model.loading import load_model, move_to_device
+from tisdpo_cli.model.loading import load_model
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.runs.runtime import Runtime
@@ -51,8 +52,9 @@ def with_reference(
     if _shares_weights(path, models.policy_path, policy):
         return policy, _on_the_same_weights(runtime, models, session, policy, path, longest)
     # In the precision of the policy's own frozen weights, if it has any.
-    frozen = load_model(path, models.trust_remote_code, dtype=next(policy.parameters()).dtype, trained=False)
-    frozen = move_to_device(frozen, runtime.device).requires_grad_(False)
+    dtype = dtype_to_load(runtime, path, runtime.share(next(policy.parameters()).dtype))
+    frozen = load_model(path, models.trust_remote_code, dtype=dtype, trained=False)
+    frozen = place(runtime, frozen).requires_grad_(False)
     reference = session_scorer(runtime, session, frozen, longest, models.reference)
     if reference.packed == policy.packed or divergence is None:
         return policy, reference
@@ -82,6 +84,6 @@ def _on_the_same_weights(
         adapters.switch(None)
         if is_adapter(path):
             attach_saved(policy.model, path, trained=False)
-            policy.model.to(runtime.device)
+            place(runtime, policy.model)
         layout = "shared-prefix" if policy.packed else "separate"
         return session_scorer(runtime, session, policy.model, longest, models.reference, layout)

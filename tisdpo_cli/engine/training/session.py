@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
+from tisdpo_cli.engine.training.state import whole_tensors
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Task, Trainer
 from tisdpo_cli.errors import Interrupted
-from tisdpo_cli.files import reporting_write_errors
+from tisdpo_cli.files import remove, reporting_write_errors
 from tisdpo_cli.model.adapters import BaseModel, LoraShape
 from tisdpo_cli.model.end_tokens import end_ids
-from tisdpo_cli.model.layout import make_scorer, recompute_activations
+from tisdpo_cli.model.layout import make_scorer, recompute_activations, scorer_with
 from tisdpo_cli.model.loading import save_model
-from tisdpo_cli.model.logprobs import TokenScorer
+from tisdpo_cli.model.logprobs import ScorerTraits, TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import METRICS_FILE, Output, apply_umask
@@ -76,9 +77,25 @@ class SessionConfig:
 def session_scorer(
     runtime: Runtime, config: SessionConfig, model: nn.Module, longest: int, name: str, layout: str | None = None
 ) -> TokenScorer:
-    """A scorer of a model on its device, in the precision and layout of a training; see `make_scorer`."""
+    """A scorer of a model on its device, in the precision and layout of a training; see `make_scorer`.
+
+    A model that will be sharded is looked at by the first process alone, which has it whole.
+    """
     autocast = autocast_dtype(config.precision)
-    return make_scorer(model, layout or config.layout, autocast, longest, runtime.reporter.note, name)
+
+    def make() -> TokenScorer:
+        return make_scorer(model, layout or config.layout, autocast, longest, runtime.reporter.note, name)
+
+    if runtime.sharding is None:
+        return make()
+    made: list[TokenScorer] = []
+
+    def traits() -> ScorerTraits:
+        made.append(make())
+        return made[0].traits
+
+    found = runtime.on_main(traits)
+    return made[0] if made else scorer_with(model, found, autocast)
 
 
 def apply_gradient_checkpointing(config: SessionConfig, scorer: TokenScorer) -> None:
@@ -169,6 +186,8 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
     runtime.wait()
     apply_gradient_checkpointing(config, setup.scorer)
     _report_separate_passes(reporter, config, setup, runtime.world)
+    if runtime.sharding is not None:
+        _try_to_save(runtime, output, setup)
     trainer = Trainer(runtime, setup.scorer, setup.task, setup.plan, config.microbatching, config.schedule)
     with StopRequest() as stop, deterministic_training():
         metrics = trainer.train(
@@ -189,7 +208,8 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             setup.task.unit: setup.plan.examples,
             "final_metrics": metrics,
         }
-        runtime.on_main(lambda: _publish(output, trainer.model, setup, record))
+        tensors = whole_tensors(runtime, trainer.model)
+        runtime.on_main(lambda: _publish(output, setup, record, tensors))
     result = StageResult(output.path, output.record(), fresh=True)
     runtime.wait()
     if stop.signal:
@@ -218,10 +238,27 @@ def _eval_config(config: SessionConfig, task: Task | None) -> EvalConfig | None:
     return None if task is None else EvalConfig(task, config.eval_every, config.eval_batch_size)
 
 
-def _publish(output: Output, model: nn.Module, setup: TrainingSetup, record: Mapping[str, Any]) -> None:
+def _try_to_save(runtime: Runtime, output: Output, setup: TrainingSetup) -> None:
+    """Put a sharded model together and write it, before any time is spent on training it."""
+    tensors = whole_tensors(runtime, setup.scorer.model)
+
+    def save() -> None:
+        with reporting_write_errors(output.path, "the model cannot be saved at the end"):
+            remove(_staged(output, setup, tensors))
+
+    runtime.on_main(save)
+
+
+def _staged(output: Output, setup: TrainingSetup, tensors: Mapping[str, Tensor] | None) -> Path:
+    staged = output.staging()
+    save_model(setup.scorer.model, setup.tokenizer, staged, setup.base, tensors)
+    apply_umask(list(staged.iterdir()))
+    return staged
+
+
+def _publish(
+    output: Output, setup: TrainingSetup, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
+) -> None:
     with reporting_write_errors(output.path):
-        staged = output.staging()
-        save_model(model, setup.tokenizer, staged, setup.base)
-        apply_umask(list(staged.iterdir()))
-        files = output.publish(staged)
+        files = output.publish(_staged(output, setup, tensors))
         output.finish(record, files)

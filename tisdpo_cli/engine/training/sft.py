@@ -36,15 +36,17 @@ from tisdpo_cli.engine.training.session import (
     run_training,
     session_scorer,
 )
+from tisdpo_cli.engine.training.sharded_model import place, shard_model
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel
 from tisdpo_cli.model.directory import locate_model
-from tisdpo_cli.model.loading import check_fit, make_model, move_to_device
+from tisdpo_cli.model.loading import check_fit, make_model
 from tisdpo_cli.model.logprobs import batch_for, score
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import StageResult, finished_result
 from tisdpo_cli.settings.train_sft import TrainSft
 
@@ -144,7 +146,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
     """
     path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
     splits = find_dataset(settings.dataset, settings.data, reporter)
-    runtime = Runtime(reporter)
+    runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
     settings = with_token_budget(runtime, settings, path)
     source, session = _source(settings, path, splits), session_config(runtime, settings)
     if path is not None:
@@ -166,6 +168,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
         runtime.reporter.note(f"model = {settings.model or 'new'} ({parameter_count(model)}), dropout off")
+        shard_model(runtime, scorer)
         report_adapter(runtime.reporter, model)
         setup = TrainingSetup(
             task,
@@ -252,7 +255,7 @@ def _model(runtime: Runtime, session: SessionConfig, source: _Source, tokenizer:
         positions=max(2048, source.options.limits.max_length),
         seed=shape.seed,
     )
-    return move_to_device(model, runtime.device)
+    return place(runtime, model)
 
 
 def _encode(

@@ -17,18 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate
-from tisdpo_cli.engine.training.optimizer import (
-    Schedule,
-    make_optimizer,
-    model_tensors,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from tisdpo_cli.engine.training.optimizer import Schedule, make_optimizer
 from tisdpo_cli.engine.training.profiling import profiled
+from tisdpo_cli.engine.training.state import all_finite, restore_state, save_state
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
-from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint, save_checkpoint
+from tisdpo_cli.model.sharding import whole
+from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint
 from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
 
@@ -101,7 +97,8 @@ class Trainer:
             microbatching,
             schedule,
         )
-        self.scorer = runtime.accelerator.prepare_model(scorer)
+        # A sharded one synchronizes itself.
+        self.scorer = scorer if runtime.sharding is not None else runtime.accelerator.prepare_model(scorer)
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
         self.optimizer = make_optimizer(self.scorer, schedule)
         self.step = 0
@@ -219,7 +216,7 @@ class Trainer:
         non_finite: list[int] = []
         for k, examples in enumerate(passes):
             last = k == len(passes) - 1
-            waiting = nullcontext() if last else runtime.accelerator.no_sync(self.scorer)
+            waiting = nullcontext() if last or runtime.sharding else runtime.accelerator.no_sync(self.scorer)
             with waiting, adapter_dropout(self.model, (self.plan.seed, self.step, runtime.rank, k)):
                 # An empty pass runs on any example with weight 0: every rank must take part in every pass.
                 loss, sums = self.task.forward(self.scorer, examples or batch[:1])
@@ -240,7 +237,7 @@ class Trainer:
         return task.costs if getattr(self.model_scorer, "packed", True) else task.padded_costs
 
     def _clip(self, batch: Sequence[int]) -> float:
-        norm = float(self.runtime.accelerator.clip_grad_norm_(self.scorer.parameters(), self.schedule.max_grad_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.scorer.parameters(), self.schedule.max_grad_norm)))
         if not math.isfinite(norm):
             raise self._not_finite("gradient", list(batch))
         return norm
@@ -260,6 +257,9 @@ class Trainer:
             for batch in split.passes_of(examples, self._costs(task), runtime.world, runtime.rank):
                 if batch:
                     total += task.forward(self.model_scorer, batch)[1]
+                elif runtime.sharding is not None:
+                    # Every rank must take part in every pass.
+                    task.forward(self.model_scorer, examples[:1])
         return runtime.total(total)
 
     @property
@@ -291,7 +291,11 @@ class Trainer:
         signalled = stop.agreed(self.runtime)
         due = checkpoints.every is not None and self.step % checkpoints.every == 0
         if due or signalled:
-            self.runtime.on_main(lambda: self._save(checkpoints))
+            self._check_weights()
+            save_state(
+                self.runtime, checkpoints.directory, self.step, self.model, self.optimizer,
+                checkpoints.created_by, checkpoints.keep,
+            )  # fmt: skip
         if signalled:
             raise Interrupted(
                 signalled,
@@ -301,16 +305,11 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Refuse weights that overflowed in an optimizer step with finite gradients; they are never saved."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+        if not all_finite(self.runtime, self.model):
             raise TrainingError(
                 f"the weights are not finite after step {self.step}",
                 fix="lower --learning-rate; earlier checkpoints are kept",
             )
-
-    def _save(self, checkpoints: CheckpointConfig) -> None:
-        self._check_weights()
-        tensors = {"model": model_tensors(self.model), "optimizer": optimizer_tensors(self.optimizer)}
-        save_checkpoint(checkpoints.directory, self.step, tensors, checkpoints.created_by, checkpoints.keep)
 
     def _resume(self, checkpoints: CheckpointConfig) -> bool:
         """Resume from a checkpoint, if there is one and resuming is allowed; returns whether it did."""
@@ -319,10 +318,7 @@ class Trainer:
             return False
         if checkpoint.step > self.plan.updates:
             raise UsageError(f"beyond the {self.plan.updates} steps of this run", where=str(checkpoint.path))
-        weights = checkpoint.tensors("model")
-        for name, tensor in model_tensors(self.model).items():
-            tensor.data.copy_(weights[name])
-        restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"))
+        restore_state(checkpoint, self.model, self.optimizer)
         self.step = checkpoint.step
         self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} steps done")
         return True
