@@ -45,11 +45,11 @@ class Runtime:
         """
         _deterministic()
         # The scorer handles precision; accelerate would wrap the model a second time.
-        # Metrics are summed in float64, which Apple's GPUs do not have.
+        # Metrics are summed in float64, which Apple's GPUs do not have. Without a GPU accelerate would run each process
+        # alone unless it is told that CPUs are meant.
+        cpu = torch.backends.mps.is_available() or not torch.accelerator.is_available()
         with without_accelerates_fsdp():
-            self.accelerator = Accelerator(
-                mixed_precision="no", cpu=torch.backends.mps.is_available(), kwargs_handlers=_process_group(sharding)
-            )
+            self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=_process_group(sharding))
         self.accelerator.gradient_accumulation_steps = 1
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes

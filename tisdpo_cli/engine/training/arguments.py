@@ -82,6 +82,9 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
     optim, checkpoints, evaluation = settings.optim, settings.checkpoints, settings.evaluation
     batch_size, split = _microbatching(runtime, settings)
     resolved = _resolved(runtime, settings)
+    launched_checkpointing = runtime.sharding is not None and runtime.sharding.checkpointing
+    if settings.memory.shard == "full" and runtime.sharding is None:
+        runtime.reporter.note("--shard full has no effect on a single process")
     return SessionConfig(
         config_yaml=to_yaml(settings.with_values(resolved)),
         seed=settings.seed,
@@ -99,7 +102,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         ),
         precision=resolved["memory.dtype"],
         layout=settings.memory.layout,
-        gradient_checkpointing=settings.memory.gradient_checkpointing,
+        gradient_checkpointing=settings.memory.gradient_checkpointing or launched_checkpointing,
         save_every=checkpoints.save_every,
         keep_checkpoints=checkpoints.keep_checkpoints,
         resume=checkpoints.resume,

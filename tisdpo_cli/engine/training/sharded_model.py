@@ -62,6 +62,8 @@ def shard_model(runtime: Runtime, policy: TokenScorer, reference: TokenScorer | 
     shard(policy, other, runtime.mesh(), runtime.sharding.offload, dtypes)
     for model in models:
         _share_buffers(runtime, model)
+    where = ", in CPU memory while they are not in use" if runtime.sharding.offload else ""
+    runtime.reporter.note(f"FSDP2: weights, gradients and optimizer are split over {runtime.world} processes{where}")
 
 
 def _share_buffers(runtime: Runtime, model: nn.Module) -> None:

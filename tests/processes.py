@@ -1,0 +1,82 @@
+"""Several processes for tests: launched by torchrun, each running a command, or many jobs one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conftest import Done, read_jsonl
+
+import tisdpo_cli
+
+CPU = {"OMP_NUM_THREADS": "1"}
+PROGRAM = ("-m", "tisdpo_cli")
+Job = tuple[str, dict[str, object]]
+
+# A start takes seconds, so many jobs share one.
+_JOBS = """
+import json, sys
+from tisdpo_cli.engine.training.preference import train_pairs
+from tisdpo_cli.engine.training.sft import train_sft
+from tisdpo_cli.reporter import Silent
+from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.sources import load
+
+for command, settings in json.loads(sys.argv[1]):
+    flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    engine = train_sft if command == "train-sft" else train_pairs
+    engine(load(COMMANDS[command].settings, flags).settings, Silent())
+"""
+
+
+def arguments(command: str, settings: dict[str, object]) -> list[str]:
+    """The words of a command."""
+    words = [command]
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+def start(ranks: int, words: Sequence[str], program: Sequence[str] = PROGRAM, env: dict[str, str] = CPU):
+    """A program on several processes, running in a session of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    return subprocess.Popen(
+        [*launcher, *program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**kept, "PYTHONPATH": str(Path(tisdpo_cli.__file__).parents[1]), **env}, start_new_session=True,
+    )  # fmt: skip
+
+
+def on_ranks(ranks: int, command: str, **settings: object) -> Done:
+    """Run a command on several processes."""
+    process = start(ranks, arguments(command, settings))
+    out, err = process.communicate(timeout=240)
+    return Done(process.returncode, out, err)
+
+
+def run_jobs(ranks: int, jobs: Sequence[Job], folder: Path) -> None:
+    """Run trainings one after the other on several processes, or on one in this process."""
+    text = json.dumps(jobs, default=str)
+    if ranks == 1:
+        argv, sys.argv = sys.argv, ["jobs", text]
+        try:
+            exec(compile(_JOBS, "jobs", "exec"), {})
+        finally:
+            sys.argv = argv
+        return
+    program = folder / "jobs.py"
+    program.write_text(_JOBS, encoding="utf-8")
+    process = start(ranks, [text], program=[str(program)])
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-6000:]
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """The metrics of a training, without speeds."""
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [{name: value for name, value in row.items() if not name.endswith("_per_second")} for row in rows]
