@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,50 +46,9 @@ class Checkpoint:
     shapes: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     world: int = 1
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[SavedTensors]:
-        """The tensors of one group, to be read within this context."""
-        from safetensors import safe_open
-
-        paths = [self.path / _file(name, rank, self.world) for rank in range(self.world)]
-        with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-            yield SavedTensors(files, self.shapes.get(name, {}))
-
-
-class SavedTensors:
-    """Tensors of a checkpoint, read only where they are needed.
-
-    Attributes:
-        names: of all tensors.
-    """
-
-    def __init__(self, files: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> None:
-        self._files, self._shapes = files, shapes
-        # The first process writes all that is not split.
-        self.names: list[str] = sorted(files[0].keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The global shape of a tensor."""
-        return tuple(self._shapes.get(name) or self._files[0].get_slice(name).get_shape())
-
-    def read(self, name: str, first: int | None = None, end: int | None = None) -> Tensor:
-        """Rows [first, end) of a tensor, or all of it."""
-        import torch
-
-        if name not in self._shapes:
-            return self._files[0].get_tensor(name) if first is None else self._files[0].get_slice(name)[first:end]
-        parts, start = [], 0
-        first, end = first or 0, self._shapes[name][0] if end is None else end
-        for file in self._files:
-            rows = file.get_slice(name)
-            count = rows.get_shape()[0]
-            low, high = max(first - start, 0), min(end - start, count)
-            if low < high:
-                parts.append(rows[low:high])
-            start += count
-        # Of no rows, those of an empty file.
-        return torch.cat(parts) if parts else self._files[0].get_tensor(name)[:0]
+    def files(self, name: str) -> list[Path]:
+        """The files of one group, in the order of the processes that wrote them."""
+        return [self.path / _file(name, rank, self.world) for rank in range(self.world)]
 
 
 @dataclass(frozen=True)

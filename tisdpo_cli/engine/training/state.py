@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.model.sharding import is_sharded, local, rows_of, split_like, whole
-from tisdpo_cli.runs.checkpoints import Checkpoint, SavedTensors, Shard, save_checkpoint, save_shards
+from tisdpo_cli.runs.checkpoints import Checkpoint, Shard, save_checkpoint, save_shards
 from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.saved_tensors import SavedTensors, saved_tensors
 
 
 def save_state(
@@ -44,10 +45,10 @@ def _shard(tensors: Mapping[str, Tensor], main: bool) -> Shard:
 
 def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint, of a run on any number of processes, sharded or not."""
-    with checkpoint.open("model") as saved:
+    with saved_tensors(checkpoint, "model") as saved:
         for name, tensor in model_tensors(model).items():
             local(tensor.detach()).copy_(_rows(saved, name, tensor))
-    with checkpoint.open("optimizer") as saved:
+    with saved_tensors(checkpoint, "optimizer") as saved:
         _restore_optimizer(optimizer, saved)
 
 
