@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tisdpo_cli.engine.arguments import find_dataset, output_request, read_optio
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
-from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
+from tisdpo_cli.engine.scoring.scorer import Extent, Part, PartScorer, ScoringConfig, Side, extent, split_into_parts
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.prompt_templates import split_template
 from tisdpo_cli.model.directory import locate_model
@@ -110,7 +111,8 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         reporter.warn(warning)
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
         reporter.note(notice)
-    _report_templates(estimation, tokenizer, sides, splits, reporter)
+    reach = extent(chain.from_iterable(split.encoded for split in splits.values()), sides)
+    _report_templates(estimation, tokenizer, sides, reach, reporter)
     if estimation.scoring.precision == "bf16":
         _warn_of_bf16(estimation, runtime, tokenizer, sides, next(iter(splits.values())))
     started = time.time()
@@ -119,7 +121,7 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = _parts(estimation, splits)
-    tokens = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits).run(sides, parts)
+    tokens = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits, reach).run(sides, parts)
     runtime.wait()
     tokens = sum(runtime.gather([tokens]))
     seconds = time.time() - started
@@ -169,7 +171,7 @@ def _sides(estimation: _Estimation, tokenizer: Tokenizer) -> list[Side]:
 
 
 def _report_templates(
-    estimation: _Estimation, tokenizer: Tokenizer, sides: list[Side], splits: Mapping[str, Split], reporter: Reporter
+    estimation: _Estimation, tokenizer: Tokenizer, sides: list[Side], reach: Extent, reporter: Reporter
 ) -> None:
     """Say how many tokens the prompt templates add, and check that the models can read them.
 
@@ -177,9 +179,8 @@ def _report_templates(
         UsageError: rows with their templates would be longer than a model can read.
     """
     max_length, trust = estimation.options.limits.max_length, estimation.scoring.trust_remote_code
-    pairs = [pair for split in splits.values() for pair in split.encoded]
     for side in sides:
-        added, text = side.added(pairs), estimation.templates[side.name]
+        added, text = reach.added[side.name], estimation.templates[side.name]
         check_fit(side.path, tokenizer, max_length, trust, added)
         if added:
             reporter.note(f"{side.name}: prompt template {text!r} adds {added} tokens beyond --max-length")
