@@ -7,13 +7,16 @@ are truncated as in training, before the template is added: both sides score the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.dataset import DatasetSplit
+from tisdpo_cli.data.rows import Row
+from tisdpo_cli.data.scored import scored_types
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading
@@ -50,6 +53,7 @@ class _Estimation:
         templates: side to the text of its template.
         splits: what is scored.
         reading: how rows are read, for the manifest.
+        parquet: whether the scored dataset is written as Parquet.
         config_yaml: the settings, written to `config.yaml`.
     """
 
@@ -61,6 +65,7 @@ class _Estimation:
     options: ReadOptions
     reading: dict[str, Any]
     keep_logps: bool
+    parquet: bool
     scoring: ScoringConfig
     config_yaml: str
 
@@ -85,6 +90,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
         options=read_options(settings.data),
         reading=recorded_reading(settings.dataset, settings.data),
         keep_logps=settings.keep_logps,
+        parquet=settings.format == "parquet",
         scoring=ScoringConfig(
             settings.batch_size, settings.layout, precision, settings.sequential, settings.trust_remote_code
         ),
@@ -113,6 +119,7 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         reporter.note(notice)
     reach = extent(chain.from_iterable(split.encoded for split in splits.values()), sides)
     _report_templates(estimation, tokenizer, sides, reach, reporter)
+    types = _parquet_types(estimation, splits) if estimation.parquet else None
     if estimation.scoring.precision == "bf16":
         _warn_of_bf16(estimation, runtime, tokenizer, sides, next(iter(splits.values())))
     started = time.time()
@@ -126,7 +133,7 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
     tokens = sum(runtime.gather([tokens]))
     seconds = time.time() - started
     timing = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
-    scored = _scored_output(estimation, output, tokenizer, chat, splits, timing)
+    scored = _scored_output(estimation, output, tokenizer, chat, splits, timing, types)
     runtime.on_main(lambda: write_scored_output(scored, output, tokenizer, splits, parts))
     result = StageResult(output.path, output.record(), fresh=True)
     _report_counts(result.record["counts"], reporter)
@@ -228,6 +235,7 @@ def _scored_output(
     chat: ChatEncoder,
     splits: Mapping[str, Split],
     timing: Mapping[str, float],
+    types: Mapping[str, Mapping[str, Any]] | None,
 ) -> ScoredOutput:
     limits = estimation.options.limits
     manifest: dict[str, Any] = {
@@ -247,7 +255,16 @@ def _scored_output(
             "keep_prompt": limits.keep_prompt,
         },
     }
-    return ScoredOutput(manifest, {**timing, "dtype": estimation.scoring.precision}, estimation.keep_logps)
+    return ScoredOutput(manifest, {**timing, "dtype": estimation.scoring.precision}, estimation.keep_logps, types)
+
+
+def _parquet_types(estimation: _Estimation, splits: Mapping[str, Split]) -> dict[str, dict[str, Any]]:
+    """The types of the columns of every split, known before anything is scored."""
+
+    def rows(split: Split) -> Iterator[Row]:
+        return (pair.row for pair in split.pairs)
+
+    return {name: scored_types(partial(rows, split), estimation.keep_logps) for name, split in splits.items()}
 
 
 def _content_name(estimation: _Estimation, side: str) -> str:

@@ -31,11 +31,13 @@ class ScoredOutput:
         manifest: the first part of `estimate.json`.
         record: the first part of `run.json`.
         keep_logps: whether log-probs under both models get columns too.
+        types: split to the types of its columns in Parquet; without it JSON Lines are written.
     """
 
     manifest: Mapping[str, Any]
     record: Mapping[str, Any]
     keep_logps: bool
+    types: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ def write_scored_output(
                 scored_columns(pair.row, *row.scores, row.logps if scored.keep_logps else None)
                 for pair, row in zip(split.pairs, count.counted(rows), strict=True)
             )
-            write_rows(staged / f"{name}.jsonl", columns)
-            counts[name] = {**asdict(count), "sha256": sha256(staged / f"{name}.jsonl")}
+            types = None if scored.types is None else scored.types[name]
+            file = staged / f"{name}{'.jsonl' if types is None else '.parquet'}"
+            write_rows(file, columns, types)
+            counts[name] = {**asdict(count), "sha256": sha256(file)}
         tokenizer.save(staged)
         write_json(
             staged / MANIFEST,
