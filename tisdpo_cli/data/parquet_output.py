@@ -5,12 +5,11 @@ JSON lets every row have other keys and types; a Parquet column has one type, in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tisdpo_cli.data.rows import Row
+from tisdpo_cli.data.rows import Row, batches
 from tisdpo_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,11 +33,11 @@ def parquet_columns(rows: Callable[[], Iterable[Row]], fix: str) -> dict[str, pa
         DataError: a column has no one type, or reading it back would give other values.
     """
     types: dict[str, pa.DataType] = {}
-    for batch in _batches(rows()):
+    for batch in batches(rows(), _BATCH_ROWS):
         for name in dict.fromkeys(name for row in batch for name in row.columns):
             types[name] = _merged(name, types.get(name), batch, fix)
     nested = [name for name, kind in types.items() if _is_nested(kind)]
-    for batch in _batches(rows()) if nested else ():
+    for batch in batches(rows(), _BATCH_ROWS) if nested else ():
         for name in nested:
             _check(name, types[name], batch, fix)
     return types
@@ -58,7 +57,7 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], types: Mapping[
     schema = pa.schema(list(types.items()))
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         group: list[pa.RecordBatch] = []
-        for batch in _batches(rows):
+        for batch in batches(rows, _BATCH_ROWS):
             arrays = [pa.array([row.get(name) for row in batch], kind) for name, kind in types.items()]
             group.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
             if sum(part.nbytes for part in group) >= _GROUP_BYTES:
@@ -66,12 +65,6 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], types: Mapping[
                 group = []
         if group:
             writer.write_table(pa.Table.from_batches(group))
-
-
-def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    remaining = iter(rows)
-    while batch := list(islice(remaining, _BATCH_ROWS)):
-        yield batch
 
 
 def _merged(name: str, known: pa.DataType | None, batch: Sequence[Row], fix: str) -> pa.DataType:
