@@ -65,8 +65,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text to a temporary file, then rename it, so that the file is complete or absent."""
-    with reporting_write_errors(path), replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines, with their ends, as they are made; the file is complete or absent."""
+    with reporting_write_errors(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(lines)
 
 
 @contextmanager

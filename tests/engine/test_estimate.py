@@ -17,9 +17,12 @@ from conftest import Listener, largest_file, pair_rows, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tisdpo_cli.cli.error_messages import explain
+from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.rows import Row
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.errors import Interrupted
+from tisdpo_cli.files import sha256
 from tisdpo_cli.method.recipe import resolve_recipe, response_weights
 from tisdpo_cli.method.transforms import RandomStream
 from tisdpo_cli.reporter import Silent
@@ -207,6 +210,51 @@ def test_rows_columns_and_order_are_kept(contrast: Path, tmp_path: Path) -> None
 def test_a_scored_dataset_can_be_scored_again(contrast: Path, tmp_path: Path) -> None:
     score(contrast, tmp_path / "out", dataset=contrast / "scored")
     assert splits(tmp_path / "out") == splits(contrast / "scored")
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+@pytest.fixture(scope="module")
+def parquet(contrast: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return score(contrast, tmp_path_factory.mktemp("parquet") / "out", format="parquet", keep_logps=True).path
+
+
+def test_parquet_holds_the_same_rows_and_numbers(contrast: Path, parquet: Path, tmp_path: Path) -> None:
+    lines = score(contrast, tmp_path / "lines", keep_logps=True).path
+    record, counts = json.loads((parquet / "estimate.json").read_text()), {}
+    for split in ("train", "test"):
+        rows = read_jsonl(lines / f"{split}.jsonl")
+        assert [row.columns for row in read_rows(parquet / f"{split}.parquet") if isinstance(row, Row)] == rows
+        counts[split] = sha256(parquet / f"{split}.parquet")
+    assert {split: count["sha256"] for split, count in record["counts"].items()} == counts
+    assert not list(parquet.glob("*.jsonl"))
+
+
+def test_parquet_is_scored_again_and_trained_on(contrast: Path, parquet: Path, tmp_path: Path) -> None:
+    again = score(contrast, tmp_path / "again", dataset=parquet)
+    assert splits(again.path) == splits(contrast / "scored")
+    listener = Listener()
+    weights = [
+        train(contrast, tmp_path / name, listener, dataset=data, center="position").path / "model.safetensors"
+        for name, data in (("one", parquet), ("other", contrast / "scored"))
+    ]
+    assert sha256(weights[0]) == sha256(weights[1])
+    assert not any("changed since" in line for line in listener.warned + listener.said)
+
+
+def test_rows_that_parquet_cannot_hold_are_refused_before_scoring(contrast: Path, tmp_path: Path) -> None:
+    rows = read_jsonl(contrast / "data" / "train.jsonl")
+    write_jsonl(tmp_path / "x.jsonl", [{**row, "id": i if i else "first"} for i, row in enumerate(rows)])
+    code, message, _ = fault_of(
+        "estimate", forward=contrast / "dpo", reverse=contrast / "reverse", dataset=tmp_path / "x.jsonl",
+        output_dir=tmp_path / "out", format="parquet",
+    )  # fmt: skip
+    assert code == 1
+    assert "x.jsonl:2" in message
+    assert "column 'id'" in message
+    assert "--format jsonl" in message
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- beyond the cut

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from tisdpo_cli.cli.process import command_line, is_first_rank
 from tisdpo_cli.cli.signals import check_signals
 from tisdpo_cli.cli.streams import make_reporter, write_path, write_result
 from tisdpo_cli.errors import DataError
-from tisdpo_cli.files import write_text
+from tisdpo_cli.files import write_lines, write_text
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import CommandSpec
 from tisdpo_cli.settings.inspect_weights import InspectWeights
@@ -121,15 +121,15 @@ def _show_inspection(
 
     for notice in result.notices:
         reporter.warn(notice)
-    files: dict[str | None, Callable[[], str]] = {
-        settings.svg: lambda: picture(result),
-        settings.html: lambda: page(result),
-        settings.table: lambda: "".join(table(result)),
-        settings.table and f"{settings.table}.json": lambda: origin(result),
+    files: dict[str | None, Callable[[], Iterable[str]]] = {
+        settings.svg: lambda: [picture(result)],
+        settings.html: lambda: [page(result)],
+        settings.table: lambda: table(result),
+        settings.table and f"{settings.table}.json": lambda: [origin(result)],
     }
-    for path, content in files.items():
+    for path, lines in files.items():
         if path is not None:
-            write_text(Path(path).expanduser(), content())
+            write_lines(Path(path).expanduser(), lines())
             reporter.note(f"wrote {path}")
     if typed.as_json:
         write_result(json.dumps(result.as_dict(), ensure_ascii=True))

@@ -8,17 +8,21 @@ weights has the same columns, which hold the weights unchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tisdpo_cli.data.parquet_output import parquet_columns, write_parquet
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.stdin import STDIN
 from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.files import sha256
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MANIFEST = "estimate.json"
 SIDES = ("chosen", "rejected")
@@ -165,6 +169,34 @@ def scored_columns(
     return columns
 
 
+def scored_types(rows: Callable[[], Iterable[Row]], keep_logps: bool) -> dict[str, pa.DataType]:
+    """Return the Arrow type of every column that `scored_columns` gives.
+
+    Scores are float64, whose decimals are those of the JSON Lines file: the same numbers come back from both.
+
+    Args:
+        rows: gives the rows as read, anew each time.
+        keep_logps: whether log-probs get columns too.
+
+    Raises:
+        DataError: a column has no one type.
+    """
+    import pyarrow as pa
+
+    values = pa.list_(pa.float64())
+    scores: dict[str, pa.DataType] = {}
+    for side in SIDES:
+        scores |= {f"{side}_weight": values, _eos_column(side): pa.float64()}
+    logps = {f"{side}_logps_{model}": values for side in SIDES for model in _MODELS}
+    own = scores | logps
+
+    def others() -> Iterator[Row]:
+        for row in rows():
+            yield Row(row.where, {name: value for name, value in row.columns.items() if name not in own})
+
+    return {**parquet_columns(others, "write --format jsonl"), **scores, **(logps if keep_logps else {})}
+
+
 def read_logps(row: Row, side: str, tokens: int) -> Logps | BadRow | None:
     """Read the log-probs of one side of a row as `scored_columns` writes them, or None if the file has none."""
     logps: Logps = {}
@@ -187,8 +219,11 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a split as JSON Lines."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], types: Mapping[str, pa.DataType] | None = None) -> None:
+    """Write a split as JSON Lines, or as Parquet if the types of its columns are given."""
+    if types is not None:
+        write_parquet(path, rows, types)
+        return
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for columns in rows:
             stream.write(json.dumps(columns, ensure_ascii=False) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -61,6 +61,7 @@ class Estimate(Command):
     dtype: Dtype = dtype_setting("float32")
     layout: Layout = layout_setting()
     output_dir: PathText = output_setting()
+    format: Literal["jsonl", "parquet"] = setting("jsonl", "file format of the scored dataset", "Output")
     overwrite: bool = overwrite_setting()
     resume: Resume = resume_setting(paths=False)
 

@@ -6,12 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from tisdpo_cli.engine.inspection.results import Check, SideSummary
+from tisdpo_cli.engine.inspection.split_columns import SplitColumns
 from tisdpo_cli.engine.inspection.summaries import separation
-from tisdpo_cli.engine.inspection.weighted_split import WeightedSplit
 
 
 @dataclass(frozen=True)
@@ -36,15 +33,16 @@ class CheckBounds:
 
 
 def check_split(
-    split: WeightedSplit, bounds: CheckBounds, sides: Mapping[str, SideSummary], offset: float | None
+    columns: SplitColumns, bounds: CheckBounds, sides: Mapping[str, SideSummary], offset: float | None, final: bool
 ) -> list[Check]:
     """Check a split against bounds. Final weights have no scores to check.
 
     Args:
-        split: with scores or final weights.
+        columns: of scores or final weights.
         bounds: limits of the checks.
         sides: summaries by side.
         offset: of r on neutral tokens, in nats; None if unknown.
+        final: whether they are final weights.
     """
     tokens = sum(side.tokens for side in sides.values())
     unscored = sum(side.unscored for side in sides.values()) / tokens if tokens else 0.0
@@ -53,14 +51,14 @@ def check_split(
         "most tokens were truncated and have no score",
         "rerun `tisdpo estimate` with a larger --max-length",
     )  # fmt: skip
-    if split.final:
+    if final:
         return [truncation]
     clipped = max(side.share_clipped for side in sides.values())
-    return [*_score_checks(split, bounds, offset, clipped), truncation]
+    return [*_score_checks(columns, bounds, offset, clipped), truncation]
 
 
-def _score_checks(split: WeightedSplit, bounds: CheckBounds, offset: float | None, clipped: float) -> list[Check]:
-    spread = float(torch.cat([response.adjusted for response in split.responses]).std(correction=0))
+def _score_checks(columns: SplitColumns, bounds: CheckBounds, offset: float | None, clipped: float) -> list[Check]:
+    spread = float(columns.adjusted.tensor().std(correction=0))
     return [
         _check(
             "spread of r", spread, bounds.min_spread, True,
@@ -69,12 +67,12 @@ def _score_checks(split: WeightedSplit, bounds: CheckBounds, offset: float | Non
             "prompt templates, use other templates or a model that follows them",
         ),
         _check(
-            "pairs separated by Σr", separation(split).accuracy, bounds.min_separation, True,
+            "pairs separated by Σr", separation(columns).accuracy, bounds.min_separation, True,
             "the scores do not reflect the preference: Σr is often higher for the rejected response",
             "check the held-out accuracy of both contrastive models, and that they were not swapped",
         ),
         _check(
-            "drift with position", _in_spreads(_drift(split), spread), bounds.max_drift, False,
+            "drift with position", _in_spreads(_drift(columns), spread), bounds.max_drift, False,
             "r changes with the position in the response, whatever the token",
             "use --center position or --decay",
         ),
@@ -100,15 +98,9 @@ def _in_spreads(value: float | None, spread: float) -> float | None:
     return None if value is None or spread == 0 else value / spread
 
 
-def _drift(split: WeightedSplit) -> float | None:
+def _drift(columns: SplitColumns) -> float | None:
     """Difference of mean r between the first and the last third of the responses, in nats; None without tokens."""
-    thirds: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for response in split.responses:
-        size = len(response.adjusted) // 3
-        if size:
-            thirds[0].append(response.adjusted[:size])
-            thirds[1].append(response.adjusted[-size:])
-    if not thirds[0]:
+    if not len(columns.thirds[0]):
         return None
-    first, last = (float(torch.cat(values).mean()) for values in thirds)
+    first, last = (float(values.tensor().mean()) for values in columns.thirds)
     return abs(first - last)

@@ -5,6 +5,8 @@ It returns plain values (`results`) and knows no terminal and no page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,10 @@ from tisdpo_cli.data.scored import MANIFEST, SIDES, read_manifest
 from tisdpo_cli.engine.arguments import chat_options, columns_of, parses, with_recorded_reading
 from tisdpo_cli.engine.inspection.checks import CheckBounds, check_split
 from tisdpo_cli.engine.inspection.comparison import compare_datasets, compare_recipes
-from tisdpo_cli.engine.inspection.pair_views import find_pair, pair_view, sort_pairs
+from tisdpo_cli.engine.inspection.pair_views import PairViews, find_pair, sort_key, sort_pairs
 from tisdpo_cli.engine.inspection.results import Comparison, Inspection
 from tisdpo_cli.engine.inspection.summaries import (
     colour_scale,
-    position_curve,
     score_histogram,
     separation,
     side_summary,
@@ -29,6 +30,8 @@ from tisdpo_cli.runs.outputs import versions
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.method_groups import is_recipe
 
+# Names of recipes that are compared, apart from those of previews.
+_COMPARED = "compare: "
 # Pairs in a report without --limit: a page that opens at once.
 _REPORT_PAIRS = 1000
 
@@ -48,36 +51,37 @@ def inspect_weights(settings: InspectWeights, command: str | None = None) -> Ins
     split = read_weighted_split(settings.scored, options)
     recipe, final = split.weighter.recipe, split.final
     shown = ["weights"] if final else ["weights", "scores", *(["adjusted"] if recipe.steps else [])]
-    previews = {name: split.under(other) for name, other in _previews(settings, recipe).items()}
-    tokens = TokenIndex(split, settings.min_count)
+    columns, previews = split.columns, list(_previews(settings, recipe))
+    tokens = TokenIndex(columns, split.weighter.tokenizer, settings.min_count)
     highest, lowest = tokens.extremes("ranked", settings.top)
     heaviest, lightest = tokens.extremes("weights", settings.top)
-    sides = {name: side_summary(split.side(k), not final, bool(recipe.steps)) for k, name in enumerate(SIDES)}
-    checks = check_split(split, _check_bounds(settings), sides, None if final else tokens.offset())
+    by_side = dict(zip(SIDES, columns.sides, strict=True))
+    sides = {name: side_summary(side, not final, bool(recipe.steps)) for name, side in by_side.items()}
+    checks = check_split(columns, _check_bounds(settings), sides, None if final else tokens.offset(), final)
     positions = _shown_pairs(settings, split)
-    scales = {show: colour_scale(split, show) for show in dict.fromkeys([*shown, settings.show])}
+    scales = {show: colour_scale(columns, show) for show in dict.fromkeys([*shown, settings.show, *previews])}
     return Inspection(
         source=settings.scored,
         split=settings.split,
         transform=recipe.describe(),
         show=settings.show,
-        pairs=len(split.pairs),
-        separation=None if final else separation(split),
+        pairs=len(split),
+        separation=None if final else separation(columns),
         sides=sides,
         ranked_by="weight" if final else "r after the steps" if recipe.steps else "r",
         highest=highest,
         lowest=lowest,
         heaviest=heaviest,
         lightest=lightest,
-        scores=score_histogram(split),
-        sizes=size_histogram(split),
-        curves={show: {name: position_curve(split.side(k), show) for k, name in enumerate(SIDES)} for show in shown},
-        scales=scales | {name: colour_scale(other, "weights") for name, other in previews.items()},
+        scores=score_histogram(columns),
+        sizes=size_histogram(columns),
+        curves={show: {name: side.curves[show].means() for name, side in by_side.items()} for show in shown},
+        scales=scales,
         checks=checks,
         comparison=_comparison(settings, options, split),
         notices=[*split.notices, *(f"{check.says}; {check.fix}" for check in checks if not check.passed)],
-        views=[pair_view(split, previews, position) for position in positions],
-        previews=list(previews),
+        views=PairViews(split, previews, positions),
+        previews=previews,
         provenance=_provenance(settings.scored, split, command),
     )
 
@@ -97,6 +101,8 @@ def _split_options(settings: InspectWeights) -> SplitOptions:
         centered="center" in settings.weights.steps(),
         final=settings.weights.weights_are == "final",
         seed=settings.seed,
+        others=lambda recipe: {**_previews(settings, recipe), **_compared(settings, recipe)},
+        key=lambda pair: sort_key(settings.sort, pair, settings.weights.weights_are == "final"),
     )
 
 
@@ -125,7 +131,15 @@ def _previews(settings: InspectWeights, recipe: Recipe) -> dict[str, Recipe]:
     return {other.name(): other for other in others if other != recipe}
 
 
-def _shown_pairs(settings: InspectWeights, split: WeightedSplit) -> list[int]:
+def _compared(settings: InspectWeights, recipe: Recipe) -> dict[str, Recipe]:
+    """The transform that the one in use is compared with, by its description."""
+    if settings.compare is None or not is_recipe(settings.compare):
+        return {}
+    other = _other_recipe(settings, settings.compare, recipe)
+    return {_COMPARED + other.describe(): other}
+
+
+def _shown_pairs(settings: InspectWeights, split: WeightedSplit) -> Sequence[int]:
     """Positions in the split of the pairs to show."""
     if settings.index is not None:
         return [find_pair(split, settings.index)]
@@ -139,9 +153,9 @@ def _comparison(settings: InspectWeights, options: SplitOptions, split: Weighted
     if settings.compare is None:
         return None
     if is_recipe(settings.compare):
-        other = _other_recipe(settings, settings.compare, split.weighter.recipe)
-        return compare_recipes(split, other, settings.top, settings.min_count)
-    second = read_weighted_split(settings.compare, options)
+        (name,) = _compared(settings, split.weighter.recipe)
+        return compare_recipes(split, name, settings.top, settings.min_count)
+    second = read_weighted_split(settings.compare, replace(options, others=lambda _recipe: {}))
     names = settings.scored, settings.compare
     return compare_datasets(split, second, names, settings.top, settings.min_count)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ from tisdpo_cli.data.messages import Message
 from tisdpo_cli.data.scored import SIDES
 from tisdpo_cli.data.tokens import shared_characters
 from tisdpo_cli.engine.inspection.results import PairView, ResponseFacts, Token, Turn
-from tisdpo_cli.engine.inspection.weighted_split import InspectedPair, WeightedResponse, WeightedSplit
+from tisdpo_cli.engine.inspection.weighted_pairs import InspectedPair, WeightedResponse
+from tisdpo_cli.engine.inspection.weighted_split import WeightedSplit
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.recipe import Recipe, transform_scores
 from tisdpo_cli.method.transforms import RandomStream, Side
@@ -26,32 +29,40 @@ def find_pair(split: WeightedSplit, index: int) -> int:
     Raises:
         UsageError: no pair has it.
     """
-    position = next((i for i, pair in enumerate(split.pairs) if pair.pair.index == index), None)
-    if position is None:
-        last = split.pairs[-1].pair.index
-        raise UsageError(f"no such pair; the {len(split.pairs)} pairs are 0 to {last}", where=f"--index {index}")
+    indices = split.columns.indices.array()
+    position = int(np.searchsorted(indices, index))
+    if position == len(indices) or indices[position] != index:
+        raise UsageError(f"no such pair; the {len(indices)} pairs are 0 to {indices[-1]}", where=f"--index {index}")
     return position
 
 
-def sort_pairs(split: WeightedSplit, sort: str, seed: int) -> list[int]:
+def sort_pairs(split: WeightedSplit, sort: str, seed: int) -> Sequence[int]:
     """Positions of all pairs of a split, in the requested order.
 
     Args:
-        split: with scores or final weights.
+        split: read with the `sort_key` of this order.
         sort: `spread`, `max-weight`, `min-mean`, `random` or `index`.
         seed: of the random order.
     """
-    positions = list(range(len(split.pairs)))
     if sort == "random":
+        positions = array("q", range(len(split)))
         random.Random(seed).shuffle(positions)
-    elif sort != "index":
-        keys = [_sort_key(sort, pair, split.final) for pair in split.pairs]
-        positions.sort(key=lambda i: (-keys[i], i))
-    return positions
+        return positions
+    if sort == "index":
+        return range(len(split))
+    return array("q", np.argsort(-split.columns.keys.array(), kind="stable").tobytes())
 
 
-def _sort_key(sort: str, pair: InspectedPair, final: bool) -> float:
-    """What pairs are sorted by, highest first."""
+def sort_key(sort: str, pair: InspectedPair, final: bool) -> float:
+    """What pairs are sorted by, highest first; 0 for an order that has no such value.
+
+    Args:
+        sort: see `sort_pairs`.
+        pair: with its weights.
+        final: whether they are final weights.
+    """
+    if sort in ("random", "index"):
+        return 0.0
     if sort == "max-weight":
         return max((float(side.weights.max()) for side in pair.sides if len(side.weights)), default=float("-inf"))
     if sort == "min-mean":
@@ -61,15 +72,43 @@ def _sort_key(sort: str, pair: InspectedPair, final: bool) -> float:
     return sum(float((side.known - neutral).square().mean()) for side in pair.sides if len(side.known))
 
 
-def pair_view(split: WeightedSplit, previews: Mapping[str, WeightedSplit], position: int) -> PairView:
+class PairViews(Sequence[PairView]):
+    """Pairs of a split, each made when it is asked for."""
+
+    def __init__(self, split: WeightedSplit, previews: Sequence[str], positions: Sequence[int]) -> None:
+        """Choose pairs.
+
+        Args:
+            split: that holds the pairs.
+            previews: names of the other recipes to show the weights of.
+            positions: of the pairs in the split, in order.
+        """
+        self._split, self._previews, self._positions = split, previews, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, number: int) -> PairView: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> PairViews: ...
+
+    def __getitem__(self, number: int | slice) -> PairView | PairViews:
+        if isinstance(number, slice):
+            return PairViews(self._split, self._previews, self._positions[number])
+        return pair_view(self._split, self._previews, self._positions[number])
+
+
+def pair_view(split: WeightedSplit, previews: Sequence[str], position: int) -> PairView:
     """One pair, token by token.
 
     Args:
         split: that holds the pair.
-        previews: the same split under other recipes, by name.
+        previews: names of the other recipes to show the weights of.
         position: of the pair in the split.
     """
-    pair = split.pairs[position]
+    pair = split[position]
     conversation = pair.pair.conversation
     return PairView(
         index=pair.pair.index,
@@ -82,9 +121,9 @@ def pair_view(split: WeightedSplit, previews: Mapping[str, WeightedSplit], posit
         previews={
             name: {
                 side: _weight_per_token(response)
-                for side, response in zip(SIDES, other.pairs[position].sides, strict=True)
+                for side, response in zip(SIDES, split.under(name, pair).sides, strict=True)
             }
-            for name, other in previews.items()
+            for name in previews
         },
     )
 

@@ -6,7 +6,8 @@ Scores are in nats, shares are between 0 and 1. The field names are the keys of 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 # Values that can colour the tokens, and what people read.
@@ -290,7 +291,7 @@ class Inspection:
         curves: mean by relative position: value → side → one mean per bin.
         scales: by value, and by the name of each preview.
         notices: messages to show with the view, such as skipped rows.
-        views: shown pairs, in the requested order.
+        views: shown pairs, in the requested order; each is made when it is asked for.
         previews: names of the other transforms in the views.
         provenance: models, data, tokenizer, transform, command, versions.
     """
@@ -314,7 +315,7 @@ class Inspection:
     checks: list[Check]
     comparison: Comparison | None
     notices: list[str]
-    views: list[PairView]
+    views: Sequence[PairView]
     previews: list[str]
     provenance: dict[str, Any]
 
@@ -339,4 +340,5 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        views = [asdict(view) for view in self.views]
+        return {**asdict(replace(self, views=[])), "views": views}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from tisdpo_cli.data.scored import SIDES
+from tisdpo_cli.engine.inspection.exact_sums import ExactSums
 from tisdpo_cli.engine.inspection.results import Example, TokenSummary
-from tisdpo_cli.engine.inspection.weighted_split import WeightedSplit
+from tisdpo_cli.engine.inspection.split_columns import SplitColumns
 from tisdpo_cli.model.tokenizer import Tokenizer
 
 _EXAMPLES = 3
@@ -19,44 +19,27 @@ _CONTEXT = 6
 _BALANCED = (0.35, 0.65)
 
 
-@dataclass
-class _Occurrences:
-    """All occurrences of one token id.
+class TokenIndex:
+    """Scored tokens of both sides of a split by id, without the EOS.
 
-    Attributes:
-        ranked: r after the steps.
-        sides: 0 for chosen, 1 for rejected.
-        places: pair number in the split, side, position among the scored tokens.
+    Counts and sums are kept for each id on each side: the group of an id is 2 · id, plus 1 on the rejected side.
     """
 
-    ranked: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    sides: list[int] = field(default_factory=list)
-    places: list[tuple[int, int, int]] = field(default_factory=list)
-
-    @property
-    def share_chosen(self) -> float:
-        return 1 - sum(self.sides) / len(self.sides)
-
-
-class TokenIndex:
-    """Scored tokens of both sides of a split by id, without the EOS."""
-
-    def __init__(self, split: WeightedSplit, min_count: int) -> None:
-        self._split = split
-        self._occurrences: dict[int, _Occurrences] = defaultdict(_Occurrences)
-        for number, pair in enumerate(split.pairs):
-            for side, response in enumerate(pair.sides):
-                values = zip(response.adjusted.tolist(), response.values("weights").tolist(), strict=True)
-                for position, (token_id, (r, weight)) in enumerate(zip(response.known_ids, values, strict=True)):
-                    entry = self._occurrences[token_id]
-                    entry.ranked.append(r)
-                    entry.weights.append(weight)
-                    entry.sides.append(side)
-                    entry.places.append((number, side, position))
-        self._frequent = {
-            token_id: entry for token_id, entry in self._occurrences.items() if len(entry.sides) >= min_count
-        }
+    def __init__(self, columns: SplitColumns, tokenizer: Tokenizer, min_count: int) -> None:
+        self._columns, self._tokenizer = columns, tokenizer
+        groups = 2 * (1 + max((int(block.ids.max()) for block in columns.blocks() if len(block.ids)), default=-1))
+        self._sums = {"ranked": ExactSums(groups), "weights": ExactSums(groups)}
+        self._counts = np.zeros(groups, np.int64)
+        # Ids in the order of their first occurrence.
+        ids: dict[int, None] = {}
+        for block in columns.blocks():
+            group = 2 * block.ids.astype(np.int64) + block.sides
+            self._sums["ranked"].add(group, block.adjusted)
+            self._sums["weights"].add(group, block.weights)
+            self._counts += np.bincount(group, minlength=groups)
+            found, first = np.unique(block.ids, return_index=True)
+            ids.update(dict.fromkeys(found[np.argsort(first)].tolist()))
+        self._frequent = [token_id for token_id in ids if self._count(token_id) >= min_count]
 
     def extremes(self, by: str, top: int) -> tuple[list[TokenSummary], list[TokenSummary]]:
         """The frequent tokens with the highest and with the lowest mean.
@@ -65,9 +48,10 @@ class TokenIndex:
             by: `ranked` for r after the steps, or `weights`.
             top: number of tokens in each list.
         """
-        means = {token_id: statistics.fmean(getattr(entry, by)) for token_id, entry in self._frequent.items()}
+        means = {token_id: self._mean(by, token_id) for token_id in self._frequent}
         order = sorted(means, key=lambda token_id: (-means[token_id], token_id))
-        return self._summaries(order[:top]), self._summaries(order[::-1][:top])
+        places = self._places({*order[:top], *order[::-1][:top]})
+        return self._summaries(order[:top], places), self._summaries(order[::-1][:top], places)
 
     def offset(self) -> float | None:
         """How far r is from zero, in nats, on neutral tokens: those about equally common on both sides.
@@ -76,42 +60,61 @@ class TokenIndex:
         different signs. None without such tokens.
         """
         total, weight = 0.0, 0
-        for entry in self._frequent.values():
-            if not _BALANCED[0] <= entry.share_chosen <= _BALANCED[1]:
+        for token_id in self._frequent:
+            if not _BALANCED[0] <= self._share_chosen(token_id) <= _BALANCED[1]:
                 continue
-            means = [
-                statistics.fmean(r for r, s in zip(entry.ranked, entry.sides, strict=True) if s == side)
-                for side in (0, 1)
-            ]
+            groups = (2 * token_id, 2 * token_id + 1)
+            means = [self._sums["ranked"].sum(group) / int(self._counts[group]) for group in groups]
             same_sign = means[0] * means[1] > 0
-            total += len(entry.sides) * (min(map(abs, means)) if same_sign else 0.0)
-            weight += len(entry.sides)
+            total += self._count(token_id) * (min(map(abs, means)) if same_sign else 0.0)
+            weight += self._count(token_id)
         return total / weight if weight else None
 
-    def _summaries(self, ids: Sequence[int]) -> list[TokenSummary]:
-        texts = self._split.weighter.tokenizer.labels(ids)
-        return [self._summary(token_id, text) for token_id, text in zip(ids, texts, strict=True)]
+    def _count(self, token_id: int) -> int:
+        return int(self._counts[2 * token_id] + self._counts[2 * token_id + 1])
 
-    def _summary(self, token_id: int, text: str) -> TokenSummary:
-        entry = self._occurrences[token_id]
-        count = len(entry.sides)
+    def _share_chosen(self, token_id: int) -> float:
+        return 1 - int(self._counts[2 * token_id + 1]) / self._count(token_id)
+
+    def _mean(self, by: str, token_id: int) -> float:
+        return self._sums[by].sum(2 * token_id, 2 * token_id + 1) / self._count(token_id)
+
+    def _places(self, ids: set[int]) -> dict[int, list[int]]:
+        """Numbers of the tokens that are shown as examples of some ids."""
         # Spread over the file, starting with the first occurrence.
-        places = [entry.places[i * count // _EXAMPLES] for i in range(min(_EXAMPLES, count))]
-        return TokenSummary(
-            text=text,
-            count=count,
-            mean=statistics.fmean(entry.ranked),
-            mean_weight=statistics.fmean(entry.weights),
-            share_chosen=entry.share_chosen,
-            examples=[self._example(*place) for place in places],
+        wanted = {i: [k * self._count(i) // _EXAMPLES for k in range(min(_EXAMPLES, self._count(i)))] for i in ids}
+        found: dict[int, list[int]] = {token_id: [] for token_id in ids}
+        seen = dict.fromkeys(ids, 0)
+        for block in self._columns.blocks():
+            shown = np.flatnonzero(np.isin(block.ids, list(ids)))
+            for token_id in ids:
+                here = shown[block.ids[shown] == token_id]
+                numbers = (number - seen[token_id] for number in wanted[token_id])
+                found[token_id] += [block.begin + int(here[n]) for n in numbers if 0 <= n < len(here)]
+                seen[token_id] += len(here)
+        return found
+
+    def _summaries(self, ids: Sequence[int], places: Mapping[int, Sequence[int]]) -> list[TokenSummary]:
+        return [
+            TokenSummary(
+                text=text,
+                count=self._count(token_id),
+                mean=self._mean("ranked", token_id),
+                mean_weight=self._mean("weights", token_id),
+                share_chosen=self._share_chosen(token_id),
+                examples=[self._example(place) for place in places[token_id]],
+            )
+            for token_id, text in zip(ids, self._tokenizer.labels(ids), strict=True)
+        ]
+
+    def _example(self, place: int) -> Example:
+        ends = self._columns.ends.array()
+        response = int(np.searchsorted(ends, place, "right"))
+        begin, end = int(ends[response - 1]) if response else 0, int(ends[response])
+        ids = self._columns.ids.array()
+        before, after = ids[max(begin, place - _CONTEXT) : place], ids[place + 1 : min(end, place + 1 + _CONTEXT)]
+        pair, side = divmod(response, len(SIDES))
+        index = int(self._columns.indices.array()[pair])
+        return Example(
+            index, SIDES[side], *("".join(self._tokenizer.labels(part.tolist())) for part in (before, after))
         )
-
-    def _example(self, number: int, side: int, position: int) -> Example:
-        pair = self._split.pairs[number]
-        ids, tokenizer = pair.sides[side].known_ids, self._split.weighter.tokenizer
-        before, after = ids[max(0, position - _CONTEXT) : position], ids[position + 1 : position + 1 + _CONTEXT]
-        return Example(pair.pair.index, SIDES[side], _text(tokenizer, before), _text(tokenizer, after))
-
-
-def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return "".join(tokenizer.labels(ids))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tisdpo_cli.data.tokens import EncodedPair
-from tisdpo_cli.engine.scoring.scorer import ScoringConfig, Side, score_pairs
+from tisdpo_cli.engine.scoring.scorer import ScoringConfig, Side, extent, score_pairs
 from tisdpo_cli.model.layout import make_scorer
 from tisdpo_cli.model.shared_models import SharedModels
 from tisdpo_cli.model.tokenizer import Tokenizer
@@ -43,7 +43,8 @@ def bf16_agreement(
 ) -> Agreement:
     """Score a sample of pairs, spread over all, in both precisions; one model is in memory at a time."""
     sample = [pairs[i * len(pairs) // _ROWS] for i in range(_ROWS)] if len(pairs) > _ROWS else list(pairs)
-    longest = max(pair.longest for pair in sample) + max(side.added(sample) for side in sides)
+    reach = extent(sample, sides)
+    longest = reach.longest + max(reach.added.values())
     logps: dict[tuple[str, str], Tensor] = {}
     for path in dict.fromkeys(side.path for side in sides):
         model = SharedModels(runtime.device, config.trust_remote_code, [s.path for s in sides]).load(path)

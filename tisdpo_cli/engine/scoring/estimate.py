@@ -7,19 +7,23 @@ are truncated as in training, before the template is added: both sides score the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.data.dataset import DatasetSplit
+from tisdpo_cli.data.rows import Row
+from tisdpo_cli.data.scored import scored_types
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
 from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
-from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, split_into_parts
+from tisdpo_cli.engine.scoring.scorer import Extent, Part, PartScorer, ScoringConfig, Side, extent, split_into_parts
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.prompt_templates import split_template
 from tisdpo_cli.model.directory import locate_model
@@ -49,6 +53,7 @@ class _Estimation:
         templates: side to the text of its template.
         splits: what is scored.
         reading: how rows are read, for the manifest.
+        parquet: whether the scored dataset is written as Parquet.
         config_yaml: the settings, written to `config.yaml`.
     """
 
@@ -60,6 +65,7 @@ class _Estimation:
     options: ReadOptions
     reading: dict[str, Any]
     keep_logps: bool
+    parquet: bool
     scoring: ScoringConfig
     config_yaml: str
 
@@ -84,6 +90,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
         options=read_options(settings.data),
         reading=recorded_reading(settings.dataset, settings.data),
         keep_logps=settings.keep_logps,
+        parquet=settings.format == "parquet",
         scoring=ScoringConfig(
             settings.batch_size, settings.layout, precision, settings.sequential, settings.trust_remote_code
         ),
@@ -110,7 +117,9 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         reporter.warn(warning)
     for notice in (*tokenizer.notices, *(notice for split in splits.values() for notice in split.notices)):
         reporter.note(notice)
-    _report_templates(estimation, tokenizer, sides, splits, reporter)
+    reach = extent(chain.from_iterable(split.encoded for split in splits.values()), sides)
+    _report_templates(estimation, tokenizer, sides, reach, reporter)
+    types = _parquet_types(estimation, splits) if estimation.parquet else None
     if estimation.scoring.precision == "bf16":
         _warn_of_bf16(estimation, runtime, tokenizer, sides, next(iter(splits.values())))
     started = time.time()
@@ -119,12 +128,12 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = _parts(estimation, splits)
-    tokens = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits).run(sides, parts)
+    tokens = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits, reach).run(sides, parts)
     runtime.wait()
     tokens = sum(runtime.gather([tokens]))
     seconds = time.time() - started
     timing = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
-    scored = _scored_output(estimation, output, tokenizer, chat, splits, timing)
+    scored = _scored_output(estimation, output, tokenizer, chat, splits, timing, types)
     runtime.on_main(lambda: write_scored_output(scored, output, tokenizer, splits, parts))
     result = StageResult(output.path, output.record(), fresh=True)
     _report_counts(result.record["counts"], reporter)
@@ -169,7 +178,7 @@ def _sides(estimation: _Estimation, tokenizer: Tokenizer) -> list[Side]:
 
 
 def _report_templates(
-    estimation: _Estimation, tokenizer: Tokenizer, sides: list[Side], splits: Mapping[str, Split], reporter: Reporter
+    estimation: _Estimation, tokenizer: Tokenizer, sides: list[Side], reach: Extent, reporter: Reporter
 ) -> None:
     """Say how many tokens the prompt templates add, and check that the models can read them.
 
@@ -177,9 +186,8 @@ def _report_templates(
         UsageError: rows with their templates would be longer than a model can read.
     """
     max_length, trust = estimation.options.limits.max_length, estimation.scoring.trust_remote_code
-    pairs = [pair for split in splits.values() for pair in split.encoded]
     for side in sides:
-        added, text = side.added(pairs), estimation.templates[side.name]
+        added, text = reach.added[side.name], estimation.templates[side.name]
         check_fit(side.path, tokenizer, max_length, trust, added)
         if added:
             reporter.note(f"{side.name}: prompt template {text!r} adds {added} tokens beyond --max-length")
@@ -227,6 +235,7 @@ def _scored_output(
     chat: ChatEncoder,
     splits: Mapping[str, Split],
     timing: Mapping[str, float],
+    types: Mapping[str, Mapping[str, Any]] | None,
 ) -> ScoredOutput:
     limits = estimation.options.limits
     manifest: dict[str, Any] = {
@@ -246,7 +255,16 @@ def _scored_output(
             "keep_prompt": limits.keep_prompt,
         },
     }
-    return ScoredOutput(manifest, {**timing, "dtype": estimation.scoring.precision}, estimation.keep_logps)
+    return ScoredOutput(manifest, {**timing, "dtype": estimation.scoring.precision}, estimation.keep_logps, types)
+
+
+def _parquet_types(estimation: _Estimation, splits: Mapping[str, Split]) -> dict[str, dict[str, Any]]:
+    """The types of the columns of every split, known before anything is scored."""
+
+    def rows(split: Split) -> Iterator[Row]:
+        return (pair.row for pair in split.pairs)
+
+    return {name: scored_types(partial(rows, split), estimation.keep_logps) for name, split in splits.items()}
 
 
 def _content_name(estimation: _Estimation, side: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from safetensors.torch import load_file
+import numpy as np
+from safetensors.numpy import load_file
 
 from tisdpo_cli.data.scored import MANIFEST, Logps, Scores, scored_columns, write_rows
 from tisdpo_cli.data.splits import Split
@@ -29,11 +31,13 @@ class ScoredOutput:
         manifest: the first part of `estimate.json`.
         record: the first part of `run.json`.
         keep_logps: whether log-probs under both models get columns too.
+        types: split to the types of its columns in Parquet; without it JSON Lines are written.
     """
 
     manifest: Mapping[str, Any]
     record: Mapping[str, Any]
     keep_logps: bool
+    types: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,15 @@ def write_scored_output(
     with reporting_write_errors(output.path):
         staged = output.staging()
         for name, split in splits.items():
-            rows = _scored_rows(split, [part for part in parts if part.split == name], output.parts)
+            rows, count = _scored_rows(split, [part for part in parts if part.split == name], output.parts), _Counts()
             columns = (
                 scored_columns(pair.row, *row.scores, row.logps if scored.keep_logps else None)
-                for pair, row in zip(split.pairs, rows, strict=True)
+                for pair, row in zip(split.pairs, count.counted(rows), strict=True)
             )
-            write_rows(staged / f"{name}.jsonl", columns)
-            counts[name] = {**_counts([row.scores for row in rows]), "sha256": sha256(staged / f"{name}.jsonl")}
+            types = None if scored.types is None else scored.types[name]
+            file = staged / f"{name}{'.jsonl' if types is None else '.parquet'}"
+            write_rows(file, columns, types)
+            counts[name] = {**asdict(count), "sha256": sha256(file)}
         tokenizer.save(staged)
         write_json(
             staged / MANIFEST,
@@ -74,36 +80,74 @@ def write_scored_output(
     output.finish({**scored.record, "counts": counts}, files)
 
 
-def _scored_rows(split: Split, parts: Sequence[Part], folder: Path) -> list[_ScoredRow]:
+@dataclass
+class _Counts:
+    """What a split holds, counted as its rows are written."""
+
+    rows: int = 0
+    scored_tokens: int = 0
+    unscored_tokens: int = 0
+    scored_eos: int = 0
+
+    def counted(self, rows: Iterable[_ScoredRow]) -> Iterator[_ScoredRow]:
+        """The rows, each counted."""
+        for row in rows:
+            self.rows += 1
+            for scores in row.scores:
+                known = sum(r is not None for r in scores.tokens)
+                self.scored_tokens += known
+                self.unscored_tokens += len(scores.tokens) - known
+                self.scored_eos += scores.eos is not None
+            yield row
+
+
+def _scored_rows(split: Split, parts: Sequence[Part], folder: Path) -> Iterator[_ScoredRow]:
     """The scores of every row of a split, in the order of the rows."""
-    rows: dict[int, _ScoredRow] = {}
+    lengths = np.fromiter(
+        ((len(pair.chosen.ids), len(pair.rejected.ids)) for pair in split.encoded),
+        np.dtype((np.int64, 2)),
+        len(split.encoded),
+    )
+    with ExitStack() as stack:
+        plus, minus = (stack.enter_context(_in_row_order(lengths, parts, folder, side)) for side in _SIDES)
+        for pair in split.encoded:
+            first, second = (_next_response(response, plus, minus) for response in (pair.chosen, pair.rejected))
+            yield _ScoredRow((first[0], second[0]), (first[1], second[1]))
+
+
+def _in_row_order(lengths: np.ndarray, parts: Sequence[Part], folder: Path, side: str) -> IO[bytes]:
+    """A temporary file with the log-probs of one side, float32, row after row: chosen, then rejected.
+
+    Args:
+        lengths: [rows, 2] tokens of both responses of each row.
+        parts: of the split.
+        folder: where they are.
+        side: `forward` or `reverse`.
+    """
+    ends = lengths.reshape(-1).cumsum()
+    stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller closes it
     for part in parts:
-        forward, reverse = (load_file(folder / part.name(side)) for side in _SIDES)
+        values = load_file(folder / part.name(side))
         for number, batch in enumerate(part.batches):
-            plus, minus = forward[str(number)], reverse[str(number)]
-            columns = [iter(values.tolist()) for values in (plus - minus, plus, minus)]
-            chosen, rejected = (
-                [_take(columns, response) for response in responses]
-                for responses in ([split.encoded[i].chosen for i in batch], [split.encoded[i].rejected for i in batch])
-            )
-            for i, first, second in zip(batch, chosen, rejected, strict=True):
-                rows[i] = _ScoredRow((first[0], second[0]), (first[1], second[1]))
-    return [rows[i] for i in range(len(split.encoded))]
+            # A batch holds all its chosen responses, then all rejected ones.
+            responses = np.concatenate([np.array(batch) * 2, np.array(batch) * 2 + 1])
+            sizes = lengths.reshape(-1)[responses]
+            pieces = np.split(values[str(number)], sizes.cumsum()[:-1])
+            for begin, piece in zip(ends[responses] - sizes, pieces, strict=True):
+                stream.seek(int(begin) * piece.itemsize)
+                stream.write(piece.tobytes())
+    stream.seek(0)
+    return stream
 
 
-def _take(columns: Sequence[Iterator[float]], response: Response) -> tuple[Scores, Logps]:
-    """The values of the next response in the columns r, log π⁺ and log π⁻."""
-    values = [[*islice(column, response.kept), *[None] * (response.uncut - response.kept)] for column in columns]
-    eos = [next(column) if response.has_eos else None for column in columns]
-    logps = {name: [*values[i], eos[i]] for i, name in enumerate(_SIDES, start=1)}
-    return Scores(values[0], eos[0]), logps
+def _next_response(response: Response, plus: IO[bytes], minus: IO[bytes]) -> tuple[Scores, Logps]:
+    """The scores and log-probs of the response that comes next in the log-probs of both sides."""
+    kept, size = response.kept, len(response.ids)
+    forward, reverse = (np.frombuffer(stream.read(4 * size), np.float32, size) for stream in (plus, minus))
+    unscored: list[float | None] = [None] * (response.uncut - kept)
 
+    def column(values: np.ndarray) -> list[float | None]:
+        return [*values[:kept].tolist(), *unscored, float(values[kept]) if response.has_eos else None]
 
-def _counts(scores: Sequence[tuple[Scores, Scores]]) -> dict[str, Any]:
-    responses = [response for both in scores for response in both]
-    return {
-        "rows": len(scores),
-        "scored_tokens": sum(r is not None for response in responses for r in response.tokens),
-        "unscored_tokens": sum(r is None for response in responses for r in response.tokens),
-        "scored_eos": sum(response.eos is not None for response in responses),
-    }
+    *tokens, eos = column(forward - reverse)
+    return Scores(tokens, eos), dict(zip(_SIDES, map(column, (forward, reverse)), strict=True))

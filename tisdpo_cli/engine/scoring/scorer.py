@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -53,20 +54,53 @@ class Side:
         """The prompt of a pair under the prompt template of this side."""
         return pair.framed[self.number] if pair.framed else self.template.wrap(pair.prompt, bos)
 
-    def added(self, pairs: Iterable[EncodedPair]) -> int:
-        """The most tokens that the prompt template adds to a pair."""
-        return max(
-            len(pair.framed[self.number]) - len(pair.prompt) if pair.framed else len(self.template) for pair in pairs
-        )
+    def added(self, pair: EncodedPair) -> int:
+        """The tokens that the prompt template adds to a pair."""
+        return len(pair.framed[self.number]) - len(pair.prompt) if pair.framed else len(self.template)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The most tokens of some pairs, which the positions of the models must hold.
+
+    Attributes:
+        longest: of a prompt with the longer response, without a prompt template.
+        added: side to the most tokens that its prompt template adds.
+    """
+
+    longest: int
+    added: Mapping[str, int]
+
+
+def extent(pairs: Iterable[EncodedPair], sides: Sequence[Side]) -> Extent:
+    """The extent of pairs, read once."""
+    longest, added = 0, {side.name: 0 for side in sides}
+    for pair in pairs:
+        longest = max(longest, pair.longest)
+        for side in sides:
+            added[side.name] = max(added[side.name], side.added(pair))
+    return Extent(longest, added)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some batches of one split: the unit of work, of saving, and of sharing between processes."""
+    """Some batches of one split: the unit of work, of saving, and of sharing between processes.
+
+    Attributes:
+        rows: int array, the rows of all its batches in order.
+        batch_size: rows of every batch but the last of the split.
+    """
 
     split: str
     number: int
-    batches: list[list[int]]
+    rows: np.ndarray
+    batch_size: int
+
+    @property
+    def batches(self) -> list[list[int]]:
+        """Its batches, each with the numbers of its rows."""
+        rows = self.rows.tolist()
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def name(self, side: str) -> str:
         """Its file for one of the sides."""
@@ -78,10 +112,12 @@ def split_into_parts(split: str, encoded: Sequence[EncodedPair], batch_size: int
 
     Separate rows are padded to the longest of their batch, so its length counts there.
     """
-    costs = [pair.longest if layout == "separate" else pair.tokens for pair in encoded]
-    order = sorted(range(len(encoded)), key=lambda i: -costs[i])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return [Part(split, i, batches[i : i + _BATCHES_PER_PART]) for i in range(0, len(batches), _BATCHES_PER_PART)]
+    lengths = (pair.longest if layout == "separate" else pair.tokens for pair in encoded)
+    costs = np.fromiter(lengths, np.int64, len(encoded))
+    order = np.argsort(-costs, kind="stable")
+    size = batch_size * _BATCHES_PER_PART
+    # A part is numbered by its first batch.
+    return [Part(split, i // batch_size, order[i : i + size], batch_size) for i in range(0, len(order), size)]
 
 
 @dataclass(frozen=True)
@@ -111,9 +147,10 @@ class PartScorer:
         tokenizer: Tokenizer,
         folder: Path,
         splits: Mapping[str, Split],
+        reach: Extent,
     ) -> None:
-        self.runtime, self.config, self.tokenizer, self.folder, self.splits = (
-            runtime, config, tokenizer, folder, splits,
+        self.runtime, self.config, self.tokenizer, self.folder, self.splits, self.reach = (
+            runtime, config, tokenizer, folder, splits, reach,
         )  # fmt: skip
 
     def run(self, sides: Sequence[Side], parts: Sequence[Part]) -> int:
@@ -129,7 +166,7 @@ class PartScorer:
         runtime = self.runtime
         mine = self._missing(sides, parts)
         groups = _groups([side.path for side in sides], self.config.sequential)
-        total = sum(len(batch) for _, part in mine for batch in part.batches)
+        total = sum(len(part.rows) for _, part in mine)
         tokens = 0
         with StopRequest() as stop, runtime.reporter.progress("scoring", total, 0, "rows") as progress:
             models: dict[Path, TokenScorer] = {}
@@ -183,9 +220,8 @@ class PartScorer:
         return scorers
 
     def _scorer(self, model: nn.Module, path: Path, sides: Sequence[Side], layout: str) -> TokenScorer:
-        pairs = [pair for split in self.splits.values() for pair in split.encoded]
-        template = max(side.added(pairs) for side in sides if side.path == path)
-        longest = template + max(pair.longest for pair in pairs)
+        template = max(self.reach.added[side.name] for side in sides if side.path == path)
+        longest = template + self.reach.longest
         autocast = autocast_dtype(self.config.precision)
         return make_scorer(model, layout, autocast, longest, self.runtime.reporter.note, str(path))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from tisdpo_cli.data.chat_tokens import response_ids
 from tisdpo_cli.data.pairs import Pair
-from tisdpo_cli.data.rows import BadRow
+from tisdpo_cli.data.rows import BadRow, batches
 from tisdpo_cli.data.scored import SIDES, Scores, has_eos_scores, missing_eos_column, read_scores, weight_count
 from tisdpo_cli.data.tokens import EncodeChat
 from tisdpo_cli.method.recipe import Recipe, response_weights
 from tisdpo_cli.method.steps import Centers, Context, apply_steps, centers_of, spans_of
 from tisdpo_cli.method.transforms import RandomStream, Side
 from tisdpo_cli.model.tokenizer import Tokenizer
+
+# Pairs that are tokenized together.
+PAIRS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,11 @@ def weights_at_start(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> bool:
         return False
 
     def fit(at_start: bool) -> bool:
-        for side in SIDES:
-            encoded = tokenizer.encode_responses([getattr(pair, side) for pair in pairs], at_start)
-            if any(weight_count(pair.row, side) != len(ids) for pair, ids in zip(pairs, encoded, strict=True)):
-                return False
+        for batch in batches(pairs, PAIRS_AT_ONCE):
+            for side in SIDES:
+                encoded = tokenizer.encode_responses([getattr(pair, side) for pair in batch], at_start)
+                if any(weight_count(pair.row, side) != len(ids) for pair, ids in zip(batch, encoded, strict=True)):
+                    return False
         return True
 
     return not fit(at_start=False) and fit(at_start=True)
@@ -153,7 +157,7 @@ def weight_warnings(chosen: Sequence[Tensor], rejected: Sequence[Tensor], final:
     return [f"the mean weight of chosen responses is {mean:.4g}; if these columns hold scores, the sign is wrong"]
 
 
-def fit_centers(pairs: Sequence[Pair], tokens: Sequence[tuple[int, int]]) -> Centers:
+def fit_centers(pairs: Iterable[Pair], tokens: Iterable[tuple[int, int]]) -> Centers:
     """The mean scores of a train split, for the step `center`; rows without usable scores are left out.
 
     Args:
