@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,65 @@ def test_the_model_opens_anywhere(trained: Path) -> None:
     )
     config = [json.loads((trained / n / "dpo" / "config.json").read_text()) for n in ("1", "2")]
     assert config[0] == config[1]
+
+
+# ---------------------------------------------------------------- launched by accelerate, and refused
+
+# As small as accelerate takes it.
+FSDP2 = """
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_activation_checkpointing: true, fsdp_offload_params: false}
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+mixed_precision: bf16
+use_cpu: true
+"""
+
+
+def test_accelerates_configuration_shards_too(ragged: Path, trained: Path, tmp_path: Path) -> None:
+    """Its activation checkpointing counts; precision is decided by --dtype alone."""
+    (tmp_path / "fsdp2.yaml").write_text(FSDP2)
+    command, given = prepared(ragged, "dpo", tmp_path / "out", "auto")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    done = subprocess.run(
+        [*launcher, "-m", "tisdpo_cli", *arguments(command, given)],
+        capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FSDP2: weights, gradients and optimizer are split over 2 processes" in done.stderr
+    assert_same_training(tmp_path / "out", trained / "1" / "dpo")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit: its state cannot be sharded; use adamw"),
+        ({"lora_r": 4, "load_in_4bit": True}, "--load-in-4bit: weights in 4 bits cannot be sharded; use --shard none"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
+    ragged: Path, tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    command, given = prepared(ragged, "dpo", tmp_path / "out", "full", **more)
+    done = on_ranks(2, command, **given)
+    assert f"error: {message}" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_rows_share_passes_by_length_is_refused(ragged: Path, tmp_path: Path) -> None:
+    """Its forward passes would differ in number among processes, which would wait for each other for ever."""
+    shutil.copytree(ragged / "sft", tmp_path / "sft")
+    path = tmp_path / "sft" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config["max_position_embeddings"] = 32
+    path.write_text(json.dumps(config))
+    command, given = prepared(ragged, "dpo", tmp_path / "out", "full")
+    done = on_ranks(2, command, **{**given, "model": tmp_path / "sft", "max_length": 32, "max_prompt_length": 20})
+    assert "cannot be sharded: which rows share a forward pass depends on their length" in done.err, done.err
 
 
 # ---------------------------------------------------------------- killed and resumed

@@ -83,8 +83,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
     batch_size, split = _microbatching(runtime, settings)
     resolved = _resolved(runtime, settings)
     launched_checkpointing = runtime.sharding is not None and runtime.sharding.checkpointing
-    if settings.memory.shard == "full" and runtime.sharding is None:
-        runtime.reporter.note("--shard full has no effect on a single process")
+    _check_sharding(runtime, settings)
     return SessionConfig(
         config_yaml=to_yaml(settings.with_values(resolved)),
         seed=settings.seed,
@@ -112,6 +111,22 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
     )
+
+
+def _check_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> None:
+    """Report a sharding without effect.
+
+    Raises:
+        UsageError: something does not work with shards.
+    """
+    optimizer, sharding = settings.optim.optimizer, runtime.sharding
+    if sharding is None:
+        if settings.memory.shard == "full":
+            runtime.reporter.note("--shard full has no effect on a single process")
+    elif settings.adapter.load_in_4bit:
+        raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
+    elif optimizer.endswith("8bit"):
+        raise UsageError("its state cannot be sharded", where=f"--optimizer {optimizer}", fix="use adamw")
 
 
 def _lora_shape(adapter: Adapter) -> LoraShape | None:
