@@ -17,7 +17,7 @@ from conftest import Done, read_jsonl, write_jsonl
 import tisdpo_cli
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
-from tisdpo_cli.errors import DataError, Interrupted
+from tisdpo_cli.errors import DataError, Interrupted, OutOfMemory, PeerEnded
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROGRAM = ["-m", "tisdpo_cli"]
+SOURCE = str(Path(tisdpo_cli.__file__).parents[1])
 CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 SHORT: dict[str, object] = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
 
@@ -148,6 +149,33 @@ def test_estimate_on_two_processes_writes_the_same_bytes(contrast: Path, tmp_pat
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+def test_evaluate_on_two_processes_gives_the_same_figures_and_samples(contrast: Path, tmp_path: Path) -> None:
+    """Batches of 3 do not divide the 16 rows of pairs or the 12 responses; rewards are asked for once."""
+    (tmp_path / "taste.py").write_text(
+        "def length(prompts, responses):\n"
+        f"    with open({str(tmp_path / 'calls')!r}, 'a') as calls:\n        calls.write('once ')\n"
+        "    return [len(r) for r in responses]\n"
+    )
+    given = {"model": contrast / "dpo", "baseline": contrast / "reverse", "ref_model": contrast / "sft"}
+    given |= {"dataset": contrast / "data", "batch_size": 3, "sample_prompts": 6, "samples_per_prompt": 2}
+    given |= {"max_new_tokens": 12, "scorer": "taste:length"}
+    outputs = []
+    for name, launcher in (("two", TWO), ("one", [sys.executable])):
+        options = arguments("evaluate", {**given, "samples": tmp_path / name})
+        done = subprocess.run(
+            [*launcher, *PROGRAM, *options, "--json"], capture_output=True, text=True, timeout=120, check=False,
+            env={**os.environ, **CPU, "PYTHONPATH": os.pathsep.join([str(tmp_path), SOURCE])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = said_by_the_program(done.stderr)
+        assert len(lines) == len(set(lines)), "a line was said twice"
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[0])["policies"][0]["samples"]["reward"] is not None
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert (tmp_path / "calls").read_text() == "once once "
+
+
 def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -> None:
     """torchrun passes SIGTERM on; each process answers after the same update, the first one keeps a checkpoint."""
     given = {**SHORT, "max_steps": 60, "model": world / "sft", "dataset": world / "data", "micro_batch_size": 4}
@@ -196,28 +224,48 @@ def test_the_pipeline_on_two_processes_speaks_once(world: Path, tmp_path: Path) 
 
 FAILS_ON_THE_SECOND = """
 import os
-import tisdpo_cli.engine.scoring.scorer as engine
+import {module} as module
 from tisdpo_cli.cli.app import main
 
 def no_room(*_):
-    raise OSError(28, "No space left on device")
+    raise {fault}
 
 if os.environ["RANK"] == "1":
-    engine.save_file = no_room
+    module.{name} = no_room
 main()
 """
+NO_ROOM = "OSError(28, 'No space left on device')"
+NOT_FINITE = "module.RankError('a log-prob is not finite')"
+NO_MEMORY = "RuntimeError('CUDA out of memory')"
 
 
-def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "module", "name", "fault", "message"),
+    [
+        ("estimate", "scoring.scorer", "save_file", NO_ROOM, "No space left on device"),
+        ("evaluate", "evaluation.policies", "compare", NOT_FINITE, "a log-prob is not finite"),
+        ("evaluate", "evaluation.policies", "sample", NO_MEMORY, "out of memory while generating; lower --batch-size"),
+    ],
+    ids=["estimate", "evaluate", "generate"],
+)
+def test_a_fault_of_the_second_process_alone_is_told_once(
+    contrast: Path, tmp_path: Path, command: str, module: str, name: str, fault: str, message: str
+) -> None:
     program = tmp_path / "program.py"
-    program.write_text(FAILS_ON_THE_SECOND)
-    given = {"forward": contrast / "dpo", "reverse": contrast / "reverse", "dataset": contrast / "data"}
+    program.write_text(FAILS_ON_THE_SECOND.format(module=f"tisdpo_cli.engine.{module}", name=name, fault=fault))
+    models = {"model": contrast / "dpo", "ref_model": contrast / "sft"}
+    given: dict[str, object] = {**models, "batch_size": 2, "max_new_tokens": 4}
+    if command == "estimate":
+        models = {"forward": contrast / "dpo", "reverse": contrast / "reverse"}
+        given = {**models, "output_dir": tmp_path / "out", "batch_size": 1}
     done = on_two(
-        "estimate", **given, output_dir=tmp_path / "out", batch_size=1, program=[str(program)],
-        env={**CPU, "PYTHONPATH": str(Path(tisdpo_cli.__file__).parents[1])},
-    )  # fmt: skip
+        command, **given, dataset=contrast / "data", program=[str(program)], env={**CPU, "PYTHONPATH": SOURCE}
+    )
     assert done.code != 0
-    assert "No space left on device" in done.err
+    assert done.out == ""
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.err
+    assert message in errors[0]
     assert not (tmp_path / "out" / "run.json").exists()
 
 
@@ -226,6 +274,8 @@ def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: P
     [
         DataError("no prompt", where="rows.jsonl:3", fix="give it one", details=("a", "b")),
         Interrupted(signal.SIGINT, "interrupted after step 3", fix="rerun the same command to resume"),
+        OutOfMemory("generating", fix="free memory"),
+        PeerEnded(),
     ],
     ids=lambda fault: type(fault).__name__,
 )

@@ -23,6 +23,8 @@ T = TypeVar("T")
 # Windows has none.
 _HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 
+_OTHER_STOPPED = "another process stopped; see its message"
+
 # On a CPU larger passes are no faster. On a GPU activations get a quarter of the memory; a layer saves about 34 values
 # of 2 bytes per token and unit of width (Korthikanti et al. 2022, without the attention matrix).
 _CPU_TOKENS, _SHARE_OF_MEMORY, _BYTES_PER_VALUE = 4096, 4, 70
@@ -74,13 +76,36 @@ class Runtime:
                 box[0] = work()
             except Exception as fault:
                 known = isinstance(fault, TisdpoError)
-                box[1] = fault if known else TrainingError("the first process stopped; see its message")
+                box[1] = fault if known else TrainingError(_OTHER_STOPPED)
                 broadcast_object_list(box)
                 raise
         broadcast_object_list(box)
         if box[1] is not None:
+            box[1].shared = True
             raise box[1]
         return box[0]
+
+    def on_all(self, work: Callable[[], list[T]]) -> list[T]:
+        """Run a function on every process and concatenate its lists; the error of any process is raised on all."""
+        if self.world == 1:
+            return work()
+        own: list[T] = []
+        fault: Exception | None = None
+        try:
+            own = work()
+        except Exception as error:
+            fault = error
+        known = fault if fault is None or isinstance(fault, TisdpoError) else TrainingError(_OTHER_STOPPED)
+        everything = gather_object([(own, known)])
+        if fault is not None and fault is not known:
+            raise fault
+        faults: list[TisdpoError] = [error for _, error in everything if error is not None]
+        if faults:
+            # Its own one has the traceback.
+            first = known or faults[0]
+            first.shared = True
+            raise first
+        return [item for items, _ in everything for item in items]
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all processes."""

@@ -11,6 +11,7 @@ from tisdpo_cli.settings.base import (
     Command,
     Resume,
     model_setting,
+    num_processes_setting,
     output_setting,
     overwrite_setting,
     pairs_setting,
@@ -63,6 +64,7 @@ class Estimate(Command):
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
     resume: Resume = resume_setting(paths=False)
+    num_processes: PositiveInt = num_processes_setting()
 
     def templates(self) -> dict[str, str]:
         """The template text of each side; without templates, prompts are unchanged where there are two models."""
