@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tisdpo_cli.errors import TisdpoError, TrainingError, UsageError
 from tisdpo_cli.reporter import Reporter, Silent
+from tisdpo_cli.runs.launch_checks import check_processes, check_request
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Runtime:
         Raises:
             TisdpoError: launched for several processes but running alone, or with a sharding that is not supported.
         """
+        check_request()
         _deterministic()
         # The scorer handles precision; accelerate would wrap the model a second time.
         # Metrics are summed in float64, which Apple's GPUs do not have.
@@ -48,17 +50,12 @@ class Runtime:
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
+        check_processes(self.world)
         self.reporter: Reporter = reporter if self.main else Silent()
         self._gpu_bytes = self._smallest_gpu()
         self._check_launch()
 
     def _check_launch(self) -> None:
-        wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if wanted != self.world:
-            raise TisdpoError(
-                f"launched for {wanted} processes but running as {self.world}",
-                fix="on CPUs set ACCELERATE_USE_CPU=1 for torchrun, or use accelerate launch --multi_gpu",
-            )
         kind = self.accelerator.distributed_type
         sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if sharded or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
