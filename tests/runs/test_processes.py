@@ -17,6 +17,7 @@ from conftest import Done, read_jsonl, write_jsonl
 import tisdpo_cli
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
+from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.errors import DataError, Interrupted, OutOfMemory, PeerEnded
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.settings.commands import COMMANDS
@@ -53,7 +54,7 @@ def on_two(command: str, *, program: list[str] | None = None, env: dict[str, str
 def on_one(command: str, **settings: object) -> None:
     """Run a command in this process."""
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
-    engine = estimate if command == "estimate" else train_pairs
+    engine = {"estimate": estimate, "train-sft": train_sft}.get(command, train_pairs)
     engine(load(COMMANDS[command].settings, flags).settings, Silent())
 
 
@@ -64,7 +65,9 @@ def curve(out: Path) -> list[dict[str, float]]:
 
 
 def model_bytes(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
+    """Of a model, or of an adapter."""
+    (path,) = out.glob("*model.safetensors")
+    return path.read_bytes()
 
 
 def said_by_the_program(err: str) -> list[str]:
@@ -101,6 +104,42 @@ def test_distributions_are_compared_the_same_on_two_processes(world: Path, tmp_p
     on_one("train-dpo", **given, output_dir=tmp_path / "one")
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+ADAPTER = {"lora_r": 4, "optimizer": "adamw"}
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("train-sft", {}), ("train-sft", ADAPTER), ("train-dpo", ADAPTER), ("train-reverse", {})],
+    ids=["sft", "sft of an adapter", "dpo of an adapter", "reverse"],
+)
+def test_every_training_is_the_same_on_two_processes(world: Path, tmp_path: Path, command: str, more: dict) -> None:
+    # Passes of the same size, whatever the number of processes.
+    given = {**SHORT, **more, "max_steps": 3, "micro_batch_size": 4, "eval_batch_size": 4}
+    given |= {"model": world / "sft", "dataset": world / "data"}
+    done = on_two(command, **given, output_dir=tmp_path / "two")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'two'}\n"), done.err
+    lines = said_by_the_program(done.err)
+    assert len(lines) == len(set(lines)), "a line was said twice"
+    on_one(command, **given, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+def test_a_new_model_is_made_once_for_all(world: Path, tmp_path: Path) -> None:
+    """Its tokenizer and its random weights too."""
+    shape = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 2}
+    given = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 2, "warmup_steps": 0, "dataset": world / "data"}
+    for name, launcher in (("two", TWO), ("one", [sys.executable])):
+        line = arguments("train-sft", {**given, **shape, "output_dir": tmp_path / name})
+        done = subprocess.run(
+            [*launcher, *PROGRAM, *line, "--init"],
+            capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **CPU},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_pairs_that_do_not_divide_are_each_used_once(contrast: Path, tmp_path: Path) -> None:
