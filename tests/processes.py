@@ -37,7 +37,8 @@ def arguments(command: str, settings: dict[str, object]) -> list[str]:
     """The words of a command."""
     words = [command]
     for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        if value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return words
 
 

@@ -255,6 +255,8 @@ def program_arguments(words: list[str]) -> list[str] | None:
     """What the program itself gets, under a launcher too; None for another program."""
     if words[0] == "tisdpo":
         return words[1:]
+    if words[0] == "sbatch":
+        return words[words.index("examples/launch/slurm.sh") + 1 :]
     return words[words.index("tisdpo_cli") + 1 :] if "tisdpo_cli" in words else None
 
 
@@ -269,7 +271,7 @@ def check_launcher(words: list[str]) -> None:
 
         launch_command_parser().parse_args(words[2:])
     else:
-        assert words[0] == "tisdpo", f"no launcher is known by this name: {words[0]}"
+        assert words[0] in ("tisdpo", "sbatch"), f"no launcher is known by this name: {words[0]}"
 
 
 def check_script(words: list[str]) -> None:
@@ -327,7 +329,7 @@ FOREIGN_OPTIONS = {
     "experiments.md": {"--seeds", "--flip"},
     "performance.md": {"--rounds", "--lengths", "--pairs"},
     "README.md": {"--rounds"},
-    "several-processes.md": {"--mixed_precision"},
+    "several-processes.md": {"--multi_gpu", "--machine_rank"},
 }
 # These pages name options of other programs throughout; what they say of ours runs in their blocks.
 ABOUT_OTHERS = ("coming-from-trl.md", "coming-from-the-authors-code.md", "own-trainer.md")

@@ -15,9 +15,13 @@ class UserError:
         where: `FILE:LINE`, an option or a path, at the start of the line.
         fix: what to do about it, at the end of the line.
         details: lines to print before the error, such as invalid rows.
+
+    Attributes:
+        shared: whether every process of the run raises this error, so that the first one alone reports it.
     """
 
     exit_code = 1
+    shared = False
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", details: tuple[str, ...] = ()) -> None:
         super().__init__(what)  # type: ignore[call-arg]
@@ -51,6 +55,45 @@ class RankError(TrainingError):
     """An error on one of several processes, which must report it itself."""
 
 
+class PeerEnded(TrainingError):
+    """Another process of the run has ended, which this one noticed while it waited for it: exit 1."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this run has ended or does not answer; its own message, if any, is above",
+            fix="rerun the same command to resume",
+        )
+        self.args = ()
+
+
+# Classes of torch.distributed; gloo raises a plain RuntimeError that names its source file.
+_OF_PROCESS_GROUPS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_PEER_IS_GONE = (
+    "connection closed by",
+    "connection reset by peer",
+    "connection was likely closed",
+    "broken pipe",
+    "failed to recv, got 0 bytes",
+    "pair closure",
+    "remote process exited",
+    "communicator was aborted",
+    "collective operation timeout",
+    "timed out waiting",
+    "waiting for clients",
+    "wait timeout after",
+)
+
+
+def is_peer_ended(error: BaseException) -> bool:
+    """Whether an error of torch's process groups (gloo, NCCL, the store) means that another process is gone."""
+    if isinstance(error, UserError):
+        return isinstance(error, PeerEnded)
+    words = str(error).lower()
+    of_process_groups = bool(_OF_PROCESS_GROUPS & {kind.__name__ for kind in type(error).__mro__})
+    of_gloo = type(error) is RuntimeError and ("gloo" in words or "nccl" in words)
+    return (of_process_groups or of_gloo) and any(part in words for part in _PEER_IS_GONE)
+
+
 # What a command does when memory runs out, as far as the advice differs.
 Activity = Literal["", "reading", "loading", "reference", "evaluating", "generating"]
 _ACTIVITIES: dict[Activity, str] = {
@@ -82,6 +125,8 @@ class OutOfMemory(RankError):
 
     def __init__(self, activity: Activity = "", *, where: str = "", fix: str = "") -> None:
         super().__init__(f"out of memory{_ACTIVITIES[activity]}", where=where, fix=fix)
+        # The argument to recreate it with when it is unpickled in another process.
+        self.args = (activity,)
         self.activity = activity
 
 

@@ -116,6 +116,30 @@ def test_three_processes(ragged: Path, trained: Path, tmp_path: Path) -> None:
         assert_same_training(tmp_path / name, trained / "1" / name)
 
 
+def test_reference_log_probs_are_shared_with_a_run_on_one_process(ragged: Path, tmp_path: Path) -> None:
+    cached = {"no_ref_cache": False, "cache_dir": tmp_path / "cache"}
+    run_jobs(2, [prepared(ragged, "dpo", tmp_path / "two", "full", **cached)], tmp_path)
+    command, given = prepared(ragged, "dpo", tmp_path / "one", "none", **cached)
+    done = run_here(*arguments(command, given))
+    assert done.code == 0, done.err
+    assert "reference log-probs of 24 pairs read from the cache" in done.err
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_new_model_can_be_sharded(ragged: Path, tmp_path: Path) -> None:
+    shape = {"init": True, "vocab_size": 320, "hidden_size": 32, "layers": 2, "heads": 2, "max_steps": 4}
+    jobs = [
+        (
+            "train-sft",
+            {**SAME_PASSES, **shape, "dataset": ragged / "data", "output_dir": tmp_path / name, "shard": name},
+        )
+        for name in ("none", "full")
+    ]
+    run_jobs(1, jobs[:1], tmp_path)
+    run_jobs(2, jobs[1:], tmp_path)
+    assert_same_training(tmp_path / "full", tmp_path / "none")
+
+
 def test_shards_in_cpu_memory_change_nothing(ragged: Path, trained: Path, tmp_path: Path) -> None:
     run_jobs(2, [prepared(ragged, "dpo", tmp_path / "out", "full", cpu_offload=True)], tmp_path)
     assert_same_training(tmp_path / "out", trained / "2" / "dpo", weights=0, metrics=0)

@@ -210,7 +210,7 @@ def test_while_parquet_is_read(world: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_in_evaluate(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "engine.evaluation.policies:sample_all", ERRORS[1])
+    failing(monkeypatch, "engine.evaluation.policies:sample", ERRORS[1])
     done = run_here(
         "evaluate", "-m", world / "sft", "--ref-model", world / "sft", "-d", world / "data", "--eval-pairs", "2",
         "--sample-prompts", "1",

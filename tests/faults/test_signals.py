@@ -86,7 +86,7 @@ MOMENTS = {
     "estimate: scoring": ("estimate", "engine.scoring.scorer:score"),
     "evaluate: loading": ("evaluate", "model.shared_models:load_model"),
     "evaluate: scoring": ("evaluate", "engine.evaluation.policies:compare"),
-    "evaluate: generating": ("evaluate", "engine.evaluation.policies:sample_all"),
+    "evaluate: generating": ("evaluate", "engine.evaluation.policies:sample"),
     "inspect-weights: reading": ("inspect-weights", "engine.inspection.inspect_weights:read_weighted_split"),
     "inspect-weights: showing": ("inspect-weights", "cli.inspection_view:render"),
 }

@@ -17,7 +17,8 @@ from conftest import Done, read_jsonl, write_jsonl
 import tisdpo_cli
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
-from tisdpo_cli.errors import DataError, Interrupted
+from tisdpo_cli.engine.training.sft import train_sft
+from tisdpo_cli.errors import DataError, Interrupted, OutOfMemory, PeerEnded
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROGRAM = ["-m", "tisdpo_cli"]
+SOURCE = str(Path(tisdpo_cli.__file__).parents[1])
 CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 SHORT: dict[str, object] = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
 
@@ -52,7 +54,7 @@ def on_two(command: str, *, program: list[str] | None = None, env: dict[str, str
 def on_one(command: str, **settings: object) -> None:
     """Run a command in this process."""
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
-    engine = estimate if command == "estimate" else train_pairs
+    engine = {"estimate": estimate, "train-sft": train_sft}.get(command, train_pairs)
     engine(load(COMMANDS[command].settings, flags).settings, Silent())
 
 
@@ -63,7 +65,9 @@ def curve(out: Path) -> list[dict[str, float]]:
 
 
 def model_bytes(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
+    """Of a model, or of an adapter."""
+    (path,) = out.glob("*model.safetensors")
+    return path.read_bytes()
 
 
 def said_by_the_program(err: str) -> list[str]:
@@ -100,6 +104,42 @@ def test_distributions_are_compared_the_same_on_two_processes(world: Path, tmp_p
     on_one("train-dpo", **given, output_dir=tmp_path / "one")
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+ADAPTER = {"lora_r": 4, "optimizer": "adamw"}
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("train-sft", {}), ("train-sft", ADAPTER), ("train-dpo", ADAPTER), ("train-reverse", {})],
+    ids=["sft", "sft of an adapter", "dpo of an adapter", "reverse"],
+)
+def test_every_training_is_the_same_on_two_processes(world: Path, tmp_path: Path, command: str, more: dict) -> None:
+    # Passes of the same size, whatever the number of processes.
+    given = {**SHORT, **more, "max_steps": 3, "micro_batch_size": 4, "eval_batch_size": 4}
+    given |= {"model": world / "sft", "dataset": world / "data"}
+    done = on_two(command, **given, output_dir=tmp_path / "two")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'two'}\n"), done.err
+    lines = said_by_the_program(done.err)
+    assert len(lines) == len(set(lines)), "a line was said twice"
+    on_one(command, **given, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
+
+
+def test_a_new_model_is_made_once_for_all(world: Path, tmp_path: Path) -> None:
+    """Its tokenizer and its random weights too."""
+    shape = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 2}
+    given = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 2, "warmup_steps": 0, "dataset": world / "data"}
+    for name, launcher in (("two", TWO), ("one", [sys.executable])):
+        line = arguments("train-sft", {**given, **shape, "output_dir": tmp_path / name})
+        done = subprocess.run(
+            [*launcher, *PROGRAM, *line, "--init"],
+            capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **CPU},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_pairs_that_do_not_divide_are_each_used_once(contrast: Path, tmp_path: Path) -> None:
@@ -148,6 +188,33 @@ def test_estimate_on_two_processes_writes_the_same_bytes(contrast: Path, tmp_pat
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+def test_evaluate_on_two_processes_gives_the_same_figures_and_samples(contrast: Path, tmp_path: Path) -> None:
+    """Batches of 3 do not divide the 16 rows of pairs or the 12 responses; rewards are asked for once."""
+    (tmp_path / "taste.py").write_text(
+        "def length(prompts, responses):\n"
+        f"    with open({str(tmp_path / 'calls')!r}, 'a') as calls:\n        calls.write('once ')\n"
+        "    return [len(r) for r in responses]\n"
+    )
+    given = {"model": contrast / "dpo", "baseline": contrast / "reverse", "ref_model": contrast / "sft"}
+    given |= {"dataset": contrast / "data", "batch_size": 3, "sample_prompts": 6, "samples_per_prompt": 2}
+    given |= {"max_new_tokens": 12, "scorer": "taste:length"}
+    outputs = []
+    for name, launcher in (("two", TWO), ("one", [sys.executable])):
+        options = arguments("evaluate", {**given, "samples": tmp_path / name})
+        done = subprocess.run(
+            [*launcher, *PROGRAM, *options, "--json"], capture_output=True, text=True, timeout=120, check=False,
+            env={**os.environ, **CPU, "PYTHONPATH": os.pathsep.join([str(tmp_path), SOURCE])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = said_by_the_program(done.stderr)
+        assert len(lines) == len(set(lines)), "a line was said twice"
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[0])["policies"][0]["samples"]["reward"] is not None
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert (tmp_path / "calls").read_text() == "once once "
+
+
 def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -> None:
     """torchrun passes SIGTERM on; each process answers after the same update, the first one keeps a checkpoint."""
     given = {**SHORT, "max_steps": 60, "model": world / "sft", "dataset": world / "data", "micro_batch_size": 4}
@@ -172,14 +239,24 @@ def test_interrupted_on_two_processes_and_gone_on(world: Path, tmp_path: Path) -
     assert model_bytes(tmp_path / "two") == model_bytes(tmp_path / "one")
 
 
-def test_launched_for_two_but_running_alone_is_refused(world: Path, tmp_path: Path) -> None:
+def test_without_a_gpu_torchrun_needs_to_be_told_nothing(world: Path, tmp_path: Path) -> None:
+    """accelerate alone would run two trainings in one output directory."""
     given = {**SHORT, "model": world / "sft", "dataset": world / "data", "output_dir": tmp_path / "out"}
     done = on_two("train-dpo", **given, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.code == 1
-    assert done.out == ""
-    assert "error: launched for 2 processes but running as 1" in done.err
-    assert "ACCELERATE_USE_CPU=1" in done.err
-    assert not (tmp_path / "out").exists()
+    assert done.code == 0, done.err
+    assert "on each of 2 processes" in done.err
+
+
+@pytest.mark.parametrize("more", [{"lora_r": 4, "load_in_4bit": True}, {"optimizer": "adamw8bit"}], ids=str)
+def test_weights_and_optimizers_of_few_bits_train_the_same_on_two_processes(
+    world: Path, tmp_path: Path, more: dict[str, object]
+) -> None:
+    given = {**SHORT, **more, "max_steps": 3, "model": world / "sft", "dataset": world / "data", "micro_batch_size": 4}
+    done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    on_one("train-dpo", **given, output_dir=tmp_path / "one")
+    for row, other in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
 def test_the_pipeline_on_two_processes_speaks_once(world: Path, tmp_path: Path) -> None:
@@ -196,28 +273,48 @@ def test_the_pipeline_on_two_processes_speaks_once(world: Path, tmp_path: Path) 
 
 FAILS_ON_THE_SECOND = """
 import os
-import tisdpo_cli.engine.scoring.scorer as engine
+import {module} as module
 from tisdpo_cli.cli.app import main
 
 def no_room(*_):
-    raise OSError(28, "No space left on device")
+    raise {fault}
 
 if os.environ["RANK"] == "1":
-    engine.save_file = no_room
+    module.{name} = no_room
 main()
 """
+NO_ROOM = "OSError(28, 'No space left on device')"
+NOT_FINITE = "module.RankError('a log-prob is not finite')"
+NO_MEMORY = "RuntimeError('CUDA out of memory')"
 
 
-def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "module", "name", "fault", "message"),
+    [
+        ("estimate", "scoring.scorer", "save_file", NO_ROOM, "No space left on device"),
+        ("evaluate", "evaluation.policies", "compare", NOT_FINITE, "a log-prob is not finite"),
+        ("evaluate", "evaluation.policies", "sample", NO_MEMORY, "out of memory while generating; lower --batch-size"),
+    ],
+    ids=["estimate", "evaluate", "generate"],
+)
+def test_a_fault_of_the_second_process_alone_is_told_once(
+    contrast: Path, tmp_path: Path, command: str, module: str, name: str, fault: str, message: str
+) -> None:
     program = tmp_path / "program.py"
-    program.write_text(FAILS_ON_THE_SECOND)
-    given = {"forward": contrast / "dpo", "reverse": contrast / "reverse", "dataset": contrast / "data"}
+    program.write_text(FAILS_ON_THE_SECOND.format(module=f"tisdpo_cli.engine.{module}", name=name, fault=fault))
+    models = {"model": contrast / "dpo", "ref_model": contrast / "sft"}
+    given: dict[str, object] = {**models, "batch_size": 2, "max_new_tokens": 4}
+    if command == "estimate":
+        models = {"forward": contrast / "dpo", "reverse": contrast / "reverse"}
+        given = {**models, "output_dir": tmp_path / "out", "batch_size": 1}
     done = on_two(
-        "estimate", **given, output_dir=tmp_path / "out", batch_size=1, program=[str(program)],
-        env={**CPU, "PYTHONPATH": str(Path(tisdpo_cli.__file__).parents[1])},
-    )  # fmt: skip
+        command, **given, dataset=contrast / "data", program=[str(program)], env={**CPU, "PYTHONPATH": SOURCE}
+    )
     assert done.code != 0
-    assert "No space left on device" in done.err
+    assert done.out == ""
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.err
+    assert message in errors[0]
     assert not (tmp_path / "out" / "run.json").exists()
 
 
@@ -226,6 +323,8 @@ def test_a_fault_of_the_second_process_alone_is_told(contrast: Path, tmp_path: P
     [
         DataError("no prompt", where="rows.jsonl:3", fix="give it one", details=("a", "b")),
         Interrupted(signal.SIGINT, "interrupted after step 3", fix="rerun the same command to resume"),
+        OutOfMemory("generating", fix="free memory"),
+        PeerEnded(),
     ],
     ids=lambda fault: type(fault).__name__,
 )

@@ -10,7 +10,17 @@ import typer
 
 from tisdpo_cli.cli.console import print_error
 from tisdpo_cli.cli.process import command_line, is_first_rank
-from tisdpo_cli.errors import Interrupted, OutOfMemory, RankError, TisdpoError, UsageError, is_out_of_memory
+from tisdpo_cli.errors import (
+    Interrupted,
+    OutOfMemory,
+    PeerEnded,
+    RankError,
+    TisdpoError,
+    UsageError,
+    is_out_of_memory,
+    is_peer_ended,
+)
+from tisdpo_cli.runs.worker import is_worker, leave_error
 from tisdpo_cli.settings.names import foreign_option_hint
 from tisdpo_cli.text import visible
 
@@ -38,6 +48,8 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
 
 
 def _unexpected(fault: BaseException) -> TisdpoError:
+    if is_peer_ended(fault):
+        return PeerEnded()
     operation, words, _ = str(fault).partition(_NOT_DETERMINISTIC)
     if words:
         return TisdpoError(
@@ -49,7 +61,7 @@ def _unexpected(fault: BaseException) -> TisdpoError:
 
 
 def report_error(fault: BaseException, debug: bool) -> int:
-    """Print an error as one line, the last one on stderr.
+    """Print an error as one line, the last one on stderr; a worker leaves it to the process that launched it.
 
     Args:
         fault: what ended the command.
@@ -61,8 +73,11 @@ def report_error(fault: BaseException, debug: bool) -> int:
     if debug:
         print(visible("".join(traceback.format_exception(fault)), keep_lines=True), file=sys.stderr)
     error = explain(fault)
+    if is_worker():
+        leave_error(error)
+        return error.exit_code
     # The other ranks meet the same error in the same data; an error of their own they must report themselves.
-    if is_first_rank() or type(error) is TisdpoError or isinstance(error, RankError):
+    if is_first_rank() or (not error.shared and (type(error) is TisdpoError or isinstance(error, RankError))):
         for line in error.details:
             print(visible(line), file=sys.stderr)
         if isinstance(error, Interrupted):

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from tisdpo_cli.cli.signals import check_signals
 from tisdpo_cli.cli.streams import make_reporter, write_path, write_result
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.files import write_lines, write_text
+from tisdpo_cli.runs.worker import is_worker
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import CommandSpec
 from tisdpo_cli.settings.inspect_weights import InspectWeights
@@ -70,6 +72,13 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     from tisdpo_cli.cli.preflight import check
 
     check(loaded.settings)
+    processes = getattr(loaded.settings, "num_processes", 1)
+    if processes > 1 and not is_worker():
+        from tisdpo_cli.runs.launch import launch
+
+        # This very command, whose processes do and say the rest.
+        launch(processes, sys.argv[1:])
+        return
     reporter = make_reporter()
     for notice in loaded.notices:
         reporter.note(notice)
@@ -145,6 +154,8 @@ def _show_evaluation(
 ) -> None:
     from tisdpo_cli.cli.evaluation_view import render
 
+    if not is_first_rank():
+        return
     write_result(json.dumps(result.as_dict()) if typed.as_json else render(result))
 
 

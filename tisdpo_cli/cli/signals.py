@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from tisdpo_cli.cli.process import command_line, is_first_rank
 from tisdpo_cli.errors import Interrupted
+from tisdpo_cli.runs.worker import is_worker
 from tisdpo_cli.text import visible
 
 # SIGHUP does not exist on Windows.
@@ -75,7 +76,8 @@ class SignalHandlers:
 
     def report(self) -> None:
         """Write the error line and the way on straight to stderr: safe at any moment, also inside another write."""
-        if not is_first_rank():
+        # The process that launched a worker reports for it.
+        if not is_first_rank() or is_worker():
             return
         lines = f"resume with: {visible(command_line())}\nerror: {_WHAT}; {_FIX}\n"
         try:

@@ -9,11 +9,13 @@ from typing import NoReturn
 from tisdpo_cli.cli.process import configure_openmp, leave
 from tisdpo_cli.cli.signals import SignalHandlers
 from tisdpo_cli.cli.streams import prepare_streams
+from tisdpo_cli.runs.worker import end_with_launcher
 
 
 def main() -> NoReturn:
     """Run the program and exit with 0, 1, 2, or 128 and the number of a signal."""
     with SignalHandlers() as signals:
+        end_with_launcher()
         prepare_streams()
         configure_openmp()
         try:

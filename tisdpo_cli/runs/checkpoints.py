@@ -97,9 +97,9 @@ def save_shards(
     partial = directory / f"{PARTIAL}{step:08d}"
     tensors = {name: shard.tensors for name, shard in shards.items()}
 
-    def write() -> dict[str, Any]:
+    def write() -> list[dict[str, Any]]:
         with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
-            return _write(partial, tensors, runtime.rank, runtime.world)
+            return [_write(partial, tensors, runtime.rank, runtime.world)]
 
     def finish() -> None:
         with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):

@@ -8,22 +8,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tisdpo_cli.errors import TisdpoError, TrainingError, UsageError
 from tisdpo_cli.reporter import Reporter, Silent
+from tisdpo_cli.runs.launch_checks import check_processes, check_request
 from tisdpo_cli.runs.sharding import Sharding, without_accelerates_fsdp
 
 T = TypeVar("T")
 
 # Windows has none.
 _HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
+_OTHER_STOPPED = "another process stopped; see its message"
 
 # On a CPU larger passes are no faster. On a GPU activations get a quarter of the memory; a layer saves about 34 values
 # of 2 bytes per token and unit of width (Korthikanti et al. 2022, without the attention matrix).
@@ -43,6 +46,7 @@ class Runtime:
         Raises:
             TisdpoError: launched for several processes but running alone, or with a sharding that is not supported.
         """
+        check_request()
         _deterministic()
         # The scorer handles precision; accelerate would wrap the model a second time.
         # Metrics are summed in float64, which Apple's GPUs do not have. Without a GPU accelerate would run each process
@@ -55,23 +59,11 @@ class Runtime:
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
+        check_processes(self.world)
         self.reporter: Reporter = reporter if self.main else Silent()
         # A single process has nothing to split.
         self.sharding = sharding if self.world > 1 else None
         self._gpu_bytes = self._smallest_gpu()
-        self._check_launch()
-
-    def _check_launch(self) -> None:
-        wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if wanted != self.world:
-            raise TisdpoError(
-                f"launched for {wanted} processes but running as {self.world}",
-                fix="on CPUs set ACCELERATE_USE_CPU=1 for torchrun, or use accelerate launch --multi_gpu",
-            )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise TisdpoError(
-                "sharded training with DeepSpeed is not supported", fix="launch with plain data parallelism or FSDP2"
-            )
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Run a function on the first process and share its result, or its error, with all."""
@@ -83,30 +75,36 @@ class Runtime:
                 box[0] = work()
             except Exception as fault:
                 known = isinstance(fault, TisdpoError)
-                box[1] = fault if known else TrainingError("the first process stopped; see its message")
+                box[1] = fault if known else TrainingError(_OTHER_STOPPED)
                 broadcast_object_list(box)
                 raise
         broadcast_object_list(box)
         if box[1] is not None:
+            box[1].shared = True
             raise box[1]
         return box[0]
 
-    def on_all(self, work: Callable[[], T]) -> list[T]:
-        """Run a function on every process and share all results, or the first error, with all."""
-        mine, fault = None, None
+    def on_all(self, work: Callable[[], list[T]]) -> list[T]:
+        """Run a function on every process and concatenate its lists; the error of any process is raised on all."""
+        if self.world == 1:
+            return work()
+        own: list[T] = []
+        fault: Exception | None = None
         try:
-            mine = work()
+            own = work()
         except Exception as error:
-            known = isinstance(error, TisdpoError)
-            fault = error if known else TrainingError("another process stopped; see its message")
-            if not known:
-                self.gather([(None, fault)])
-                raise
-        results = self.gather([(mine, fault)])
-        failed = next((fault for _, fault in results if fault is not None), None)
-        if failed is not None:
-            raise failed
-        return [cast("T", result) for result, _ in results]
+            fault = error
+        known = fault if fault is None or isinstance(fault, TisdpoError) else TrainingError(_OTHER_STOPPED)
+        everything = gather_object([(own, known)])
+        if fault is not None and fault is not known:
+            raise fault
+        faults: list[TisdpoError] = [error for _, error in everything if error is not None]
+        if faults:
+            # Its own one has the traceback.
+            first = known or faults[0]
+            first.shared = True
+            raise first
+        return [item for items, _ in everything for item in items]
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all processes."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tisdpo_cli.runs.launch_checks import asked_for
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -32,13 +34,14 @@ def requested_sharding(shard: str, offload: bool) -> Sharding | None:
     if shard == "none" or (shard == "auto" and not launched):
         return None
     return Sharding(
-        offload or (launched and _is_on("FSDP_OFFLOAD_PARAMS")), launched and _is_on("FSDP_ACTIVATION_CHECKPOINTING")
+        offload=offload or (launched and asked_for("FSDP_OFFLOAD_PARAMS")),
+        checkpointing=launched and asked_for("FSDP_ACTIVATION_CHECKPOINTING"),
     )
 
 
 def launcher_asks_for_fsdp() -> bool:
     """Whether accelerate's launcher was configured for FSDP."""
-    return _is_on("ACCELERATE_USE_FSDP")
+    return asked_for("ACCELERATE_USE_FSDP")
 
 
 @contextmanager
@@ -54,7 +57,3 @@ def without_accelerates_fsdp() -> Iterator[None]:
     finally:
         if asked is not None:
             os.environ["ACCELERATE_USE_FSDP"] = asked
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")

@@ -165,4 +165,11 @@ def resume_setting(paths: bool) -> Any:
     )  # fmt: skip
 
 
+def num_processes_setting() -> Any:
+    """`--num-processes`, the same for every command that computes."""
+    return setting(
+        1, "start this many processes on this machine, one per GPU, or sharing the CPU", "Run", shapes_result=False
+    )
+
+
 Resume = Literal["auto", "never"]

@@ -11,6 +11,7 @@ from tisdpo_cli.settings.base import (
     Command,
     Resume,
     model_setting,
+    num_processes_setting,
     output_setting,
     overwrite_setting,
     pairs_setting,
@@ -64,6 +65,7 @@ class Estimate(Command):
     format: Literal["jsonl", "parquet"] = setting("jsonl", "file format of the scored dataset", "Output")
     overwrite: bool = overwrite_setting()
     resume: Resume = resume_setting(paths=False)
+    num_processes: PositiveInt = num_processes_setting()
 
     def templates(self) -> dict[str, str]:
         """The template text of each side; without templates, prompts are unchanged where there are two models."""

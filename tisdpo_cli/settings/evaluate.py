@@ -11,6 +11,7 @@ from tisdpo_cli.settings.base import (
     Command,
     file_setting,
     model_setting,
+    num_processes_setting,
     pairs_setting,
     remote_code_setting,
     seed_setting,
@@ -62,6 +63,7 @@ class Evaluate(Command):
         metavar="MODULE:FUNCTION",
     )  # fmt: skip
     seed: Seed = seed_setting()
+    num_processes: PositiveInt = num_processes_setting()
 
     def models(self) -> list[str]:
         """The models to evaluate, as given."""

@@ -33,7 +33,9 @@ def explaining_out_of_memory(settings: Command, stage: str = "") -> Iterator[Non
         if known.fix:
             raise
         fix = memory_advice(settings, known.activity, stage)
-        raise OutOfMemory(known.activity, where=known.where, fix=fix) from error
+        explained = OutOfMemory(known.activity, where=known.where, fix=fix)
+        explained.shared = known.shared
+        raise explained from error
 
 
 def memory_advice(settings: Command, activity: Activity, stage: str = "") -> str:

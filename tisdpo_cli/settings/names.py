@@ -38,8 +38,8 @@ _FOREIGN_OPTIONS = {
     "load-in-8bit": "use --load-in-4bit",
     "bnb-4bit-quant-type": "nf4 is the only type; see --load-in-4bit",
     "use-bnb-nested-quant": "double quantization is always on; see --load-in-4bit",
-    "fsdp": "sharded training is not supported yet",
-    "deepspeed": "sharded training is not supported yet",
+    "fsdp": "use --shard full, which is FSDP2",
+    "deepspeed": "use --shard full, which is FSDP2",
 }
 
 # Settings of stages that `run` sets itself, so that they are not accepted at its top level.

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from tisdpo_cli.settings.base import (
     Command,
     model_setting,
+    num_processes_setting,
     output_setting,
     overwrite_setting,
     pairs_setting,
@@ -40,6 +41,7 @@ class Stages(Command):
     )
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting("rerun stages whose settings or inputs have changed")
+    num_processes: PositiveInt = num_processes_setting()
 
 
 class Run(Stages):

@@ -12,6 +12,7 @@ from tisdpo_cli.settings.base import (
     dataset_setting,
     dry_run_setting,
     model_setting,
+    num_processes_setting,
     output_setting,
     overwrite_setting,
     pairs_setting,
@@ -20,7 +21,7 @@ from tisdpo_cli.settings.base import (
     seed_setting,
 )
 from tisdpo_cli.settings.datasets import DatasetValue
-from tisdpo_cli.settings.fields import PathText, Seed, setting
+from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
 from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, Optim, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
 
@@ -44,6 +45,7 @@ class TrainPairs(Command):
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
     seed: Seed = seed_setting()
+    num_processes: PositiveInt = num_processes_setting()
     cache_dir: PathText | None = setting(
         None, "cache directory for reference log-probs (default: ~/.cache/tisdpo)", "Run",
         shapes_result=False, metavar="DIR",

@@ -12,6 +12,7 @@ from tisdpo_cli.settings.base import (
     Command,
     dry_run_setting,
     model_setting,
+    num_processes_setting,
     output_setting,
     overwrite_setting,
     pairs_setting,
@@ -52,6 +53,7 @@ class TrainSft(Command):
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
     seed: Seed = seed_setting()
+    num_processes: PositiveInt = num_processes_setting()
     profile: PathText | None = profile_setting()
     dry_run: bool = dry_run_setting()
 

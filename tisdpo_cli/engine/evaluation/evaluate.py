@@ -16,7 +16,12 @@ from tisdpo_cli.engine.arguments import evaluated_split, parses, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
 from tisdpo_cli.engine.evaluation.results import Evaluation
-from tisdpo_cli.engine.evaluation.rewards import check_renders, rewards_from_function, rewards_from_model
+from tisdpo_cli.engine.evaluation.rewards import (
+    RewardFunction,
+    check_renders,
+    rewards_from_function,
+    rewards_from_model,
+)
 from tisdpo_cli.engine.evaluation.samples import reward_at_baseline_kl, samples_jsonl, with_rewards
 from tisdpo_cli.engine.evaluation.sampling import Sampling, uniform_draws
 from tisdpo_cli.errors import ModelError, UsageError
@@ -42,26 +47,33 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
 
     Raises:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
+
+    Returns:
+        The evaluation; of several processes only the first one has rewards and the hashes of models.
     """
     samples_path = None if settings.samples is None else Path(settings.samples).expanduser()
     if samples_path is not None:
         _check_writable(samples_path)
     policies, reference = _locate_models(settings)
     split, source = evaluated_split(settings.dataset, settings.split, settings.data)
-    reward_function = None if settings.scorer is None else rewards_from_function(settings.scorer)
     runtime = Runtime(reporter)
-    if runtime.world > 1:
-        raise UsageError("evaluate runs in a single process", fix="start it without a launcher")
+    # Functions of the user run on one process only, the import of their module included.
+    functions: list[RewardFunction] = []
+    if settings.scorer is not None:
+        scorer = settings.scorer
+        runtime.on_main(lambda: functions.append(rewards_from_function(scorer)))
     task = _task(settings, runtime, source, [*policies, reference])
     reward_model = None if settings.reward_model is None else locate_model(settings.reward_model, "--reward-model")
     if reward_model is not None:
         check_renders(reward_model, [prompt.given for prompt in task.prompts])
     results, perplexities = evaluate_policies(task, policies, reference)
-    if reward_model is not None:
-        reward_function = rewards_from_model(reward_model, runtime.device, settings.batch_size)
-    if reward_function is not None:
-        results = with_rewards(results, task.prompts, task.samples_per_prompt, reward_function, settings.seed)
-    if samples_path is not None:
+    # The rest is for the first process. The others do not wait for it: a reward function may take longer than a
+    # collective call may.
+    if reward_model is not None and runtime.main:
+        functions.append(rewards_from_model(reward_model, runtime.device, settings.batch_size))
+    for function in functions:
+        results = with_rewards(results, task.prompts, task.samples_per_prompt, function, settings.seed)
+    if samples_path is not None and runtime.main:
         write_text(samples_path, samples_jsonl(results, task.prompts, task.samples_per_prompt))
         reporter.note(f"wrote {settings.samples}")
     metrics = [result.metrics for result in results]
@@ -74,7 +86,7 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
         reference_perplexity=perplexities,
         reward_at_baseline_kl=reward_at_baseline_kl(metrics),
         provenance={
-            "models": {model.name: hash_model(model.path) for model in [*policies, reference]},
+            "models": {model.name: hash_model(model.path) for model in [*policies, reference]} if runtime.main else {},
             "dataset": sha256(*source.paths),
             "settings": settings.fingerprint(),
             "versions": versions(),

@@ -1,15 +1,17 @@
 """Evaluate policies: log-probs and KL on the pairs of a dataset, and responses that they generate.
 
-One policy is in memory at a time, next to the reference. It knows no settings, and no rewards but the implicit ones.
+One policy is in memory at a time, next to the reference. Batches are the same on one process or several, which take
+them in turns; every process gets all results. It knows no settings, and no rewards but the implicit ones.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,9 @@ from torch import Tensor, nn
 from tisdpo_cli.data.messages import Conversation
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.evaluation.results import PairMetrics, PolicyMetrics, SampleMetrics
-from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, sample_all
+from tisdpo_cli.engine.evaluation.sampling import Sample, Sampling, batches_by_length, sample
 from tisdpo_cli.engine.evaluation.statistics import mean, perplexity, ratio, repetition
-from tisdpo_cli.errors import RankError, UsageError, naming_out_of_memory
+from tisdpo_cli.errors import Activity, RankError, UsageError, naming_out_of_memory
 from tisdpo_cli.method.objectives import response_sums
 from tisdpo_cli.model.adapters import remove_adapter
 from tisdpo_cli.model.layout import make_scorer
@@ -28,6 +30,8 @@ from tisdpo_cli.model.shared_models import SharedModels
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Progress
 from tisdpo_cli.runs.runtime import Runtime
+
+T = TypeVar("T")
 
 _KL = "policy||reference"
 
@@ -186,12 +190,11 @@ def _response_sums(
     reference: TokenScorer,
     rows: Sequence[tuple[list[int], list[int]]],
     progress: Progress,
+    activity: Activity = "",
 ) -> list[tuple[float, float, float]]:
     """Sums over the response of each row (prompt, response): log π, log π_ref, KL(π ‖ π_ref)."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    sums: dict[int, tuple[float, float, float]] = {}
-    for start in range(0, len(order), task.batch_size):
-        indices = order[start : start + task.batch_size]
+
+    def of_batch(indices: Sequence[int]) -> Sequence[tuple[float, float, float]]:
         batch = batch_for(policy, [(rows[i][0], [rows[i][1]]) for i in indices], task.tokenizer.pad)
         with torch.inference_mode():
             compared = compare(policy, reference, batch, _KL)
@@ -200,9 +203,32 @@ def _response_sums(
             columns = [response_sums(values, batch.response_ids, len(indices)).tolist() for values in per_token]
         if not all(math.isfinite(value) for column in columns for value in column):
             raise RankError("a log-prob is not finite", fix="use --dtype float32")
-        sums |= zip(indices, zip(*columns, strict=True), strict=True)
-        progress.advance(len(indices), {})
-    return [sums[i] for i in range(len(rows))]
+        return list(zip(*columns, strict=True))
+
+    batches = batches_by_length([len(prompt) + len(response) for prompt, response in rows], task.batch_size)
+    return _shared(task.runtime, batches, of_batch, activity, lambda done: progress.advance(done, {}))
+
+
+def _shared(
+    runtime: Runtime,
+    batches: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], Sequence[T]],
+    activity: Activity,
+    on_rows_done: Callable[[int], None] = lambda _rows: None,
+) -> list[T]:
+    """The results of all rows, in order; the processes take the batches in turns."""
+
+    @naming_out_of_memory(activity)
+    def mine() -> list[tuple[int, T]]:
+        found: list[tuple[int, T]] = []
+        for number, indices in enumerate(batches):
+            if number % runtime.world == runtime.rank:
+                found += zip(indices, work(indices), strict=True)
+            on_rows_done(len(indices))
+        return found
+
+    by_row = dict(runtime.on_all(mine))
+    return [by_row[i] for i in range(len(by_row))]
 
 
 def _evaluate_pairs(
@@ -235,14 +261,18 @@ def _evaluate_pairs(
     return metrics, theirs
 
 
-@naming_out_of_memory("generating")
 def _generate(task: EvaluationTask, policy: TokenScorer, reference: TokenScorer, progress: Progress) -> Generations:
     """Responses of a policy to all prompts, from the same random numbers for every policy."""
     prompts = [prompt.ids for prompt in task.prompts]
+
+    def sampled(rows: Sequence[int]) -> list[Sample]:
+        return sample(policy.model, [prompts[i] for i in rows], task.draws[list(rows)], task.sampling)
+
     with policy.using_adapter():
-        samples = sample_all(policy.model, prompts, task.draws, task.sampling, task.batch_size) if prompts else []
+        batches = batches_by_length(list(map(len, prompts)), task.batch_size)
+        samples = _shared(task.runtime, batches, sampled, "generating")
     rows = [(ids, sample.scored) for ids, sample in zip(prompts, samples, strict=True)]
-    kl = [total for _, _, total in _response_sums(task, policy, reference, rows, progress)]
+    kl = [total for _, _, total in _response_sums(task, policy, reference, rows, progress, "generating")]
     texts = [response_text(task, prompt, sample.ids) for prompt, sample in zip(task.prompts, samples, strict=True)]
     return Generations(samples, texts, kl)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,7 @@ def _generator(seed: int, prompt: int, number: int) -> torch.Generator:
 
 
 def sample_all(
-    model: nn.Module,
-    prompts: Sequence[Ids],
-    draws: Tensor,
-    sampling: Sampling,
-    batch_size: int,
-    on_rows_done: Callable[[int], None] = lambda _rows: None,
+    model: nn.Module, prompts: Sequence[Ids], draws: Tensor, sampling: Sampling, batch_size: int
 ) -> list[Sample]:
     """Sample one response to each prompt, in batches of prompts of similar length.
 
@@ -95,15 +90,21 @@ def sample_all(
         draws: [R, N], from `uniform_draws`.
         sampling: limit, temperature and special tokens.
         batch_size: rows per batch.
-        on_rows_done: called after each batch with its number of rows.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     samples: dict[int, Sample] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches_by_length(list(map(len, prompts)), batch_size):
         samples |= zip(rows, sample(model, [prompts[i] for i in rows], draws[rows], sampling), strict=True)
-        on_rows_done(len(rows))
     return [samples[i] for i in range(len(prompts))]
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of rows of similar length, longest first.
+
+    >>> batches_by_length([1, 3, 2], 2)
+    [[1, 2], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.inference_mode()

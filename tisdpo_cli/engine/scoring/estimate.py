@@ -128,9 +128,8 @@ def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> Stag
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = _parts(estimation, splits)
-    tokens = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits, reach).run(sides, parts)
-    runtime.wait()
-    tokens = sum(runtime.gather([tokens]))
+    scorer = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits, reach)
+    tokens = sum(runtime.on_all(lambda: [scorer.run(sides, parts)]))
     seconds = time.time() - started
     timing = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
     scored = _scored_output(estimation, output, tokenizer, chat, splits, timing, types)
