@@ -13,6 +13,7 @@ from conftest import Done, read_jsonl
 
 import tisdpo_cli
 
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 CPU = {"OMP_NUM_THREADS": "1"}
 PROGRAM = ("-m", "tisdpo_cli")
 Job = tuple[str, dict[str, object]]
@@ -44,10 +45,9 @@ def arguments(command: str, settings: dict[str, object]) -> list[str]:
 
 def start(ranks: int, words: Sequence[str], program: Sequence[str] = PROGRAM, env: dict[str, str] = CPU):
     """A program on several processes, running in a session of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     return subprocess.Popen(
-        [*launcher, *program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*LAUNCHER, str(ranks), *program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**kept, "PYTHONPATH": str(Path(tisdpo_cli.__file__).parents[1]), **env}, start_new_session=True,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_jsonl, run_here, write_jsonl
+from conftest import read_jsonl, run_here, run_tisdpo, write_jsonl
 from processes import arguments, curve, on_ranks, run_jobs, start
 from safetensors.torch import load_file
 
@@ -197,9 +197,9 @@ def test_accelerates_configuration_shards_too(ragged: Path, trained: Path, tmp_p
 def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
     ragged: Path, tmp_path: Path, more: dict[str, Any], message: str
 ) -> None:
-    command, given = prepared(ragged, "dpo", tmp_path / "out", "full", **more)
-    done = on_ranks(2, command, **given)
-    assert f"error: {message}" in done.err
+    command, given = prepared(ragged, "dpo", tmp_path / "out", "full", num_processes=2, **more)
+    done = run_tisdpo(*arguments(command, given))
+    assert (done.code, done.error) == (2, f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 
@@ -211,9 +211,11 @@ def test_a_model_whose_rows_share_passes_by_length_is_refused(ragged: Path, tmp_
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     config["max_position_embeddings"] = 32
     path.write_text(json.dumps(config))
-    command, given = prepared(ragged, "dpo", tmp_path / "out", "full")
-    done = on_ranks(2, command, **{**given, "model": tmp_path / "sft", "max_length": 32, "max_prompt_length": 20})
-    assert "cannot be sharded: which rows share a forward pass depends on their length" in done.err, done.err
+    command, given = prepared(ragged, "dpo", tmp_path / "out", "full", num_processes=2)
+    given |= {"model": tmp_path / "sft", "max_length": 32, "max_prompt_length": 20}
+    done = run_tisdpo(*arguments(command, given))
+    assert done.code == 1
+    assert "cannot be sharded: which rows share a forward pass depends on their length" in done.error
 
 
 # ---------------------------------------------------------------- killed and resumed

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import Done, read_jsonl, run_here, run_tisdpo
+from conftest import Done, run_here, run_tisdpo
+from processes import curve
 
 from tisdpo_cli.errors import Interrupted, TisdpoError, TrainingError, UsageError
 from tisdpo_cli.runs import launch as launching
@@ -187,11 +188,6 @@ def test_one_that_ignores_the_end_of_the_others_is_killed(tmp_path: Path, monkey
 
 
 # The program -------------------------------------------------------------------------------------------------------
-
-
-def curve(out: Path) -> list[dict[str, float]]:
-    rows = read_jsonl(out / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.endswith("_per_second")} for row in rows]
 
 
 def same_output(one: Path, two: Path) -> bool:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import Done, read_jsonl, write_jsonl
+from processes import CPU, LAUNCHER, PROGRAM, arguments, curve
 
 import tisdpo_cli
 from tisdpo_cli.engine.scoring.estimate import estimate
@@ -25,26 +29,16 @@ from tisdpo_cli.settings.sources import load
 
 pytestmark = pytest.mark.slow
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-PROGRAM = ["-m", "tisdpo_cli"]
 SOURCE = str(Path(tisdpo_cli.__file__).parents[1])
-CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 SHORT: dict[str, object] = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0}
 
 
-def arguments(command: str, settings: dict[str, object]) -> list[str]:
-    options = ((f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items())
-    return [command, *(part for option in options for part in option)]
-
-
-def start(command: str, *, program: list[str] | None = None, env: dict[str, str] = CPU, **settings: object):
+def start(command: str, *, program: Sequence[str] = PROGRAM, env: dict[str, str] = CPU, **settings: object):
     """The command on two processes, running."""
-    line = [*TWO, *(program or PROGRAM), *arguments(command, settings)]
-    full = {**{k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}, **env}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=full)
+    return processes.start(2, arguments(command, settings), program, env)
 
 
-def on_two(command: str, *, program: list[str] | None = None, env: dict[str, str] = CPU, **settings: object) -> Done:
+def on_two(command: str, *, program: Sequence[str] = PROGRAM, env: dict[str, str] = CPU, **settings: object) -> Done:
     """Run a command on two processes."""
     process = start(command, program=program, env=env, **settings)
     out, err = process.communicate(timeout=240)
@@ -56,12 +50,6 @@ def on_one(command: str, **settings: object) -> None:
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
     engine = {"estimate": estimate, "train-sft": train_sft}.get(command, train_pairs)
     engine(load(COMMANDS[command].settings, flags).settings, Silent())
-
-
-def curve(out: Path) -> list[dict[str, float]]:
-    rows = read_jsonl(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(len(rows)))
-    return [{name: value for name, value in row.items() if not name.endswith("_per_second")} for row in rows]
 
 
 def model_bytes(out: Path) -> bytes:
@@ -131,7 +119,7 @@ def test_a_new_model_is_made_once_for_all(world: Path, tmp_path: Path) -> None:
     """Its tokenizer and its random weights too."""
     shape = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 2}
     given = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 2, "warmup_steps": 0, "dataset": world / "data"}
-    for name, launcher in (("two", TWO), ("one", [sys.executable])):
+    for name, launcher in (("two", [*LAUNCHER, "2"]), ("one", [sys.executable])):
         line = arguments("train-sft", {**given, **shape, "output_dir": tmp_path / name})
         done = subprocess.run(
             [*launcher, *PROGRAM, *line, "--init"],
@@ -199,7 +187,7 @@ def test_evaluate_on_two_processes_gives_the_same_figures_and_samples(contrast: 
     given |= {"dataset": contrast / "data", "batch_size": 3, "sample_prompts": 6, "samples_per_prompt": 2}
     given |= {"max_new_tokens": 12, "scorer": "taste:length"}
     outputs = []
-    for name, launcher in (("two", TWO), ("one", [sys.executable])):
+    for name, launcher in (("two", [*LAUNCHER, "2"]), ("one", [sys.executable])):
         options = arguments("evaluate", {**given, "samples": tmp_path / name})
         done = subprocess.run(
             [*launcher, *PROGRAM, *options, "--json"], capture_output=True, text=True, timeout=120, check=False,
@@ -245,6 +233,22 @@ def test_without_a_gpu_torchrun_needs_to_be_told_nothing(world: Path, tmp_path: 
     done = on_two("train-dpo", **given, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 0, done.err
     assert "on each of 2 processes" in done.err
+
+
+def test_rows_that_must_not_share_a_pass_train_the_same_on_two_processes(world: Path, tmp_path: Path) -> None:
+    """Rope scaling that depends on the longest row: a forward pass may be several of the model."""
+    shutil.copytree(world / "sft", tmp_path / "sft")
+    path = tmp_path / "sft" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config["max_position_embeddings"] = 38
+    path.write_text(json.dumps(config))
+    given = {**SHORT, "max_steps": 3, "model": tmp_path / "sft", "dataset": world / "data", "micro_batch_size": 4}
+    given |= {"max_length": 38, "max_prompt_length": 20}
+    done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
+    assert done.code == 0, done.err
+    on_one("train-dpo", **given, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
 
 
 @pytest.mark.parametrize("more", [{"lora_r": 4, "load_in_4bit": True}, {"optimizer": "adamw8bit"}], ids=str)
