@@ -57,6 +57,12 @@ class ChatStats:
     messages: int = 0
     stops: set[int] = field(default_factory=set)
 
+    def add(self, other: ChatStats) -> None:
+        """Add what was counted over further rows."""
+        self.shortened += other.shortened
+        self.messages += other.messages
+        self.stops |= other.stops
+
     def notices(self, limits: Limits) -> list[str]:
         """Return messages for the user."""
         if not self.shortened:

@@ -7,9 +7,12 @@ one, and an EOS ends each response. Knows no model, and a tokenizer only as a fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from tisdpo_cli.data.messages import Conversation
 from tisdpo_cli.errors import DataError
@@ -40,10 +43,51 @@ class ChatIds(Protocol):
 # From a conversation and the number of ids that its prompt should have at most (None: all), to its ids and how many old
 # messages were left out.
 EncodeChat = Callable[[Conversation, int | None], tuple[ChatIds, int]]
+# Conversations of which the boundary of prompt and answers is observed.
+CHAT_OBSERVED = 100
 
 
-def _no_chat(_conversation: Conversation, _limit: int | None) -> tuple[ChatIds, int]:
-    raise DataError("conversations need a chat template")
+class ChatCoder(Protocol):
+    """Encodes conversations, and observes of the first ones whether prompt and answers joined have the same ids."""
+
+    @property
+    def observed(self) -> list[bool]:
+        """What was observed, at most of `CHAT_OBSERVED` conversations."""
+
+    def __call__(self, conversation: Conversation, limit: int | None) -> tuple[ChatIds, int]:
+        """See `EncodeChat`."""
+
+    def copy(self) -> ChatCoder:
+        """The same, with nothing observed."""
+
+    def observe(self, observed: Sequence[bool]) -> None:
+        """Count what was observed elsewhere; conversations were encoded."""
+
+
+class NoChat:
+    """Where there is no chat template."""
+
+    def __init__(self) -> None:
+        self.observed: list[bool] = []
+
+    def __call__(self, conversation: Conversation, limit: int | None) -> tuple[ChatIds, int]:
+        """Refuse a conversation."""
+        raise DataError("conversations need a chat template")
+
+    def copy(self) -> ChatCoder:
+        """The same."""
+        return self
+
+    def observe(self, observed: Sequence[bool]) -> None:
+        """Nothing is encoded."""
+
+
+def _no_marker(_text: str) -> str | None:
+    return None
+
+
+def _unknown(_chat: bool) -> Mapping[str, Any] | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -57,14 +101,17 @@ class Vocabulary:
         eos: id behind each response.
         chat: encodes conversations.
         marker: returns the first special token that a text spells out and that stays text, or None.
+        depends_on: returns, as JSON-able values, everything that the ids of a text (or of a conversation) depend on
+            beside it, or None if that is not known.
     """
 
     prompts: Encode
     responses: Encode
     bos: int | None
     eos: int
-    marker: Callable[[str], str | None] = lambda _text: None
-    chat: EncodeChat = _no_chat
+    marker: Callable[[str], str | None] = _no_marker
+    chat: ChatCoder = field(default_factory=NoChat)
+    depends_on: Callable[[bool], Mapping[str, Any] | None] = _unknown
 
 
 @dataclass(frozen=True)
@@ -175,6 +222,11 @@ class MarkedRows:
             self.rows += 1
             self.marker = self.marker or marker
 
+    def add(self, other: MarkedRows) -> None:
+        """Add what was counted over further rows."""
+        self.rows += other.rows
+        self.marker = self.marker or other.marker
+
     def warning(self, total: int) -> str | None:
         """Return what the user should know, or None."""
         if not self.rows:
@@ -194,8 +246,8 @@ class TruncationStats:
     cut_responses: int = 0
     merged_boundaries: int = 0
     marked: MarkedRows = field(default_factory=MarkedRows)
-    prompt_lengths: list[int] = field(default_factory=list)
-    response_lengths: list[int] = field(default_factory=list)
+    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
+    response_lengths: array[int] = field(default_factory=lambda: array("i"))
 
     def count(self, pair: EncodedPair, prompt: int, uncut: int) -> None:
         """Count a pair.
@@ -209,7 +261,17 @@ class TruncationStats:
         self.cut_prompts += len(pair.prompt) < uncut
         self.cut_responses += (not pair.chosen.has_eos) + (not pair.rejected.has_eos)
         self.prompt_lengths.append(prompt)
-        self.response_lengths += [pair.chosen.uncut, pair.rejected.uncut]
+        self.response_lengths.extend((pair.chosen.uncut, pair.rejected.uncut))
+
+    def add(self, other: TruncationStats) -> None:
+        """Add what was counted over further pairs."""
+        self.rows += other.rows
+        self.cut_prompts += other.cut_prompts
+        self.cut_responses += other.cut_responses
+        self.merged_boundaries += other.merged_boundaries
+        self.marked.add(other.marked)
+        self.prompt_lengths += other.prompt_lengths
+        self.response_lengths += other.response_lengths
 
     def messages(self, limits: Limits) -> list[str]:
         """Return messages for the user, one line each."""
@@ -230,10 +292,10 @@ class TruncationStats:
         return messages
 
 
-def _spread(lengths: list[int]) -> str:
+def _spread(lengths: Sequence[int]) -> str:
     if not lengths:
         return "none"
-    ordered = sorted(lengths)
+    ordered = np.sort(np.asarray(lengths))
     return f"{ordered[len(ordered) // 2]}/{ordered[math.ceil(0.95 * len(ordered)) - 1]}/{ordered[-1]}"
 
 
@@ -256,23 +318,15 @@ def cut(
         limit = max(0, limits.max_prompt_length - len(head))
         if len(prompt) > limit:
             prompt = prompt[len(prompt) - limit :] if limits.keep_prompt == "end" else prompt[:limit]
-    prompt = _shared(head + prompt)
+    prompt = head + prompt
     limit = limits.max_length - len(prompt)
     return prompt, [_cut_response(ids, eos, max(0, limit)) for ids in responses]
 
 
 def _cut_response(ids: list[int], eos: int, limit: int) -> Response:
     if len(ids) + 1 <= limit:
-        return Response(_shared([*ids, eos]), True, len(ids))
-    return Response(_shared(ids[:limit]), False, len(ids))
-
-
-# Each id once: a token of a list of ids takes 8 bytes then, not 36, which adds up where a dataset is held in memory.
-_ONE_OBJECT: dict[int, int] = {}
-
-
-def _shared(ids: list[int]) -> list[int]:
-    return list(map(_ONE_OBJECT.setdefault, ids, ids))
+        return Response([*ids, eos], True, len(ids))
+    return Response(ids[:limit], False, len(ids))
 
 
 def encode_pairs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def _weighted_pairs(
     source: PairSource,
     weighting: Weighting,
     split: Split,
-    kept: list[EncodedPair],
+    kept: Sequence[EncodedPair],
     scored: _Scored,
     reporter: Reporter,
 ) -> list[WeightedPair]:
