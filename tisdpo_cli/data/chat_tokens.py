@@ -9,7 +9,8 @@ from typing import Any
 
 from tisdpo_cli.data.messages import Conversation, with_other_text, with_template, without_oldest
 from tisdpo_cli.data.rows import BadRow
-from tisdpo_cli.data.tokens import ChatIds, EncodeChat, Limits, Response, cut
+from tisdpo_cli.data.tokens import Limits, Response, cut
+from tisdpo_cli.data.vocabulary import ChatIds, EncodeChat
 from tisdpo_cli.errors import DataError
 
 

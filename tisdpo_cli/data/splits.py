@@ -11,9 +11,11 @@ from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.pairs import Pair, read_split_pairs
 from tisdpo_cli.data.row_store import RowStore
-from tisdpo_cli.data.stored_tokens import select_pairs, untrainable
+from tisdpo_cli.data.stored_pairs import StoredPairs
+from tisdpo_cli.data.stored_tokens import EncodedPairs, select_pairs, untrainable
 from tisdpo_cli.data.tokenizing import TokenOptions, tokenize
-from tisdpo_cli.data.tokens import EncodedPair, Limits, Vocabulary
+from tisdpo_cli.data.tokens import EncodedPair, Limits
+from tisdpo_cli.data.vocabulary import Vocabulary
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 
 
@@ -79,6 +81,13 @@ def read_split(source: DatasetSplit, options: ReadOptions, vocabulary: Vocabular
     named = [f"{source.name}: {message}" for message in tokens.notices]
     warnings = [f"{source.name}: {tokens.warning}"] if tokens.warning else []
     return Split(source, pairs, tokens.encoded, [*rows.notices, *tokens.skipped, *named], tokens.stops, warnings)
+
+
+def pairs_behind(split: Split, encoded: Sequence[EncodedPair]) -> Sequence[Pair]:
+    """The pairs of a split whose tokens these are, in the same order."""
+    if isinstance(encoded, EncodedPairs) and isinstance(split.pairs, StoredPairs):
+        return split.pairs.select(encoded.places)
+    return [split.pairs[pair.index] for pair in encoded]
 
 
 def drop_untrainable(split: Split) -> tuple[Sequence[EncodedPair], list[str]]:

@@ -179,10 +179,10 @@ class StoredPairs(Sequence[Pair]):
         """Roughly how many bytes of files these pairs take."""
         return sum(part.rows.size for part in self.parts) * len(self) // max(1, int(self._starts[-1]))
 
-    def rows_with(self, names: Iterable[str]) -> Iterator[Row]:
-        """The rows, or none where no file has any column of these names."""
-        if any(not set(part.rows.about["names"]).isdisjoint(names) for part in self.parts):
-            yield from (pair.row for pair in self)
+    def may_have(self, names: Iterable[str]) -> bool:
+        """Whether any file has a column of these names."""
+        wanted = set(names)
+        return any(not wanted.isdisjoint(part.rows.about["names"]) for part in self.parts)
 
     def _place(self, place: int) -> tuple[PairFile, int]:
         position = int(self.positions[place])
@@ -199,6 +199,18 @@ class StoredPairs(Sequence[Pair]):
             length = min(int(same[0]) if len(same) else len(block), limit)
             yield begin, begin + length
             begin += length
+
+
+def holds_conversations(pairs: Sequence[Pair]) -> bool:
+    """Whether any pair is a conversation."""
+    return pairs.chat if isinstance(pairs, StoredPairs) else any(pair.conversation is not None for pair in pairs)
+
+
+def rows_with(pairs: Sequence[Pair], names: Iterable[str]) -> Iterator[Row]:
+    """The rows of pairs; none where it is known that no row has any column of these names."""
+    if isinstance(pairs, StoredPairs) and not pairs.may_have(names):
+        return iter(())
+    return (pair.row for pair in pairs)
 
 
 def _pair(index: int, texts: Sequence[str], part: PairFile) -> Pair:

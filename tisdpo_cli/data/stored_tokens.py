@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -130,6 +130,19 @@ def untrainable(pairs: Sequence[EncodedPair]) -> tuple[Any, Any]:
         equal = np.array([pair.chosen.ids == pair.rejected.ids for pair in pairs], bool)
         kept = [np.array([getattr(pair, side).kept for pair in pairs], np.int64) for side in _SIDES]
     return equal, ~equal & ((kept[0] == 0) | (kept[1] == 0))
+
+
+def swapped_pairs(pairs: Sequence[EncodedPair]) -> Sequence[EncodedPair]:
+    """The pairs with chosen and rejected swapped."""
+    return pairs.swapped() if isinstance(pairs, EncodedPairs) else [pair.swapped() for pair in pairs]
+
+
+def uncut_lengths(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, int]]:
+    """Tokens of both responses of each pair before truncation, without the EOS."""
+    if isinstance(pairs, EncodedPairs):
+        chosen, rejected = (pairs.column(f"{side}_uncut").tolist() for side in _SIDES)
+        return zip(chosen, rejected, strict=True)
+    return ((pair.chosen.uncut, pair.rejected.uncut) for pair in pairs)
 
 
 def select_pairs(pairs: Sequence[EncodedPair], indices: IntArray) -> Sequence[EncodedPair]:

@@ -28,7 +28,8 @@ from tisdpo_cli.data.row_store import RowStore, no_progress
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.stored_pairs import Pair, StoredPairs
 from tisdpo_cli.data.stored_tokens import SCHEMA, EncodedPairs, token_batch
-from tisdpo_cli.data.tokens import CHAT_OBSERVED, EncodedPair, Limits, TruncationStats, Vocabulary, encode_pairs
+from tisdpo_cli.data.tokens import EncodedPair, Limits, TruncationStats, encode_pairs
+from tisdpo_cli.data.vocabulary import CHAT_OBSERVED, Vocabulary
 from tisdpo_cli.errors import DataError
 
 # Pairs that are tokenized together.

@@ -10,7 +10,7 @@ from typing import Any
 
 from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.messages import Conversation
-from tisdpo_cli.data.tokens import CHAT_OBSERVED, Vocabulary
+from tisdpo_cli.data.vocabulary import CHAT_OBSERVED, Vocabulary
 from tisdpo_cli.errors import DataError, ModelError, UsageError
 from tisdpo_cli.model.chat_template import ChatTemplate, EncodedConversation
 from tisdpo_cli.model.tokenizer import Tokenizer
