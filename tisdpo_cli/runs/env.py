@@ -21,7 +21,7 @@ class EnvOptions(Protocol):
 
 def environment(settings: EnvOptions) -> dict[str, str]:
     """Versions, machine, devices and cache; the cache is emptied first if the settings say so."""
-    caches = {"reference log-probs": reference_files(), "rows and tokens": row_files()}
+    caches = {"reference log-probs": reference_files(), "tokenized datasets": row_files()}
     cleared = [cache.clear() for cache in caches.values()] if settings.clear_cache else []
     freed = {"freed": _files_and_size(*map(sum, zip(*cleared, strict=True)))} if cleared else {}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
