@@ -48,3 +48,14 @@ def test_estimation_is_compared_with_the_same_scores() -> None:
     assert found["largest_difference"] < 1e-4
     assert found["speed_ratio"] > 0
     assert set(found["runs"]) == {"tisdpo", "dense"}
+
+
+@pytest.mark.benchmark
+def test_large_data_are_read_once() -> None:
+    found = ran("large_data.py", "--counts", "20", "60", "--processes", "1")
+    (few,), (more,) = found["runs"].values()
+    assert few["tokenizing"]["1"]["tokens_per_second"] > 0
+    assert more["file_mib"] > 2 * few["file_mib"]
+    for record in (few, more):
+        assert record["cache_mib"] > record["file_mib"]
+        assert all(record[start]["peak_mib"] > 0 for start in ("first start", "second start", "to the first update"))

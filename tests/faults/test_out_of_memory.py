@@ -187,7 +187,7 @@ def test_while_a_model_is_moved(world: Path, tmp_path: Path, monkeypatch: pytest
         ("engine.training.reference:score", 0, ["reference log-probs", "--micro-batch-size (now 2)"]),
         ("engine.training.trainer:Trainer._backward", 0, ["--micro-batch-size (now 2)", "--gradient-checkpointing"]),
         ("engine.training.trainer:Trainer._sums", 0, ["while evaluating", "--eval-batch-size (now 8)"]),
-        ("data.splits:encode_pairs", 0, ["reading the dataset", "fewer or shorter rows"]),
+        ("data.tokenizing:encode_pairs", 0, ["reading the dataset", "fewer or shorter rows"]),
         ("model.layout:collate", 0, ["--micro-batch-size (now 2)"]),
     ],
     ids=["reference", "training", "evaluating", "tokenizing", "probe"],
@@ -195,6 +195,8 @@ def test_while_a_model_is_moved(world: Path, tmp_path: Path, monkeypatch: pytest
 def test_in_a_training(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, after: int, words: list[str]
 ) -> None:
+    # Where nothing is known of the dataset.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     failing(monkeypatch, target, ERRORS[2], after)
     done = run_here(*train_dpo(world, tmp_path / "out", "--micro-batch-size", "2"))
     assert_out_of_memory(done, *words)

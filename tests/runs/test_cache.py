@@ -16,8 +16,9 @@ from conftest import run_here
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tisdpo_cli.cached_files import reference_files
 from tisdpo_cli.runs import cache as module
-from tisdpo_cli.runs.cache import TensorCache, clear, cpu_model, key_of, size_of
+from tisdpo_cli.runs.cache import TensorCache, cpu_model, key_of
 from tisdpo_cli.runs.env import environment
 
 KEY, OTHER = key_of({"row": 1}), key_of({"row": 2})
@@ -139,7 +140,7 @@ def test_the_files_used_least_recently_make_room(tmp_path: Path, warnings: list[
     bounded.write(keys[5], values)
     left = [key for key in keys if file_of(bounded, key).exists()]
     assert left == [keys[0], keys[3], keys[4], keys[5]]
-    assert size_of(bounded.directory) == (4, 4 * one)
+    assert reference_files(tmp_path).size() == (4, 4 * one)
     bounded.write(keys[1], values)
     assert not file_of(bounded, keys[3]).exists()
     assert warnings == []
@@ -170,16 +171,16 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, warnings: list[str]) 
     assert [path.name for path in folder.iterdir()] == [f"{KEY}.safetensors"]
 
 
-def test_clearing_removes_what_is_ours_alone(cache: TensorCache) -> None:
+def test_clearing_removes_what_is_ours_alone(cache: TensorCache, tmp_path: Path) -> None:
     size = file_of(cache).stat().st_size
     (cache.directory / KEY[:2] / ".partial-1-x").write_text("half")
     (cache.directory / "notes.txt").write_text("mine")
-    assert clear(cache.directory) == (1, size)
+    assert reference_files(tmp_path).clear() == (1, size)
     assert [path.name for path in cache.directory.rglob("*")] == ["notes.txt"]
     (cache.directory / "notes.txt").unlink()
-    assert clear(cache.directory) == (0, 0)
+    assert reference_files(tmp_path).clear() == (0, 0)
     assert not cache.directory.exists()
-    assert clear(cache.directory) == (0, 0)
+    assert reference_files(tmp_path).clear() == (0, 0)
 
 
 def test_env_shows_and_clears_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

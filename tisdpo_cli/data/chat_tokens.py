@@ -9,7 +9,8 @@ from typing import Any
 
 from tisdpo_cli.data.messages import Conversation, with_other_text, with_template, without_oldest
 from tisdpo_cli.data.rows import BadRow
-from tisdpo_cli.data.tokens import ChatIds, EncodeChat, Limits, Response, cut
+from tisdpo_cli.data.tokens import Limits, Response, cut
+from tisdpo_cli.data.vocabulary import ChatIds, EncodeChat
 from tisdpo_cli.errors import DataError
 
 
@@ -56,6 +57,12 @@ class ChatStats:
     shortened: int = 0
     messages: int = 0
     stops: set[int] = field(default_factory=set)
+
+    def add(self, other: ChatStats) -> None:
+        """Add what was counted over further rows."""
+        self.shortened += other.shortened
+        self.messages += other.messages
+        self.stops |= other.stops
 
     def notices(self, limits: Limits) -> list[str]:
         """Return messages for the user."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
-from tisdpo_cli.data.hints import unused_context
+from tisdpo_cli.data.hints import UnusedContext
 from tisdpo_cli.data.messages import Conversation, is_supervised, supervised_conversation
-from tisdpo_cli.data.mixture import combine
+from tisdpo_cli.data.mixture import Rows, combine
 from tisdpo_cli.data.pairs import Pair, part_notices, read_pairs, text_problem, transcript
 from tisdpo_cli.data.reader import read_rows
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
@@ -52,13 +52,11 @@ def read_examples(
         UsageError: the target is the rejected response of instruction rows.
     """
     read = [_read_part(split, part, target, instruction_template, on_bad_row) for part in split.parts]
-    rows, notices = combine(
-        split,
-        [examples for examples, _ in read],
-        lambda examples: examples[0].prompt,
-        lambda examples: examples[0].conversation is not None,
-    )
-    return [example for row in rows for example in row], [*part_notices(split, [said for _, said in read]), *notices]
+    parts = [Rows(len(rows), bool(rows) and rows[0][0].conversation is not None) for rows, _ in read]
+    together = [examples for rows, _ in read for examples in rows]
+    positions, notices = combine(split, parts, lambda: (examples[0].prompt for examples in together))
+    examples = [example for position in positions.tolist() for example in together[position]]
+    return examples, [*part_notices(split, [said for _, said in read]), *notices]
 
 
 def _read_part(
@@ -76,15 +74,16 @@ def _read_part(
     examples: list[list[Example]] = []
     bad: list[BadRow] = []
     notices: list[str] = []
-    rows: list[Row] = []
+    unused = UnusedContext()
     for row in read_rows(path, notices):
-        rows += [row] if isinstance(row, Row) else []
+        if isinstance(row, Row):
+            unused.add(row.columns)
         example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
         bad.append(example) if isinstance(example, BadRow) else examples.append([example])
         if len(examples) == first:
             break
     notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
-    return examples, [*notices, *unused_context(path.name, rows, _USED[kind])]
+    return examples, [*notices, *unused.notices(path.name, _USED[kind])]
 
 
 Kind = Literal["pairs", "instruction", "messages"]

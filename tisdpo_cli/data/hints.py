@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ _ABOUT = {
 }  # fmt: skip
 # Columns that often belong to the context of a response; they are not used.
 _CONTEXT_WORDS = {"system", "history", "context", "input", "tools", "documents"}
-_SAMPLE_ROWS = 100
+# Rows that are looked at.
+SAMPLE_ROWS = 100
 
 
 def words(name: str) -> list[str]:
@@ -50,24 +52,24 @@ def words(name: str) -> list[str]:
     return [word.casefold() for word in re.findall(r"[^\W\d_]+|\d+", spaced)]
 
 
-def missing_columns(path: Path, shown: str, rows: Sequence[Row], columns: Mapping[str, str]) -> DataError | None:
-    """Return the error if no row has some column, with the options that name the others, or None.
+def missing_columns(
+    path: Path, shown: str, sample: Sequence[Row], columns: Mapping[str, str], missing: Sequence[str]
+) -> DataError:
+    """Return the error if no row has some column, with the options that name the others.
 
     Args:
         path: file of the rows.
         shown: its name in messages.
-        rows: valid JSON objects.
+        sample: its first valid JSON objects.
         columns: role to the name of its column.
+        missing: the roles whose column no row has.
     """
-    missing = [role for role, name in columns.items() if not any(name in row.columns for row in rows)]
-    if not missing:
-        return None
     shape = other_shape(path, shown)
     if shape is not None:
         return shape
-    present = sorted({key for row in rows[:_SAMPLE_ROWS] for key in row.columns})
+    present = sorted({key for row in sample for key in row.columns})
     taken = {name for role, name in columns.items() if role not in missing}
-    texts = [name for name in _text_columns(rows[:_SAMPLE_ROWS]) if name not in taken]
+    texts = [name for name in _text_columns(sample) if name not in taken]
     what = f"expected columns {', '.join(columns.values())}; found {', '.join(present) or 'none'}"
     return DataError(what, where=shown, fix=_hint(missing, suggest(texts, missing), columns, texts))
 
@@ -140,20 +142,33 @@ def _plainest(evidence: Mapping[str, set[str]]) -> list[str]:
     return plain if len(found) > 1 and len(plain) == 1 else found
 
 
-def unused_context(shown: str, rows: Sequence[Row], used: Sequence[str]) -> list[str]:
-    """Return a message that names the columns that look like context of the responses and are not used."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        for name, value in row.columns.items():
-            if name not in used and isinstance(value, (str, list)) and value and str(value).strip():
-                counts[name] = counts.get(name, 0) + 1
-    named = {
-        name: n for name, n in counts.items() if (found := set(words(name))) & _CONTEXT_WORDS and not found & _ABOUT
-    }
-    if not named:
-        return []
-    listed = ", ".join(f"{name!r} (in {count} of {len(rows)} rows)" for name, count in named.items())
-    return [f"{shown}: not used: column {listed}; to train with it, put its text into the prompt"]
+class UnusedContext:
+    """Finds the columns that look like context of the responses and are not used."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._counts: dict[str, int] = {}
+
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """Look at a row."""
+        self._rows += 1
+        for name, value in columns.items():
+            if _names_context(name) and isinstance(value, (str, list)) and value and str(value).strip():
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def notices(self, shown: str, used: Sequence[str]) -> list[str]:
+        """Return a message that names them."""
+        named = {name: count for name, count in self._counts.items() if name not in used}
+        if not named:
+            return []
+        listed = ", ".join(f"{name!r} (in {count} of {self._rows} rows)" for name, count in named.items())
+        return [f"{shown}: not used: column {listed}; to train with it, put its text into the prompt"]
+
+
+@lru_cache(maxsize=1024)
+def _names_context(name: str) -> bool:
+    found = set(words(name))
+    return bool(found & _CONTEXT_WORDS) and not found & _ABOUT
 
 
 # JSON of another shape -----------------------------------------------------------------------------------------

@@ -36,29 +36,50 @@ def suggested_option(rows: Sequence[Values], columns: Columns) -> str | None:
     return f"--data-format {name}" if name is not None and name != columns.data_format else None
 
 
-def layout_notices(shown: str, rows: Sequence[Values], columns: Columns, chat: bool) -> list[str]:
-    """Return what should be said of the layout of rows that were read as pairs.
+class Layout:
+    """What should be said of the layout of rows that are read as pairs."""
 
-    Args:
-        shown: name of the file.
-        rows: columns of its rows, without its bad rows.
-        columns: how they were read.
-        chat: whether they hold conversations.
-    """
-    if not rows:
-        return []
-    sample, notices = rows[:SAMPLE], []
-    if chat:
-        notices.append(f"{shown}: {_conversations(rows[0], columns)}")
-    elif all(_repeats_prompt(row, columns) for row in sample):
-        notices.append(f"{shown}: the answers repeat the prompt, which is thus read twice; remove it from them")
-    # A scored dataset is past this choice.
-    scored = all(name in row for row in sample for name in _SCORES) and "chosen_weight" not in rows[0]
-    unclear = sum(not _is_clear(row) for row in rows) if columns.data_format == "pairs" and scored else 0
-    if unclear:
-        counted = f"{unclear} of {len(rows)} rows do not prefer the chosen answer by its score"
-        notices.append(f"{shown}: {counted}; --data-format scored-pairs drops ties and refuses contradictions")
-    return notices
+    def __init__(self, shown: str, columns: Columns) -> None:
+        """Begin a file.
+
+        Args:
+            shown: its name.
+            columns: how it is read.
+        """
+        self._shown, self._columns = shown, columns
+        self._sample: list[Values] = []
+        self._rows = self._unclear = 0
+        # A scored dataset is past this choice.
+        self._scored = columns.data_format == "pairs"
+
+    def add(self, row: Values) -> None:
+        """Look at a row that is not bad."""
+        self._rows += 1
+        if len(self._sample) < SAMPLE:
+            self._sample.append(row)
+            self._scored = self._scored and all(name in row for name in _SCORES)
+            self._scored = self._scored and "chosen_weight" not in self._sample[0]
+        self._unclear += self._scored and not _is_clear(row)
+
+    def notices(self, chat: bool) -> list[str]:
+        """Return messages for the user.
+
+        Args:
+            chat: whether the rows hold conversations.
+        """
+        notices = []
+        if self._sample and chat:
+            notices.append(f"{self._shown}: {_conversations(self._sample[0], self._columns)}")
+        elif self._sample and all(_repeats_prompt(row, self._columns) for row in self._sample):
+            notices.append(
+                f"{self._shown}: the answers repeat the prompt, which is thus read twice; remove it from them"
+            )
+        if self._scored and self._unclear:
+            counted = f"{self._unclear} of {self._rows} rows do not prefer the chosen answer by its score"
+            notices.append(
+                f"{self._shown}: {counted}; --data-format scored-pairs drops ties and refuses contradictions"
+            )
+        return notices
 
 
 def _conversations(row: Values, columns: Columns) -> str:

@@ -2,87 +2,57 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from tisdpo_cli.data.data_formats import CONVERTERS, check_scores
-from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
+from tisdpo_cli.data.dataset import Columns, DatasetSplit
 from tisdpo_cli.data.dialogues import dialogue_conversation
-from tisdpo_cli.data.hints import missing_columns, other_shape, unused_context
-from tisdpo_cli.data.layouts import SAMPLE, Values, layout_notices, suggested_option
+from tisdpo_cli.data.hints import SAMPLE_ROWS, UnusedContext, missing_columns, other_shape
+from tisdpo_cli.data.layouts import SAMPLE, Layout, Values, suggested_option
 from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
-from tisdpo_cli.data.mixture import combine
-from tisdpo_cli.data.reader import read_rows, shown_path
+from tisdpo_cli.data.mixture import Rows, combine, short_hash
+from tisdpo_cli.data.reader import content_of, read_rows, shown_path
+from tisdpo_cli.data.row_store import RowStore
 from tisdpo_cli.data.rows import BadRow, Row, emptiness, handle_bad_rows
+from tisdpo_cli.data.stored_pairs import Pair, PairFile, PairWriter, StoredPairs
 from tisdpo_cli.errors import DataError
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One preference pair.
-
-    Attributes:
-        index: position among the valid rows, which seeds everything random by row.
-        prompt: text of the prompt.
-        chosen: text of the chosen response.
-        rejected: text of the rejected response.
-        row: the row with all its columns.
-        conversation: the messages, or None for a row of texts; the texts are then for reading only.
-    """
-
-    index: int
-    prompt: str
-    chosen: str
-    rejected: str
-    row: Row
-    conversation: Conversation | None = None
 
 
 @dataclass
 class Pairs:
     """The pairs of a split, and messages for the user."""
 
-    pairs: list[Pair]
+    pairs: StoredPairs
     notices: list[str] = field(default_factory=list)
 
 
-def read_split_pairs(split: DatasetSplit, on_bad_row: str) -> Pairs:
+def read_split_pairs(split: DatasetSplit, on_bad_row: str, store: RowStore | None = None) -> Pairs:
     """Read the preference pairs of a split that are in use.
 
     Args:
         split: where they come from.
         on_bad_row: `error` or `skip`.
+        store: where they are kept, or None for the user's cache directory.
 
     Raises:
         DataError: see `read_pairs`; or parts of the split do not fit together.
         UsageError: no row is left.
     """
-    read = [read_pairs(part.path, part.columns, on_bad_row, split.first(part)) for part in split.parts]
-    alone = len(split.parts) == 1
-    parts = [
-        part.pairs if alone else [_alike(pair, source) for pair in part.pairs]
-        for source, part in zip(split.parts, read, strict=True)
-    ]
-    pairs, notices = combine(split, parts, lambda pair: pair.prompt, lambda pair: pair.conversation is not None)
-    numbered = [replace(pair, index=index) for index, pair in enumerate(pairs)]
-    return Pairs(numbered, [*part_notices(split, [part.notices for part in read]), *notices])
-
-
-# The column of a row of a mixture that names its dataset.
-_SOURCE = "mixture_source"
-
-
-def _alike(pair: Pair, source: Part) -> Pair:
-    """A pair of a mixture: its row has the columns that a row of any other dataset has."""
-    columns, plain = pair.row.columns, Columns().named()
-    others = {name: value for name, value in columns.items() if name not in source.columns.named().values()}
-    used = {plain[role]: columns[name] for role, name in source.columns.named().items() if name in columns}
-    if source.columns.dialogue and pair.conversation is not None:
-        used = {"prompt": pair.conversation.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    return replace(pair, row=Row(pair.row.where, {**others, **used, _SOURCE: source.dataset}))
+    store = store or RowStore()
+    read = [read_pairs(part.path, part.columns, on_bad_row, split.first(part), store) for part in split.parts]
+    files = [file for part in read for file in part.pairs.parts]
+    if len(files) > 1:
+        named = zip(files, split.parts, strict=True)
+        files = [replace(file, mixed=(part.columns, part.dataset)) for file, part in named]
+    together = StoredPairs(files)
+    positions, notices = combine(split, [Rows(len(file), file.chat) for file in files], together.prompts)
+    return Pairs(StoredPairs(files, positions), [*part_notices(split, [part.notices for part in read]), *notices])
 
 
 def part_notices(split: DatasetSplit, notices: Sequence[Sequence[str]]) -> list[str]:
@@ -97,50 +67,57 @@ def part_notices(split: DatasetSplit, notices: Sequence[Sequence[str]]) -> list[
     ]
 
 
-def read_pairs(path: Path, columns: Columns, on_bad_row: str, first: int | None = None) -> Pairs:
-    """Read the preference pairs of a file.
+def read_pairs(
+    path: Path, columns: Columns, on_bad_row: str, first: int | None = None, store: RowStore | None = None
+) -> Pairs:
+    """Read the preference pairs of a file, as a stream.
 
     Args:
         path: file, saved dataset or glob.
         columns: column names.
         on_bad_row: `error` or `skip`.
         first: how many pairs to read from the start; all where None.
+        store: where they are kept, or None for the user's cache directory.
 
     Raises:
         DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
     """
-    reading = _Reading(path, columns)
-    for row in read_rows(path, reading.notices):
-        reading.take(row)
-        if len(reading.pairs) == first:
-            break
-    reading.check()
-    pairs = reading.pairs
-    notices = [*reading.notices, *handle_bad_rows(reading.bad, reading.total, on_bad_row)]
-    used = [*columns.named().values(), *(_CHAT_COLUMNS if reading.chat else ())]
-    layout = layout_notices(path.name, [pair.row.columns for pair in pairs], columns, reading.chat)
-    unused = unused_context(path.name, [pair.row for pair in pairs], used)
-    return Pairs(pairs, [*notices, *layout, *unused, *_contradictions(path, pairs)])
+
+    def build(stream: BinaryIO) -> None:
+        writer = PairWriter(stream)
+        reading = _Reading(path, columns, writer)
+        for row in read_rows(path, reading.notices):
+            reading.take(row)
+            if writer.count == first:
+                break
+        writer.finish(reading.finish(on_bad_row))
+
+    depends_on = {**content_of(path), "columns": vars(columns), "on_bad_row": on_bad_row, "first": first}
+    file = (store or RowStore()).file(depends_on, build)
+    return Pairs(StoredPairs([PairFile(file, depends_on)]), list(file.about["notices"]))
 
 
 class _Reading:
     """The rows of a file so far."""
 
-    def __init__(self, path: Path, columns: Columns) -> None:
-        self.path, self.columns = path, columns
-        self.pairs: list[Pair] = []
+    def __init__(self, path: Path, columns: Columns, writer: PairWriter) -> None:
+        self.path, self.columns, self.writer = path, columns, writer
         self.bad: list[BadRow] = []
         self.notices: list[str] = []
-        # Rows as they are before the first pair, and as pairs.
+        # Rows as they are before the first pair, and the first ones as pairs.
         self.sample: list[Values] = []
         self.objects: list[Row] = []
         self.total = self.ties = 0
         self.chat = columns.dialogue
+        self.missing = dict(columns.named())
+        self.layout = Layout(path.name, columns)
+        self.unused = UnusedContext()
+        self.contradictions = _Contradictions()
 
     def take(self, raw: Row | BadRow) -> None:
         """Add a row."""
         self.total += 1
-        if isinstance(raw, Row) and not self.pairs and len(self.sample) < SAMPLE:
+        if isinstance(raw, Row) and not self.writer.count and len(self.sample) < SAMPLE:
             self.sample.append(raw.columns)
         row = raw if isinstance(raw, BadRow) else _as_pair(raw, self.columns)
         if row is None:
@@ -150,11 +127,32 @@ class _Reading:
             # The first row decides what the file holds.
             names = list(self.columns.named().values())
             self.chat = self.chat or (not self.objects and is_conversational(row.columns, names))
-            self.objects.append(row)
-        pair = row if isinstance(row, BadRow) else _pair(row, self.columns, len(self.pairs), self.chat)
-        self.bad.append(pair) if isinstance(pair, BadRow) else self.pairs.append(pair)
+            self.missing = {role: name for role, name in self.missing.items() if name not in row.columns}
+            if len(self.objects) < SAMPLE_ROWS:
+                self.objects.append(row)
+        pair = row if isinstance(row, BadRow) else _pair(row, self.columns, self.writer.count, self.chat)
+        self.bad.append(pair) if isinstance(pair, BadRow) else self._keep(pair)
 
-    def check(self) -> None:
+    def _keep(self, pair: Pair) -> None:
+        self.writer.add(pair)
+        self.layout.add(pair.row.columns)
+        self.unused.add(pair.row.columns)
+        self.contradictions.add(pair)
+
+    def finish(self, on_bad_row: str) -> list[str]:
+        """Check what is wrong with the file and with its rows, and return messages for the user.
+
+        Raises:
+            DataError: there are invalid rows that are not to be skipped; or see `_check`.
+        """
+        self._check()
+        columns, name = self.columns, self.path.name
+        notices = [*self.notices, *handle_bad_rows(self.bad, self.total, on_bad_row)]
+        used = [*columns.named().values(), *(_CHAT_COLUMNS if self.chat else ())]
+        layout, unused = self.layout.notices(self.chat), self.unused.notices(name, used)
+        return [*notices, *layout, *unused, *self.contradictions.notices(name)]
+
+    def _check(self) -> None:
         """Check what is wrong with the file rather than with a row.
 
         Raises:
@@ -168,7 +166,8 @@ class _Reading:
         if self.ties:
             self.notices.append(f"{self.path.name}: {self.ties} rows dropped: their answers are rated the same")
         needed = {role: name for role, name in columns.named().items() if role != "prompt" or not self.chat}
-        error = missing_columns(self.path, shown, self.objects, needed) if self.objects else None
+        missing = [role for role in needed if role in self.missing]
+        error = missing_columns(self.path, shown, self.objects, needed, missing) if self.objects and missing else None
         unreadable = len(self.bad) == self.total
         option = suggested_option(self.sample, columns) if error is not None or unreadable else None
         if option is not None:
@@ -238,8 +237,21 @@ def text_problem(value: Any) -> str | None:
     return emptiness(value)
 
 
-def _contradictions(path: Path, pairs: Sequence[Pair]) -> list[str]:
-    """A message that counts the pairs that also occur with chosen and rejected swapped."""
-    seen = Counter((p.prompt, p.chosen, p.rejected) for p in pairs)
-    count = sum(n for (prompt, a, b), n in seen.items() if a != b and (prompt, b, a) in seen)
-    return [f"{path.name}: {count} rows contradict another row (chosen and rejected swapped)"] if count else []
+class _Contradictions:
+    """Counts the pairs that also occur with chosen and rejected swapped, by hashes of 8 bytes."""
+
+    def __init__(self) -> None:
+        self._pairs, self._swapped = array("Q"), array("Q")
+
+    def add(self, pair: Pair) -> None:
+        """Add a pair."""
+        prompt, chosen, rejected = (text.encode() for text in (pair.prompt, pair.chosen, pair.rejected))
+        self._pairs.append(short_hash(prompt, chosen, rejected))
+        # Equal responses contradict nothing.
+        self._swapped.append(short_hash(prompt, rejected, chosen) if chosen != rejected else 0)
+
+    def notices(self, name: str) -> list[str]:
+        """A message that counts them."""
+        pairs, swapped = (np.frombuffer(hashes, np.uint64) for hashes in (self._pairs, self._swapped))
+        count = int(np.isin(swapped, pairs).sum())
+        return [f"{name}: {count} rows contradict another row (chosen and rejected swapped)"] if count else []

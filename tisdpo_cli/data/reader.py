@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tisdpo_cli.data.parsers import PARSERS, read_saved
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.source import Source
 from tisdpo_cli.data.stdin import is_stdin
-from tisdpo_cli.errors import naming_out_of_memory
-from tisdpo_cli.files import matching_files
+from tisdpo_cli.errors import DataError, naming_out_of_memory
+from tisdpo_cli.files import matching_files, sha256
 from tisdpo_cli.formats import format_of
 
 
@@ -29,6 +31,21 @@ def read_rows(path: Path, notices: list[str] | None = None) -> Iterator[Row | Ba
         parse = read_saved if file.is_dir() else PARSERS[format_of(file.name) or "JSON"]
         with naming_out_of_memory("reading", shown_path(file)):
             yield from parse(Source(file, shown_path(file)), notices)
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """What the rows of a split, their places and messages about them depend on, beside how they are read."""
+    files = matching_files(path) or [path]
+    with _reporting_read_errors(path):
+        return {"content": sha256(*files, named=True), "files": [shown_path(file) for file in files], "name": path.name}
+
+
+@contextmanager
+def _reporting_read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=error.filename or shown_path(path)) from error
 
 
 def shown_path(path: Path) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "estimate.json"
 SIDES = ("chosen", "rejected")
+# Columns of scores (or final weights), and those of the EOS.
+WEIGHT_COLUMNS = tuple(f"{side}_weight" for side in SIDES)
+EOS_COLUMNS = tuple(f"{side}_eos_weight" for side in SIDES)
 # Values of at least this size become infinite in float32.
 _FLOAT32_END = 2.0**128 - 2.0**103
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from tisdpo_cli.data.chat_tokens import ChatOptions, ChatStats, encode_chat
+import numpy as np
+
+from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.pairs import Pair, read_split_pairs
-from tisdpo_cli.data.rows import BadRow, handle_bad_rows
-from tisdpo_cli.data.tokens import EncodedPair, Limits, TruncationStats, Vocabulary, encode_pairs
+from tisdpo_cli.data.row_store import RowStore
+from tisdpo_cli.data.stored_pairs import StoredPairs
+from tisdpo_cli.data.stored_tokens import EncodedPairs, select_pairs, untrainable
+from tisdpo_cli.data.tokenizing import TokenOptions, tokenize
+from tisdpo_cli.data.tokens import EncodedPair, Limits
+from tisdpo_cli.data.vocabulary import Vocabulary
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 
 
@@ -18,12 +25,14 @@ class Split:
 
     Attributes:
         source: where it was read.
+        pairs: its pairs, which may be read from a file as they are asked for, again each time.
+        encoded: likewise.
         stops: ids that end the answers of conversations.
     """
 
     source: DatasetSplit
-    pairs: list[Pair]
-    encoded: list[EncodedPair]
+    pairs: Sequence[Pair]
+    encoded: Sequence[EncodedPair]
     notices: list[str] = field(default_factory=list)
     stops: set[int] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
@@ -39,6 +48,7 @@ class ReadOptions:
         parse_data: whether special tokens spelled out in rows become these tokens.
         chat: how conversations are rendered.
         templates: prompt templates to put around the prompts of conversations, each the text before and after.
+        store: where rows and tokens are kept.
     """
 
     on_bad_row: str
@@ -46,6 +56,7 @@ class ReadOptions:
     parse_data: bool = False
     chat: ChatOptions | None = None
     templates: tuple[tuple[str, str], ...] = ()
+    store: RowStore = field(default_factory=RowStore, compare=False)
 
 
 @naming_out_of_memory("reading")
@@ -61,56 +72,25 @@ def read_split(source: DatasetSplit, options: ReadOptions, vocabulary: Vocabular
     Raises:
         DataError: rows are invalid, or a prompt has no tokens.
     """
-    rows = read_split_pairs(source, options.on_bad_row)
-    pairs = rows.pairs[:first] if first is not None else rows.pairs
-    if any(pair.conversation is not None for pair in pairs):
-        return _read_conversations(source, pairs, rows.notices, options, vocabulary)
-    encoded, stats = encode_pairs(
-        [pair.prompt for pair in pairs],
-        [pair.chosen for pair in pairs],
-        [pair.rejected for pair in pairs],
-        [pair.row.where for pair in pairs],
-        vocabulary,
-        options.limits,
-    )
-    unprompted = next((pair for pair in encoded if not pair.prompt), None)
-    if unprompted is not None:
-        raise DataError(
-            "the prompt has no tokens, so nothing predicts the first response token", where=unprompted.where
-        )
-    messages = [f"{source.name}: {message}" for message in stats.messages(options.limits)]
-    marked = stats.marked.warning(stats.rows)
-    warnings = [f"{source.name}: {marked}"] if marked else []
-    return Split(source, pairs, encoded, [*rows.notices, *messages], warnings=warnings)
+    rows = read_split_pairs(source, options.on_bad_row, options.store)
+    pairs = rows.pairs.first(first)
+    how = TokenOptions(options.limits, options.templates, options.on_bad_row)
+    tokens = tokenize(pairs, how, vocabulary, options.store)
+    if len(tokens.encoded) < len(pairs):
+        pairs = pairs.select(tokens.encoded.column("row"))
+    named = [f"{source.name}: {message}" for message in tokens.notices]
+    warnings = [f"{source.name}: {tokens.warning}"] if tokens.warning else []
+    return Split(source, pairs, tokens.encoded, [*rows.notices, *tokens.skipped, *named], tokens.stops, warnings)
 
 
-def _read_conversations(
-    source: DatasetSplit, pairs: list[Pair], notices: list[str], options: ReadOptions, vocabulary: Vocabulary
-) -> Split:
-    stats, chat_stats = TruncationStats(), ChatStats()
-    kept: list[Pair] = []
-    encoded: list[EncodedPair] = []
-    bad: list[BadRow] = []
-    for pair in pairs:
-        assert pair.conversation is not None
-        encode, bos, templates = vocabulary.chat, vocabulary.bos, options.templates
-        chat = encode_chat(pair.conversation, pair.row.where, encode, bos, options.limits, chat_stats, templates)
-        if isinstance(chat, BadRow):
-            bad.append(chat)
-            continue
-        chosen, rejected = chat.responses
-        kept.append(replace(pair, index=len(kept)))
-        encoded.append(
-            EncodedPair(len(encoded), pair.row.where, chat.prompt, chosen, rejected, chat.opening, chat.framed)
-        )
-        stats.count(encoded[-1], chat.whole_prompt, chat.whole_prompt)
-    skipped = handle_bad_rows(bad, len(pairs), options.on_bad_row)
-    messages = [*stats.messages(options.limits), *chat_stats.notices(options.limits)]
-    named = [f"{source.name}: {message}" for message in messages]
-    return Split(source, kept, encoded, [*notices, *skipped, *named], chat_stats.stops)
+def pairs_behind(split: Split, encoded: Sequence[EncodedPair]) -> Sequence[Pair]:
+    """The pairs of a split whose tokens these are, in the same order."""
+    if isinstance(encoded, EncodedPairs) and isinstance(split.pairs, StoredPairs):
+        return split.pairs.select(encoded.places)
+    return [split.pairs[pair.index] for pair in encoded]
 
 
-def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
+def drop_untrainable(split: Split) -> tuple[Sequence[EncodedPair], list[str]]:
     """Drop pairs with equal responses or without response tokens.
 
     Returns:
@@ -119,20 +99,19 @@ def drop_untrainable(split: Split) -> tuple[list[EncodedPair], list[str]]:
     Raises:
         DataError: no pair remains.
     """
-    equal = [p for p in split.encoded if p.chosen.ids == p.rejected.ids]
-    empty = [p for p in split.encoded if p.chosen.ids != p.rejected.ids and not (p.chosen.kept and p.rejected.kept)]
-    dropped = {p.index for p in equal} | {p.index for p in empty}
-    kept = [p for p in split.encoded if p.index not in dropped]
+    are_equal, are_empty = untrainable(split.encoded)
+    equal, empty = int(are_equal.sum()), int(are_empty.sum())
+    kept = np.flatnonzero(~are_equal & ~are_empty)
     messages = []
     if equal:
-        messages.append(f"{split.source.name}: {len(equal)} pairs dropped: equal responses (tokenized and truncated)")
+        messages.append(f"{split.source.name}: {equal} pairs dropped: equal responses (tokenized and truncated)")
     if empty:
-        messages.append(f"{split.source.name}: {len(empty)} pairs dropped: no response token after truncation")
-    if not kept:
+        messages.append(f"{split.source.name}: {empty} pairs dropped: no response token after truncation")
+    if not len(kept):
         raise DataError(
-            f"none of {len(split.encoded)} pairs can be trained: {len(equal)} have equal responses, {len(empty)} have "
+            f"none of {len(split.encoded)} pairs can be trained: {equal} have equal responses, {empty} have "
             "no response token after truncation",
             where=split.source.where,
             fix="check the data, or raise --max-length",
         )
-    return kept, messages
+    return select_pairs(split.encoded, kept) if equal or empty else split.encoded, messages

@@ -7,64 +7,14 @@ one, and an EOS ends each response. Knows no model, and a tokenizer only as a fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
-from tisdpo_cli.data.messages import Conversation
-from tisdpo_cli.errors import DataError
+import numpy as np
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
-
-
-class ChatIds(Protocol):
-    """A conversation as ids: the prompt, each answer without its stop, and the stop."""
-
-    @property
-    def prompt(self) -> list[int]:
-        """Ids of the prompt, with the generation prompt."""
-
-    @property
-    def answers(self) -> tuple[list[int], ...]:
-        """Ids of each answer."""
-
-    @property
-    def stop(self) -> int:
-        """Id that ends each answer."""
-
-    @property
-    def opening(self) -> int:
-        """Number of ids at the end of the prompt that stand before every answer."""
-
-
-# From a conversation and the number of ids that its prompt should have at most (None: all), to its ids and how many old
-# messages were left out.
-EncodeChat = Callable[[Conversation, int | None], tuple[ChatIds, int]]
-
-
-def _no_chat(_conversation: Conversation, _limit: int | None) -> tuple[ChatIds, int]:
-    raise DataError("conversations need a chat template")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What tokenization needs of a tokenizer.
-
-    Attributes:
-        prompts: encodes prompts to ids without BOS and EOS.
-        responses: encodes responses, which continue a prompt, to ids without EOS.
-        bos: id before each prompt, or None.
-        eos: id behind each response.
-        chat: encodes conversations.
-        marker: returns the first special token that a text spells out and that stays text, or None.
-    """
-
-    prompts: Encode
-    responses: Encode
-    bos: int | None
-    eos: int
-    marker: Callable[[str], str | None] = lambda _text: None
-    chat: EncodeChat = _no_chat
+from tisdpo_cli.data.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -175,6 +125,11 @@ class MarkedRows:
             self.rows += 1
             self.marker = self.marker or marker
 
+    def add(self, other: MarkedRows) -> None:
+        """Add what was counted over further rows."""
+        self.rows += other.rows
+        self.marker = self.marker or other.marker
+
     def warning(self, total: int) -> str | None:
         """Return what the user should know, or None."""
         if not self.rows:
@@ -194,8 +149,8 @@ class TruncationStats:
     cut_responses: int = 0
     merged_boundaries: int = 0
     marked: MarkedRows = field(default_factory=MarkedRows)
-    prompt_lengths: list[int] = field(default_factory=list)
-    response_lengths: list[int] = field(default_factory=list)
+    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
+    response_lengths: array[int] = field(default_factory=lambda: array("i"))
 
     def count(self, pair: EncodedPair, prompt: int, uncut: int) -> None:
         """Count a pair.
@@ -209,7 +164,17 @@ class TruncationStats:
         self.cut_prompts += len(pair.prompt) < uncut
         self.cut_responses += (not pair.chosen.has_eos) + (not pair.rejected.has_eos)
         self.prompt_lengths.append(prompt)
-        self.response_lengths += [pair.chosen.uncut, pair.rejected.uncut]
+        self.response_lengths.extend((pair.chosen.uncut, pair.rejected.uncut))
+
+    def add(self, other: TruncationStats) -> None:
+        """Add what was counted over further pairs."""
+        self.rows += other.rows
+        self.cut_prompts += other.cut_prompts
+        self.cut_responses += other.cut_responses
+        self.merged_boundaries += other.merged_boundaries
+        self.marked.add(other.marked)
+        self.prompt_lengths += other.prompt_lengths
+        self.response_lengths += other.response_lengths
 
     def messages(self, limits: Limits) -> list[str]:
         """Return messages for the user, one line each."""
@@ -230,10 +195,10 @@ class TruncationStats:
         return messages
 
 
-def _spread(lengths: list[int]) -> str:
+def _spread(lengths: Sequence[int]) -> str:
     if not lengths:
         return "none"
-    ordered = sorted(lengths)
+    ordered = np.sort(np.asarray(lengths))
     return f"{ordered[len(ordered) // 2]}/{ordered[math.ceil(0.95 * len(ordered)) - 1]}/{ordered[-1]}"
 
 
@@ -256,23 +221,15 @@ def cut(
         limit = max(0, limits.max_prompt_length - len(head))
         if len(prompt) > limit:
             prompt = prompt[len(prompt) - limit :] if limits.keep_prompt == "end" else prompt[:limit]
-    prompt = _shared(head + prompt)
+    prompt = head + prompt
     limit = limits.max_length - len(prompt)
     return prompt, [_cut_response(ids, eos, max(0, limit)) for ids in responses]
 
 
 def _cut_response(ids: list[int], eos: int, limit: int) -> Response:
     if len(ids) + 1 <= limit:
-        return Response(_shared([*ids, eos]), True, len(ids))
-    return Response(_shared(ids[:limit]), False, len(ids))
-
-
-# Each id once: a token of a list of ids takes 8 bytes then, not 36, which adds up where a dataset is held in memory.
-_ONE_OBJECT: dict[int, int] = {}
-
-
-def _shared(ids: list[int]) -> list[int]:
-    return list(map(_ONE_OBJECT.setdefault, ids, ids))
+        return Response([*ids, eos], True, len(ids))
+    return Response(ids[:limit], False, len(ids))
 
 
 def encode_pairs(

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.locate import TEST, TRAIN, find_splits, named_split, test_split, training_splits
+from tisdpo_cli.data.row_store import RowStore
 from tisdpo_cli.data.scored import read_manifest
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import Limits
 from tisdpo_cli.engine.chat import DEFAULT_DAY
 from tisdpo_cli.errors import UsageError
-from tisdpo_cli.files import sha256
+from tisdpo_cli.files import RUN_FILE, sha256
 from tisdpo_cli.model.content_hashes import content_hashes
 from tisdpo_cli.model.directory import base_of
 from tisdpo_cli.reporter import Reporter
@@ -80,9 +81,23 @@ def limits_of(data: Data) -> Limits:
     return Limits(data.max_length, data.max_prompt_length, data.keep_prompt)
 
 
-def read_options(data: Data) -> ReadOptions:
-    """How rows are read and cut."""
-    return ReadOptions(data.on_bad_row, limits_of(data), parses(data), chat_options(data))
+def read_options(data: Data, reporter: Reporter, cache_dir: str | None = None) -> ReadOptions:
+    """How rows are read and cut, and where they are kept.
+
+    Args:
+        data: the settings.
+        reporter: of this process.
+        cache_dir: where rows and tokens are kept, or None for the user's cache directory.
+    """
+    directory = Path(cache_dir).expanduser() if cache_dir is not None else None
+    store = RowStore(directory, reporter.warn, reporter.progress)
+    return ReadOptions(data.on_bad_row, limits_of(data), parses(data), chat_options(data), store=store)
+
+
+def is_done(settings: Any) -> bool:
+    """Whether the output directory is finished, so that nothing needs to be read unless it is created anew."""
+    finished = (Path(settings.output_dir).expanduser() / RUN_FILE).is_file()
+    return finished and not settings.overwrite and not getattr(settings, "dry_run", False)
 
 
 def chat_options(data: ColumnOptions) -> ChatOptions:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import metadata
 from typing import Any
 
 from tisdpo_cli.data.chat_tokens import ChatOptions
 from tisdpo_cli.data.messages import Conversation
-from tisdpo_cli.data.tokens import Vocabulary
+from tisdpo_cli.data.vocabulary import CHAT_OBSERVED, Vocabulary
 from tisdpo_cli.errors import DataError, ModelError, UsageError
 from tisdpo_cli.model.chat_template import ChatTemplate, EncodedConversation
 from tisdpo_cli.model.tokenizer import Tokenizer
@@ -27,18 +28,33 @@ def vocabulary_of(tokenizer: Tokenizer, chat: ChatEncoder | None = None, at_star
         at_start: whether responses are encoded as at the start of a text; see `Tokenizer.encode_responses`.
     """
 
-    def responses(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer.encode_responses(texts, at_start)
-
-    def marker(text: str) -> str | None:
-        return None if tokenizer.parses_data else tokenizer.texts.marker(text)
-
     encoder = chat or ChatEncoder(tokenizer)
-    return Vocabulary(tokenizer.encode_prompts, responses, tokenizer.bos, tokenizer.eos, marker, encoder)
+    # Nothing here is a function of this call, so that a vocabulary can be sent to another process.
+    return Vocabulary(
+        tokenizer.encode_prompts,
+        partial(tokenizer.encode_responses, at_start=at_start),
+        tokenizer.bos,
+        tokenizer.eos,
+        tokenizer.marker,
+        encoder,
+        partial(_depends_on, tokenizer, encoder, at_start),
+    )
 
 
-# Conversations whose boundary of prompt and answer is looked at.
-_CHECKED = 100
+def _depends_on(tokenizer: Tokenizer, encoder: ChatEncoder, at_start: bool, chat: bool) -> dict[str, Any] | None:
+    if not tokenizer.backend.is_fast or (chat and tokenizer.parses_data):
+        # The digest of a slow tokenizer is not all that it does, and parsed conversations are refused.
+        return None
+    try:
+        rendering = {"chat": encoder.template.parts} if chat else {}
+    except DataError:  # which every row will meet
+        return None
+    packages = {name: metadata.version(name) for name in _ENCODING_PACKAGES}
+    ids = {"tokenizer": tokenizer.digest, "parses": tokenizer.parses_data, "at_start": at_start}
+    return {**ids, **packages, **rendering}
+
+
+_ENCODING_PACKAGES = ("transformers", "tokenizers", "jinja2")
 
 
 class ChatEncoder:
@@ -46,13 +62,30 @@ class ChatEncoder:
 
     Attributes:
         used: whether any conversation was encoded.
+        observed: of the first conversations, whether prompt and answers have the same ids joined as apart.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: ChatOptions | None = None) -> None:
         self._tokenizer, self._options = tokenizer, options or ChatOptions(None, {}, DEFAULT_DAY)
         self.used = False
-        self._checked = self._apart = 0
+        self.observed: list[bool] = []
         self._last: tuple[Conversation | None, EncodedConversation | None] = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process compiles the template itself.
+        return {**vars(ChatEncoder(self._tokenizer, self._options))}
+
+    def copy(self) -> ChatEncoder:
+        """The same encoder, with nothing observed."""
+        copied = ChatEncoder(self._tokenizer, self._options)
+        if "template" in vars(self):
+            vars(copied)["template"] = self.template
+        return copied
+
+    def observe(self, observed: Sequence[bool]) -> None:
+        """Count what a copy observed."""
+        self.used = True
+        self.observed = [*self.observed, *observed][:CHAT_OBSERVED]
 
     def __call__(self, conversation: Conversation, limit: int | None) -> tuple[EncodedConversation, int]:
         """Encode a conversation, without its oldest turns if its prompt has more ids than a limit.
@@ -78,9 +111,8 @@ class ChatEncoder:
             encoded = self.template.encode(prompt, answers, tools, kwargs)
             # What is too long is asked for again, with a limit.
             self._last = conversation, encoded
-            if self._checked < _CHECKED:
-                self._checked += 1
-                self._apart += not self.template.joins(encoded)
+            if len(self.observed) < CHAT_OBSERVED:
+                self.observed.append(self.template.joins(encoded))
             return encoded, 0
         last, whole = self._last
         return self.template.shortened(prompt, answers, limit, tools, kwargs, whole if last is conversation else None)
@@ -105,9 +137,10 @@ class ChatEncoder:
         notices, day = [], self.template.day
         if day is not None:
             notices.append(f"the chat template writes the date: {day.isoformat()} (--chat-date)")
-        if self._apart:
+        apart = self.observed.count(False)
+        if apart:
             notices.append(
-                f"{self._apart} of the first {self._checked} rendered conversations would tokenize differently with "
+                f"{apart} of the first {len(self.observed)} rendered conversations would tokenize differently with "
                 "prompt and answer joined; the model generates them apart"
             )
         return notices

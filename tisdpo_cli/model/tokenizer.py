@@ -68,6 +68,10 @@ class Tokenizer:
         """
         return self.texts.encode([self._without_end(text) for text in texts], continued=not at_start)
 
+    def marker(self, text: str) -> str | None:
+        """Return the first special token or other marker that a text spells out and that stays text, or None."""
+        return None if self.parses_data else self.texts.marker(text)
+
     def encode_template(self, before: str, after: str) -> tuple[list[int], list[int]]:
         """Encode what a template puts before and after a prompt; it may spell out special tokens."""
         (first,) = self.texts.encode([before], markers=True)

@@ -14,5 +14,9 @@ class Env(Command):
     command: ClassVar[str] = "env"
 
     clear_cache: bool = setting(
-        False, "remove all cached reference log-probs", "Run", shapes_result=False, repeated=False
+        False,
+        "remove all cached reference log-probs and tokenized datasets",
+        "Run",
+        shapes_result=False,
+        repeated=False,
     )

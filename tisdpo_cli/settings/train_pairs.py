@@ -47,7 +47,7 @@ class TrainPairs(Command):
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     cache_dir: PathText | None = setting(
-        None, "cache directory for reference log-probs (default: ~/.cache/tisdpo)", "Run",
+        None, "cache directory for tokenized datasets and reference log-probs (default: ~/.cache/tisdpo)", "Run",
         shapes_result=False, metavar="DIR",
     )  # fmt: skip
     no_ref_cache: bool = setting(False, "do not cache reference log-probs", "Run", shapes_result=False)

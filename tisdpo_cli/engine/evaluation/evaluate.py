@@ -113,7 +113,7 @@ def _task(settings: Evaluate, runtime: Runtime, source: DatasetSplit, models: Se
     """The task, checked as far as possible without loading weights."""
     trust, limit, per_prompt = settings.trust_remote_code, settings.max_new_tokens, settings.samples_per_prompt
     tokenizer = _shared_tokenizer(models, settings.data.max_length, trust, parses(settings.data))
-    options = read_options(settings.data)
+    options = read_options(settings.data, runtime.reporter)
     chat = ChatEncoder(tokenizer, options.chat)
     split = read_split(source, options, vocabulary_of(tokenizer, chat), settings.eval_pairs)
     kept, dropped = drop_untrainable(split)

@@ -86,7 +86,7 @@ class EvaluationTask:
 
     runtime: Runtime
     tokenizer: Tokenizer
-    pairs: list[EncodedPair]
+    pairs: Sequence[EncodedPair]
     prompts: list[Prompt]
     draws: Tensor
     sampling: Sampling

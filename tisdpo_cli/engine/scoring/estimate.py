@@ -19,8 +19,9 @@ from tisdpo_cli.data.rows import Row
 from tisdpo_cli.data.scored import scored_types
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
-from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, recorded_reading
+from tisdpo_cli.engine.arguments import find_dataset, is_done, output_request, read_options, recorded_reading
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
+from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Extent, Part, PartScorer, ScoringConfig, Side, extent, split_into_parts
@@ -29,7 +30,7 @@ from tisdpo_cli.method.prompt_templates import split_template
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
-from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.reporter import Reporter, Silent
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, claim_output, finished_result
@@ -79,38 +80,65 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     options = ["model"] if settings.model is not None else list(CONTRAST)
     paths = {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
     sources = find_dataset(settings.dataset, settings.data, reporter)
-    runtime = Runtime(reporter)
-    precision = runtime.precision(settings.dtype, scoring=True)
+    # Rows do not depend on the precision, which the devices decide.
     estimation = _Estimation(
         dataset=text_of(settings.dataset),
         paths=paths,
         models=settings.models(),
         templates=settings.templates(),
         splits=sources,
-        options=read_options(settings.data),
+        options=_with_templates(read_options(settings.data, reporter), settings.templates()),
         reading=recorded_reading(settings.dataset, settings.data),
         keep_logps=settings.keep_logps,
         parquet=settings.format == "parquet",
         scoring=ScoringConfig(
-            settings.batch_size, settings.layout, precision, settings.sequential, settings.trust_remote_code
+            settings.batch_size, settings.layout, "float32", settings.sequential, settings.trust_remote_code
         ),
         config_yaml=to_yaml(settings),
     )
+    known = Prepared(lambda _: _tokenizer_and_sides(estimation))
+    rows = Prepared(lambda _: _rows(estimation, known.result(Silent())[0]))
+    if not is_done(settings):
+        rows.start()
+    runtime = Runtime(reporter)
+    precision = runtime.precision(settings.dtype, scoring=True)
+    estimation = replace(estimation, scoring=replace(estimation.scoring, precision=precision))
     with claim_output(runtime, output_request(settings, {"dtype": precision}, paths, sources.values())) as output:
         if output.state == "finished":
             return finished_result(runtime, output)
-        return _estimate(estimation, runtime, output)
+        return _estimate(estimation, runtime, output, known, rows)
 
 
-def _estimate(estimation: _Estimation, runtime: Runtime, output: Output) -> StageResult:
-    reporter = runtime.reporter
+def _with_templates(options: ReadOptions, templates: Mapping[str, str]) -> ReadOptions:
+    return replace(options, templates=tuple(map(split_template, templates.values())))
+
+
+def _tokenizer_and_sides(estimation: _Estimation) -> tuple[Tokenizer, list[Side]]:
     tokenizer = _shared_tokenizer(estimation)
-    sides = _sides(estimation, tokenizer)
-    _warn_if_equal(sides, estimation, output, reporter)
+    return tokenizer, _sides(estimation, tokenizer)
+
+
+# What encodes conversations, and the splits by name.
+_Rows = tuple[ChatEncoder, dict[str, Split]]
+
+
+def _rows(estimation: _Estimation, tokenizer: Tokenizer) -> _Rows:
     chat = ChatEncoder(tokenizer, estimation.options.chat)
     vocabulary = vocabulary_of(tokenizer, chat)
-    options = replace(estimation.options, templates=tuple(map(split_template, estimation.templates.values())))
-    splits = {name: read_split(split, options, vocabulary) for name, split in estimation.splits.items()}
+    return chat, {name: read_split(split, estimation.options, vocabulary) for name, split in estimation.splits.items()}
+
+
+def _estimate(
+    estimation: _Estimation,
+    runtime: Runtime,
+    output: Output,
+    known: Prepared[tuple[Tokenizer, list[Side]]],
+    rows: Prepared[_Rows],
+) -> StageResult:
+    reporter = runtime.reporter
+    tokenizer, sides = known.result(reporter)
+    _warn_if_equal(sides, estimation, output, reporter)
+    chat, splits = rows.result(reporter)
     for notice in chat.notices():
         reporter.note(notice)
     for warning in (warning for split in splits.values() for warning in split.warnings):

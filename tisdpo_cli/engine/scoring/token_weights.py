@@ -11,8 +11,17 @@ from torch import Tensor
 from tisdpo_cli.data.chat_tokens import response_ids
 from tisdpo_cli.data.pairs import Pair
 from tisdpo_cli.data.rows import BadRow, batches
-from tisdpo_cli.data.scored import SIDES, Scores, has_eos_scores, missing_eos_column, read_scores, weight_count
-from tisdpo_cli.data.tokens import EncodeChat
+from tisdpo_cli.data.scored import (
+    EOS_COLUMNS,
+    SIDES,
+    Scores,
+    has_eos_scores,
+    missing_eos_column,
+    read_scores,
+    weight_count,
+)
+from tisdpo_cli.data.stored_pairs import holds_conversations, rows_with
+from tisdpo_cli.data.vocabulary import EncodeChat
 from tisdpo_cli.method.recipe import Recipe, response_weights
 from tisdpo_cli.method.steps import Centers, Context, apply_steps, centers_of, spans_of
 from tisdpo_cli.method.transforms import RandomStream, Side
@@ -119,7 +128,7 @@ def token_weighter(
         centers: means of the train split, where the recipe centers.
         at_start: see `TokenWeighter`.
     """
-    eos_scores = has_eos_scores(pair.row for pair in pairs)
+    eos_scores = has_eos_scores(rows_with(pairs, EOS_COLUMNS))
     return TokenWeighter(make_recipe(eos_scores), seed, tokenizer, centers, eos_scores, at_start)
 
 
@@ -133,7 +142,7 @@ def weights_at_start(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> bool:
 
     The authors' code encodes responses so, which for some tokenizers gives another number of tokens.
     """
-    if not tokenizer.texts.adds_space or any(pair.conversation is not None for pair in pairs):
+    if not tokenizer.texts.adds_space or holds_conversations(pairs):
         return False
 
     def fit(at_start: bool) -> bool:
@@ -147,14 +156,27 @@ def weights_at_start(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> bool:
     return not fit(at_start=False) and fit(at_start=True)
 
 
-def weight_warnings(chosen: Sequence[Tensor], rejected: Sequence[Tensor], final: bool) -> list[str]:
-    """Warnings about the weights of all chosen and all rejected responses."""
-    if not any(weights.any() for weights in (*chosen, *rejected)):
-        return ["all weights are 0; nothing will be learned"]
-    mean = float(torch.cat(list(chosen)).double().mean()) if final else 1.0
-    if mean > 0:
-        return []
-    return [f"the mean weight of chosen responses is {mean:.4g}; if these columns hold scores, the sign is wrong"]
+class WeightTotals:
+    """What is counted over the weights of a split, for warnings."""
+
+    def __init__(self) -> None:
+        self._any = False
+        self._sum, self._count = 0.0, 0
+
+    def add(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Count the weights of a pair."""
+        self._any = self._any or bool(chosen.any()) or bool(rejected.any())
+        self._sum += float(chosen.double().sum())
+        self._count += len(chosen)
+
+    def warnings(self, final: bool) -> list[str]:
+        """Warnings for the user; about the sign, if the file holds final weights."""
+        if not self._any:
+            return ["all weights are 0; nothing will be learned"]
+        mean = self._sum / self._count if final else 1.0
+        if mean > 0:
+            return []
+        return [f"the mean weight of chosen responses is {mean:.4g}; if these columns hold scores, the sign is wrong"]
 
 
 def fit_centers(pairs: Iterable[Pair], tokens: Iterable[tuple[int, int]]) -> Centers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,8 +11,12 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from tisdpo_cli.data.arrow_files import IntArray
+from tisdpo_cli.data.stored_tokens import pair_lengths
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.errors import UsageError
 
@@ -37,23 +42,23 @@ class Plan:
         """Updates in one pass over the data."""
         return math.ceil(self.examples / self.batch_size)
 
-    def trained(self) -> list[int]:
+    def trained(self) -> IntArray:
         """The examples that any update trains, in the order of the dataset."""
         if self.updates >= self.batches_per_epoch:
-            return list(range(self.examples))
-        return sorted(i for step in range(self.updates) for i in self.batch(step))
+            return np.arange(self.examples)
+        return np.sort(np.array([i for step in range(self.updates) for i in self.batch(step)], np.int64))
 
     def batch(self, step: int) -> list[int]:
         """The examples of an update (0 is the first), in the seeded order."""
         epoch, position = divmod(step, self.batches_per_epoch)
         order = _order(self.examples, self.seed, epoch)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        return order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
 
 
 @lru_cache(maxsize=2)
-def _order(examples: int, seed: int, epoch: int) -> list[int]:
+def _order(examples: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(examples, generator=generator).tolist()
+    return torch.randperm(examples, generator=generator)
 
 
 def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
@@ -63,17 +68,28 @@ def make_plan(examples: int, batch_size: int, epochs: float, max_steps: int | No
     return Plan(examples, batch_size, updates, seed)
 
 
-class PaddedCosts(list[int]):
+class PaddedCosts(array):
     """Tokens of each example in rows that are padded to the longest one of their pass: a pass costs its number of
     examples times the largest of them, where packed examples cost their sum.
     """
 
+    def __new__(cls, costs: Iterable[int]) -> PaddedCosts:
+        """An array of these numbers."""
+        return super().__new__(cls, "q", costs)  # type: ignore[return-value]
 
-def pair_costs(pairs: Iterable[EncodedPair], packed: bool) -> Sequence[int]:
+
+def pair_costs(pairs: Sequence[EncodedPair], packed: bool) -> Sequence[int]:
     """Tokens of each pair in a forward pass: packed, or both responses in rows as long as the longer one."""
+    lengths = pair_lengths(pairs)
     if packed:
-        return [pair.tokens for pair in pairs]
-    return PaddedCosts(2 * pair.longest for pair in pairs)
+        return array("q", lengths.sum(axis=1))
+    return PaddedCosts(2 * longest_rows(pairs))
+
+
+def longest_rows(pairs: Sequence[EncodedPair]) -> IntArray:
+    """Tokens of the prompt and the longer response of each pair, [n]."""
+    lengths = pair_lengths(pairs)
+    return lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
 
 
 @dataclass(frozen=True)

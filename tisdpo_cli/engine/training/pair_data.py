@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
-from tisdpo_cli.data.scored import check_unchanged, has_weights, missing_score, read_manifest, require_scores
-from tisdpo_cli.data.splits import ReadOptions, Split, drop_untrainable, read_split
+from tisdpo_cli.data.scored import (
+    WEIGHT_COLUMNS,
+    check_unchanged,
+    has_weights,
+    missing_score,
+    read_manifest,
+    require_scores,
+)
+from tisdpo_cli.data.splits import ReadOptions, Split, drop_untrainable, pairs_behind, read_split
+from tisdpo_cli.data.stored_pairs import Pair, rows_with
+from tisdpo_cli.data.stored_tokens import pair_lengths, select_pairs, swapped_pairs, uncut_lengths
 from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.token_weights import (
     AT_START,
     TokenWeighter,
+    WeightTotals,
     fit_centers,
     token_weighter,
-    weight_warnings,
     weights_at_start,
 )
-from tisdpo_cli.engine.training.pair_task import WeightedPair
+from tisdpo_cli.engine.training.float_pairs import FloatPairs, FloatWriter
+from tisdpo_cli.engine.training.weighted_pairs import WeightedPairs
 from tisdpo_cli.errors import DataError
 from tisdpo_cli.method.recipe import Recipe
 from tisdpo_cli.method.steps import Centers, Context
@@ -88,9 +102,7 @@ class _Scored:
     at_start: bool
 
 
-def prepare_pairs(
-    source: PairSource, tokenizer: Tokenizer, reporter: Reporter
-) -> tuple[list[WeightedPair], list[WeightedPair]]:
+def prepare_pairs(source: PairSource, tokenizer: Tokenizer, reporter: Reporter) -> tuple[WeightedPairs, WeightedPairs]:
     """The pairs to train, and those to evaluate.
 
     Raises:
@@ -109,7 +121,7 @@ def prepare_pairs(
             vocabulary = vocabulary_of(tokenizer, chat, at_start)
             train = read_split(source.splits["train"], source.options, vocabulary)
         scored = _Scored(manifest, tokenizer, chat, _centers(source.weighting, train, reporter), at_start)
-    elif has_weights(pair.row for pair in train.pairs):
+    elif has_weights(rows_with(train.pairs, WEIGHT_COLUMNS)):
         reporter.note("ignoring the token weights in this dataset; use `tisdpo train` to train with them")
     splits = [train]
     if "test" in source.splits and source.eval_pairs:
@@ -119,7 +131,7 @@ def prepare_pairs(
     if scored is not None and scored.manifest is not None:
         chat.check(scored.manifest.get("chat"), source.dataset)
     pairs = [_split_pairs(source, split, scored, reporter) for split in splits]
-    return pairs[0], pairs[1] if len(pairs) > 1 else []
+    return pairs[0], pairs[1] if len(pairs) > 1 else WeightedPairs([])
 
 
 def _centers(weighting: Weighting, train: Split, reporter: Reporter) -> Centers | None:
@@ -128,17 +140,17 @@ def _centers(weighting: Weighting, train: Split, reporter: Reporter) -> Centers 
         reporter.warn(idle_steps)
     if not weighting.centered:
         return None
-    return fit_centers(train.pairs, [(pair.chosen.uncut, pair.rejected.uncut) for pair in train.encoded])
+    return fit_centers(train.pairs, uncut_lengths(train.encoded))
 
 
-def _split_pairs(source: PairSource, split: Split, scored: _Scored | None, reporter: Reporter) -> list[WeightedPair]:
+def _split_pairs(source: PairSource, split: Split, scored: _Scored | None, reporter: Reporter) -> WeightedPairs:
     kept, dropped = drop_untrainable(split)
     for warning in split.warnings:
         reporter.warn(warning)
     for notice in (*split.notices, *dropped):
         reporter.note(notice)
     if source.weighting is None or scored is None:
-        return [WeightedPair(pair.swapped() if source.swapped else pair) for pair in kept]
+        return WeightedPairs(swapped_pairs(kept) if source.swapped else kept)
     _check_scored(source, source.weighting, split, scored, reporter)
     return _weighted_pairs(source, source.weighting, split, kept, scored, reporter)
 
@@ -147,28 +159,46 @@ def _weighted_pairs(
     source: PairSource,
     weighting: Weighting,
     split: Split,
-    kept: list[EncodedPair],
+    kept: Sequence[EncodedPair],
     scored: _Scored,
     reporter: Reporter,
-) -> list[WeightedPair]:
-    rows = [split.pairs[pair.index] for pair in kept]
+) -> WeightedPairs:
+    rows = pairs_behind(split, kept)
     weighter = token_weighter(
         weighting.make_recipe, weighting.seed, scored.tokenizer, rows, scored.centers, scored.at_start
     )
-    recipe = weighter.recipe
+    recipe, total = weighter.recipe, WeightTotals()
     reporter.note(f"{split.source.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
-    weighted: list[WeightedPair] = []
+    written, usable = FloatWriter(), array("q")
     bad: list[BadRow] = []
-    for pair, contexts in zip(kept, weighter.contexts_of_pairs(rows, scored.chat), strict=True):
-        result = _weigh(split, pair, weighter, contexts)
-        bad.append(result) if isinstance(result, BadRow) else weighted.append(result)
+    for number, (pair, row, contexts) in enumerate(_in_blocks(kept, rows, weighter, scored.chat)):
+        weights = _weigh(pair, row, weighter, contexts)
+        if isinstance(weights, BadRow):
+            bad.append(weights)
+            continue
+        usable.append(number)
+        total.add(*weights)
+        for side in weights:
+            written.append(side)
     for line in handle_bad_rows(bad, len(kept), source.options.on_bad_row):
         reporter.warn(line)
-    weights = [pair.weights for pair in weighted if pair.weights is not None]
-    chosen, rejected = ([both[side] for both in weights] for side in (0, 1))
-    for line in weight_warnings(chosen, rejected, recipe.final):
+    for line in total.warnings(recipe.final):
         reporter.warn(f"{split.source.name}: {line}")
-    return weighted
+    tokens = select_pairs(kept, np.frombuffer(usable, np.int64)) if bad else kept
+    return WeightedPairs(tokens, FloatPairs(written.values(), pair_lengths(tokens)[:, 1:]))
+
+
+# Pairs whose contexts are found together.
+_BLOCK = 500
+
+
+def _in_blocks(
+    kept: Sequence[EncodedPair], rows: Sequence[Pair], weighter: TokenWeighter, chat: ChatEncoder
+) -> Iterator[tuple[EncodedPair, Pair, tuple[Context, Context]]]:
+    for begin in range(0, len(kept), _BLOCK):
+        block = rows[begin : begin + _BLOCK]
+        contexts = weighter.contexts_of_pairs(block, chat)
+        yield from zip(kept[begin : begin + _BLOCK], block, contexts, strict=True)
 
 
 def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored: _Scored, reporter: Reporter) -> None:
@@ -177,7 +207,7 @@ def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored
     Raises:
         DataError: it has none, or they belong to another tokenizer.
     """
-    require_scores((pair.row for pair in split.pairs), split.source.where, weighting.final)
+    require_scores(rows_with(split.pairs, WEIGHT_COLUMNS), split.source.where, weighting.final)
     manifest = scored.manifest
     if manifest is None:
         return
@@ -207,13 +237,13 @@ _FIX_MISSING = {
 
 
 def _weigh(
-    split: Split, pair: EncodedPair, weighter: TokenWeighter, contexts: tuple[Context, Context]
-) -> WeightedPair | BadRow:
+    pair: EncodedPair, row: Pair, weighter: TokenWeighter, contexts: tuple[Context, Context]
+) -> tuple[Tensor, Tensor] | BadRow:
     final = weighter.recipe.final
     weights = []
     sides: tuple[tuple[Side, Response], ...] = (("chosen", pair.chosen), ("rejected", pair.rejected))
     for (side, response), context in zip(sides, contexts, strict=True):
-        scores = weighter.read(split.pairs[pair.index], side, response.uncut, "this model's tokenizer")
+        scores = weighter.read(row, side, response.uncut, "this model's tokenizer")
         if isinstance(scores, BadRow):
             return scores
         needs_eos = response.has_eos and weighter.recipe.eos_weight == "score"
@@ -224,4 +254,4 @@ def _weigh(
         problem = weighter.fault(weights[-1])
         if problem:
             return BadRow(pair.where, f"{side}: {problem}")
-    return WeightedPair(pair, (weights[0], weights[1]))
+    return weights[0], weights[1]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.training.batching import pair_costs
-from tisdpo_cli.engine.training.reference import Logps
+from tisdpo_cli.engine.training.weighted_pairs import WeightedPair, are_weighted, tokens_of
 from tisdpo_cli.method.objectives import Loss, pair_losses, response_sums
 from tisdpo_cli.model.batch import Batch
 from tisdpo_cli.model.logprobs import ComparedLogps, TokenScorer, batch_for, compare, score
@@ -22,21 +20,6 @@ _KL = ("kl/chosen", "kl/rejected", "kl/margins")
 # Log-ratio margins of a pair in nats up to which it is a tie: float32 sums over two packings of a model of 135 M
 # parameters differ by up to 1.1e-4.
 _TIE = 5e-4
-
-
-@dataclass(frozen=True)
-class WeightedPair:
-    """A pair ready for training.
-
-    Attributes:
-        tokens: its prompt and responses.
-        weights: token weights of both responses, or None for unit weights.
-        reference: log-probs of both responses under the reference, if computed before training.
-    """
-
-    tokens: EncodedPair
-    weights: tuple[Tensor, Tensor] | None = None
-    reference: Logps | None = None
 
 
 class PairTask:
@@ -64,10 +47,10 @@ class PairTask:
             pad: the padding id.
         """
         self.pairs, self.reference, self.loss, self.pad = pairs, reference, loss, pad
-        self.weighted = any(pair.weights is not None for pair in pairs)
+        self.weighted = are_weighted(pairs)
         computes_kl = loss.needs.divergence is not None
         self.metrics: tuple[str, ...] = _PLAIN + (_WEIGHTED if self.weighted else ()) + (_KL if computes_kl else ())
-        encoded = [pair.tokens for pair in pairs]
+        encoded = tokens_of(pairs)
         self.costs, self.padded_costs = (pair_costs(encoded, packed) for packed in (True, False))
 
     def where(self, example: int) -> str:
@@ -83,7 +66,7 @@ class PairTask:
         pairs = [self.pairs[i] for i in examples]
         groups = [(p.tokens.prompt, (p.tokens.chosen.ids, p.tokens.rejected.ids)) for p in pairs]
         batch = batch_for(scorer, groups, self.pad)
-        compared = self._compared(scorer, batch, examples)
+        compared = self._compared(scorer, batch, examples, pairs)
         weights = self._weights(pairs, compared.logps)
         result = pair_losses(*compared, weights, batch.response_ids, len(pairs), self.loss)
         logps = response_sums(compared.logps.detach(), batch.response_ids, 2 * len(pairs))
@@ -97,14 +80,16 @@ class PairTask:
             columns += [chosen, rejected, chosen - rejected]
         return result.losses.sum(), torch.stack([column.double().sum() for column in columns])
 
-    def _compared(self, scorer: nn.Module, batch: Batch, examples: Sequence[int]) -> ComparedLogps:
+    def _compared(
+        self, scorer: nn.Module, batch: Batch, examples: Sequence[int], pairs: Sequence[WeightedPair]
+    ) -> ComparedLogps:
         if isinstance(self.reference, TokenScorer):
             return compare(scorer, self.reference, batch, self.loss.needs.divergence)
         logps = score(scorer, batch)
         if self.reference is not None:
             reference = self.reference[tuple(examples)]
         else:
-            reference = _in_order([self.pairs[i].reference for i in examples])
+            reference = _in_order([pair.reference for pair in pairs])
         return ComparedLogps(logps, reference.to(logps.device), None)
 
     def _weights(self, pairs: Sequence[WeightedPair], like: Tensor) -> Tensor:

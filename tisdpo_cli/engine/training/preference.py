@@ -5,16 +5,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from tisdpo_cli.data.arrow_files import IntArray
 from tisdpo_cli.data.dataset import DatasetSplit
-from tisdpo_cli.engine.arguments import find_dataset, read_options, with_recorded_reading
+from tisdpo_cli.data.stored_tokens import select_pairs, swapped_pairs
+from tisdpo_cli.engine.arguments import find_dataset, is_done, read_options, with_recorded_reading
+from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
-from tisdpo_cli.engine.training.batching import Microbatching, Plan, pair_costs, planned_passes
+from tisdpo_cli.engine.training.batching import Microbatching, Plan, longest_rows, pair_costs, planned_passes
 from tisdpo_cli.engine.training.first_row import of_pair
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
-from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
+from tisdpo_cli.engine.training.pair_task import PairTask
 from tisdpo_cli.engine.training.policy import (
     base_model,
     check_start_adapter,
@@ -33,6 +38,7 @@ from tisdpo_cli.engine.training.session import (
 )
 from tisdpo_cli.engine.training.sharded_model import shard_model
 from tisdpo_cli.engine.training.step0 import check_step0
+from tisdpo_cli.engine.training.weighted_pairs import WeightedPair, WeightedPairs, tokens_of
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.objectives import Loss
 from tisdpo_cli.model.adapters import adapters_of
@@ -63,7 +69,6 @@ class _Training:
     source: PairSource
     loss: Loss
     swapped: bool
-    max_length: int
     cache: TensorCache | None
     session: SessionConfig
 
@@ -78,17 +83,20 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         settings = with_recorded_reading(settings, text_of(settings.dataset))
     models = _locate_models(settings)
     splits = find_dataset(settings.dataset, settings.data, reporter)
+    source = _source(settings, splits, reporter)
+    prepared = Prepared(lambda to: _prepare(models, source, to))
+    if not is_done(settings):
+        prepared.start()
     runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
     settings = with_token_budget(runtime, settings, models.policy_path)
-    training = _training(runtime, settings, models, splits)
+    training = _training(runtime, settings, models, source)
     check_start_adapter(training.session.adapter, training.session.quantized, models.policy_path)
     paths = {"model": models.policy_path, "ref_model": models.reference_path}
     claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, paths, splits)
     with claimed as output:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
-        tokenizer = _load_tokenizer(training)
-        pairs = prepare_pairs(training.source, tokenizer, runtime.reporter)
+        tokenizer, pairs = prepared.result(runtime.reporter)
         report_end_token(runtime.reporter, models.policy_path, tokenizer, _taught_end(pairs[0], tokenizer))
         plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
         policy = load_scorer(runtime, models, training.session, _longest(pairs))
@@ -112,22 +120,24 @@ def _locate_models(settings: TrainPairs) -> Models:
     )
 
 
-def _training(runtime: Runtime, settings: TrainPairs, models: Models, splits: Mapping[str, DatasetSplit]) -> _Training:
+def _source(settings: TrainPairs, splits: Mapping[str, DatasetSplit], reporter: Reporter) -> PairSource:
+    return PairSource(
+        dataset=text_of(settings.dataset),
+        splits=splits,
+        options=read_options(settings.data, reporter, settings.cache_dir),
+        eval_pairs=settings.evaluation.eval_pairs,
+        swapped=isinstance(settings, TrainReverse),
+        weighting=_weighting(settings) if isinstance(settings, Train) else None,
+    )
+
+
+def _training(runtime: Runtime, settings: TrainPairs, models: Models, source: PairSource) -> _Training:
     directory = Path(settings.cache_dir).expanduser() if settings.cache_dir is not None else None
-    swapped = isinstance(settings, TrainReverse)
     return _Training(
         models=models,
-        source=PairSource(
-            dataset=text_of(settings.dataset),
-            splits=splits,
-            options=read_options(settings.data),
-            eval_pairs=settings.evaluation.eval_pairs,
-            swapped=swapped,
-            weighting=_weighting(settings) if isinstance(settings, Train) else None,
-        ),
+        source=source,
         loss=settings.method.objective(),
-        swapped=swapped,
-        max_length=settings.data.max_length,
+        swapped=source.swapped,
         cache=None if settings.no_ref_cache else TensorCache(directory, runtime.reporter.warn),
         session=session_config(runtime, settings),
     )
@@ -147,19 +157,23 @@ def _weighting(settings: Train) -> Weighting:
 # Below this line there are no settings ----------------------------------------------------------------------------
 
 # The pairs to train, and those to evaluate.
-_Pairs = tuple[list[WeightedPair], list[WeightedPair]]
+_Pairs = tuple[WeightedPairs, WeightedPairs]
 
 
-def _load_tokenizer(training: _Training) -> Tokenizer:
+def _prepare(models: Models, source: PairSource, reporter: Reporter) -> tuple[Tokenizer, _Pairs]:
+    tokenizer = _load_tokenizer(models, source)
+    return tokenizer, prepare_pairs(source, tokenizer, reporter)
+
+
+def _load_tokenizer(models: Models, source: PairSource) -> Tokenizer:
     """The tokenizer of the policy, checked against both models before their weights are read.
 
     Raises:
         ModelError: the reference has another tokenizer, or an embedding is too small.
     """
-    models = training.models
-    trust, parse = models.trust_remote_code, training.source.options.parse_data
+    trust, parse, max_length = models.trust_remote_code, source.options.parse_data, source.options.limits.max_length
     tokenizer = load_tokenizer(models.policy_path, trust, parse)
-    check_fit(models.policy_path, tokenizer, training.max_length, models.trust_remote_code)
+    check_fit(models.policy_path, tokenizer, max_length, models.trust_remote_code)
     if models.reference_path is not None:
         if load_tokenizer(models.reference_path, trust, parse).digest != tokenizer.digest:
             raise ModelError(
@@ -167,22 +181,22 @@ def _load_tokenizer(training: _Training) -> Tokenizer:
                 where=f"--ref-model {models.reference}",
                 fix="use a reference model with the same tokenizer",
             )
-        check_fit(models.reference_path, tokenizer, training.max_length, models.trust_remote_code)
+        check_fit(models.reference_path, tokenizer, max_length, models.trust_remote_code)
     return tokenizer
 
 
 def _plan_costs(training: _Training, pairs: Sequence[WeightedPair]) -> Sequence[int]:
     """Costs before the model is loaded, when `auto` is taken to pack."""
-    return pair_costs([pair.tokens for pair in pairs], packed=training.session.layout != "separate")
+    return pair_costs(tokens_of(pairs), packed=training.session.layout != "separate")
 
 
 def _taught_end(pairs: Sequence[WeightedPair], tokenizer: Tokenizer) -> int:
-    responses = (response for pair in pairs for response in (pair.tokens.chosen, pair.tokens.rejected))
+    responses = (response for pair in tokens_of(pairs) for response in (pair.chosen, pair.rejected))
     return next((response.ids[-1] for response in responses if response.has_eos), tokenizer.eos)
 
 
 def _longest(pairs: _Pairs) -> int:
-    return max(pair.tokens.longest for split in pairs for pair in split)
+    return max(int(longest_rows(tokens_of(split)).max(initial=0)) for split in pairs)
 
 
 def _set_up(
@@ -248,8 +262,8 @@ def _tasks(
     if training.session.precision == "bf16":
         return _aligned_tasks(runtime, training, reference_pass, pad, pairs, plan, policy.packed)
     # A short run over many pairs waits for those that it trains only; a few are computed all, for others to share.
-    trained = plan.trained() if len(train) > PAIRS_PER_PART else range(len(train))
-    needed: tuple[Sequence[int], ...] = (trained, range(len(test)))
+    trained = plan.trained() if len(train) > PAIRS_PER_PART else np.arange(len(train))
+    needed = (trained, np.arange(len(test)))
     task, *others = (
         PairTask(_with_reference_logps(split, indices, reference_pass, training.swapped), None, loss, pad)
         for split, indices in zip(pairs, needed, strict=True)
@@ -272,13 +286,13 @@ def _aligned_tasks(
     session, world, rank = training.session, runtime.world, runtime.rank
     # A layer that recomputes its activations computes all positions, the reference then too.
     apply_gradient_checkpointing(session, reference_pass.scorer)
-    encoded = [pair.tokens for pair in train]
+    encoded = tokens_of(train)
     passes = planned_passes(plan, session.microbatching, pair_costs(encoded, packed), world, rank)
     logps = reference_pass.run_passes(encoded, passes)
     task = PairTask(train, logps, training.loss, pad)
     if not test:
         return task, None
-    encoded = [pair.tokens for pair in test]
+    encoded = tokens_of(test)
     costs = pair_costs(encoded, packed)
     split = Microbatching(micro=session.eval_batch_size)
     passes = [examples for examples in split.passes_of(range(len(test)), costs, world, rank) if examples]
@@ -286,16 +300,14 @@ def _aligned_tasks(
 
 
 def _with_reference_logps(
-    pairs: Sequence[WeightedPair], needed: Sequence[int], reference: ReferencePass, swapped: bool
-) -> list[WeightedPair]:
+    pairs: WeightedPairs, needed: IntArray, reference: ReferencePass, swapped: bool
+) -> WeightedPairs:
     """The pairs, those that are needed with reference log-probs, which are computed unswapped so that all trainings
     share them.
     """
-    tokens = [pairs[i].tokens for i in needed]
-    logps = reference.run([pair.swapped() if swapped else pair for pair in tokens])
-    both = [(rejected, chosen) if swapped else (chosen, rejected) for chosen, rejected in logps]
-    sides = dict(zip(needed, both, strict=True))
-    return [replace(pair, reference=sides.get(i)) for i, pair in enumerate(pairs)]
+    tokens = select_pairs(pairs.tokens, needed)
+    logps = reference.run(swapped_pairs(tokens) if swapped else tokens)
+    return pairs.with_reference(needed, logps.swapped() if swapped else logps)
 
 
 # Reports ------------------------------------------------------------------------------------------------------------

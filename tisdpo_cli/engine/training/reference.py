@@ -8,15 +8,18 @@ the training, so that log-ratios are differences of the weights alone and exactl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tisdpo_cli.data.stored_tokens import pair_lengths
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.training.batching import Microbatching, pair_costs
-from tisdpo_cli.errors import DataError, naming_out_of_memory
+from tisdpo_cli.engine.training.float_pairs import Both, FloatPairs, FloatValues, FloatWriter
+from tisdpo_cli.errors import RankError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.batch import Group
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
@@ -28,8 +31,6 @@ from tisdpo_cli.runs.runtime import Runtime
 
 PAIRS_PER_PART = 512
 
-# Log-probs of a pair's chosen and of its rejected response, each [tokens] float32 on the CPU.
-Logps = tuple[Tensor, Tensor]
 # The pairs of a forward pass, in order.
 Pass = tuple[int, ...]
 
@@ -74,36 +75,38 @@ class ReferencePass:
         machine = {"device": device, "threads": torch.get_num_threads()}
         self.depends_on = {**source, **packages, **layout, **machine}
 
-    def run(self, pairs: Sequence[EncodedPair]) -> list[Logps]:
+    def run(self, pairs: Sequence[EncodedPair]) -> FloatPairs:
         """Log-probs of all responses, pair by pair; parts are split among the processes.
 
+        They are gathered in rounds of one part of each process, so that no process holds all of them.
+
         Raises:
-            DataError: a log-prob is not finite.
+            RankError: a log-prob is not finite.
         """
-        runtime = self.runtime
-        parts = [list(range(i, min(i + PAIRS_PER_PART, len(pairs)))) for i in range(0, len(pairs), PAIRS_PER_PART)]
-        mine: list[tuple[int, Tensor]] = []
+        runtime, written = self.runtime, FloatWriter()
+        parts = [range(i, min(i + PAIRS_PER_PART, len(pairs))) for i in range(0, len(pairs), PAIRS_PER_PART)]
         computed = 0
         with runtime.reporter.progress("reference log-probs", len(pairs), 0, "pairs") as progress:
-            for number in range(runtime.rank, len(parts), runtime.world):
-                part = [pairs[i] for i in parts[number]]
-                key = key_of({**self.depends_on, "rows": [[p.prompt, p.chosen.ids, p.rejected.ids] for p in part]})
-                length = sum(len(p.chosen.ids) + len(p.rejected.ids) for p in part)
-                flat = self.cache.read(key, length) if self.cache is not None else None
-                if flat is None:
-                    flat = self._compute(part, progress)
-                    computed += len(part)
-                    if self.cache is not None:
-                        self.cache.write(key, flat)
-                mine.append((number, flat))
-            self._take_part(pairs[0])
+            for first in range(0, len(parts), runtime.world):
+                mine: list[Tensor] = []
+                for number in parts[first + runtime.rank : first + runtime.rank + 1]:
+                    part = [pairs[i] for i in number]
+                    key = key_of({**self.depends_on, "rows": [[p.prompt, p.chosen.ids, p.rejected.ids] for p in part]})
+                    length = sum(len(p.chosen.ids) + len(p.rejected.ids) for p in part)
+                    flat = self.cache.read(key, length) if self.cache is not None else None
+                    if flat is None:
+                        flat = self._compute(part, progress)
+                        computed += len(part)
+                        if self.cache is not None:
+                            self.cache.write(key, flat)
+                    mine.append(flat)
+                self._take_part(pairs[0])
+                for values in runtime.gather(mine):
+                    written.append(values)
         self._report_cached(len(pairs) - sum(runtime.gather([computed])))
-        flat = torch.cat([part for _, part in sorted(runtime.gather(mine), key=lambda item: item[0])])
-        lengths = [len(response.ids) for pair in pairs for response in (pair.chosen, pair.rejected)]
-        both = flat.split(lengths)
-        return list(zip(both[::2], both[1::2], strict=True))
+        return FloatPairs(written.values(), pair_lengths(pairs)[:, 1:])
 
-    def run_passes(self, pairs: Sequence[EncodedPair], passes: Sequence[Sequence[int]]) -> dict[Pass, Tensor]:
+    def run_passes(self, pairs: Sequence[EncodedPair], passes: Sequence[Sequence[int]]) -> PassLogps:
         """Log-probs of the very forward passes of this process: pass to values [N] in the token order of its batch.
 
         Args:
@@ -111,9 +114,10 @@ class ReferencePass:
             passes: the pairs of each forward pass.
 
         Raises:
-            DataError: a log-prob is not finite.
+            RankError: a log-prob is not finite.
         """
-        computed: dict[Pass, Tensor] = {}
+        written = FloatWriter()
+        lengths_of: dict[Pass, int] = {}
         total, from_cache = sum(map(len, passes)), 0
         with self.runtime.reporter.progress("reference log-probs", total, 0, "pairs") as progress:
             for part in _parts_of(passes):
@@ -127,10 +131,11 @@ class ReferencePass:
                         self.cache.write(key, values)
                 else:
                     from_cache += sum(map(len, part))
-                computed.update(zip(map(tuple, part), values.split(lengths), strict=True))
+                written.append(values)
+                lengths_of.update(zip(map(tuple, part), lengths, strict=True))
             self._take_part(pairs[0])
         self._report_cached(from_cache)
-        return computed
+        return PassLogps(written.values(), lengths_of)
 
     def _report_cached(self, pairs: int) -> None:
         if pairs and self.cache is not None:
@@ -141,7 +146,7 @@ class ReferencePass:
     @torch.no_grad()
     def _compute(self, pairs: Sequence[EncodedPair], progress: Progress) -> Tensor:
         """Log-probs [N] of these pairs, one after the other, chosen before rejected."""
-        computed: dict[int, Logps] = {}
+        computed: dict[int, Both] = {}
         costs = pair_costs(pairs, self.scorer.packed)
         for batch in self.microbatching.split(range(len(pairs)), costs, world=1)[0]:
             logps, groups = self._score([pairs[i] for i in batch], progress)
@@ -171,9 +176,28 @@ class ReferencePass:
         logps = score(self.scorer, batch_for(self.scorer, groups, self.pad)).cpu()
         if not torch.isfinite(logps).all():
             what = "a log-prob under the reference is not finite"
-            raise DataError(what, where=pairs[0].where, fix="use --dtype float32, or another model")
+            raise RankError(what, where=pairs[0].where, fix="use --dtype float32, or another model")
         progress.advance(len(pairs), {})
         return logps, groups
+
+
+class PassLogps(Mapping[Pass, Tensor]):
+    """Log-probs [N] of each forward pass."""
+
+    def __init__(self, values: FloatValues, lengths: Mapping[Pass, int]) -> None:
+        """Divide values among passes, in the order of their lengths."""
+        ends = accumulate(lengths.values())
+        self._values = values
+        self._places = {some: (end - lengths[some], end) for some, end in zip(lengths, ends, strict=True)}
+
+    def __getitem__(self, some: Pass) -> Tensor:
+        return self._values.between(*self._places[some])
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _parts_of(passes: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

@@ -15,9 +15,11 @@ from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.examples import Example, Target, read_examples
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.splits import ReadOptions
-from tisdpo_cli.data.tokens import MarkedRows, Response, Vocabulary, cut
-from tisdpo_cli.engine.arguments import find_dataset, read_options
+from tisdpo_cli.data.tokens import MarkedRows, Response, cut
+from tisdpo_cli.data.vocabulary import Vocabulary
+from tisdpo_cli.engine.arguments import find_dataset, is_done, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
+from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.first_row import of_example
@@ -146,17 +148,20 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
     """
     path = locate_model(settings.model, "--model", settings.trust_remote_code) if settings.model else None
     splits = find_dataset(settings.dataset, settings.data, reporter)
+    source = _source(settings, path, splits, reporter)
+    prepared = Prepared(lambda to: _prepare(source, to))
+    if not is_done(settings):
+        prepared.start()
     runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
     settings = with_token_budget(runtime, settings, path)
-    source, session = _source(settings, path, splits), session_config(runtime, settings)
+    session = session_config(runtime, settings)
     if path is not None:
         check_start_adapter(session.adapter, session.quantized, path)
     claimed = nullcontext() if settings.dry_run else claim_training_output(runtime, settings, {"model": path}, splits)
     with claimed as output:
         if output is not None and output.state == "finished":
             return finished_result(runtime, output)
-        tokenizer = _tokenizer(source, runtime.reporter)
-        task, eval_task = _tasks(source, tokenizer, runtime.reporter)
+        tokenizer, task, eval_task = prepared.result(runtime.reporter)
         if path is not None:
             report_end_token(runtime.reporter, path, tokenizer, task.end(tokenizer.eos))
         costs = task.padded_costs if session.layout == "separate" else task.costs
@@ -182,10 +187,10 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         return run_training(runtime, session, output, setup)
 
 
-def _source(settings: TrainSft, path: Path | None, splits: Mapping[str, DatasetSplit]) -> _Source:
+def _source(settings: TrainSft, path: Path | None, splits: Mapping[str, DatasetSplit], reporter: Reporter) -> _Source:
     return _Source(
         splits=splits,
-        options=read_options(settings.data),
+        options=read_options(settings.data, reporter),
         target=settings.target,
         instruction_template=settings.data.instruction_template,
         train_on_prompt=settings.train_on_prompt,
@@ -202,6 +207,11 @@ def _base(model: nn.Module, path: Path | None, name: str, output: Output) -> Bas
 
 
 # Below this line there are no settings ----------------------------------------------------------------------------
+
+
+def _prepare(source: _Source, reporter: Reporter) -> tuple[Tokenizer, SftTask, SftTask | None]:
+    tokenizer = _tokenizer(source, reporter)
+    return tokenizer, *_tasks(source, tokenizer, reporter)
 
 
 @naming_out_of_memory("reading")
