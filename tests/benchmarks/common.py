@@ -49,6 +49,17 @@ SHAPES = {
     "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151_936),
     "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 151_936),
 }
+
+
+def shape_of(model: str) -> Shape:
+    """The shape of a model: a directory, or the name of a shape."""
+    if model in SHAPES:
+        return SHAPES[model]
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return Shape(*(config[name] for name in names), config["vocab_size"])
+
+
 # Mean, median and longest, in tokens: prompts, chosen and rejected responses.
 LENGTHS = {
     "hh": ((126, 98, 850), (41, 28, 280), (52, 36, 574)),
@@ -73,7 +84,8 @@ def parser(description: str, pairs: int) -> argparse.ArgumentParser:
     gpu = on_gpu()
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--pairs", type=int, default=8 * pairs if gpu else pairs, help="pairs of preference data")
-    made.add_argument("--model", choices=sorted(SHAPES), default="qwen2.5-0.5b" if gpu else "small", help="its shape")
+    default = "qwen2.5-0.5b" if gpu else "small"
+    made.add_argument("--model", default=default, help=f"directory, or shape of a random one: {', '.join(SHAPES)}")
     made.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "float32", help="what all compute in")
     made.add_argument("--lengths", choices=sorted(LENGTHS), default="hh", help="whose lengths the data have")
     made.add_argument("--data", type=Path, default=None, help="JSONL with prompt, chosen, rejected, in their place")
@@ -130,6 +142,19 @@ def make_model(directory: Path, seed: int, shape: Shape) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def make_other(directory: Path, other: Path, seed: int) -> None:
+    """A model and its tokenizer with weights that are a little off."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() / 10)
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(other)
+
+
 def make_pairs(count: int, lengths: str, seed: int) -> list[dict[str, str]]:
     """Pairs of random words whose lengths in tokens are log-normal, as in the named dataset, and cut like them."""
     draw, every = random.Random(seed), words()
@@ -155,7 +180,10 @@ def make_pairs(count: int, lengths: str, seed: int) -> list[dict[str, str]]:
 
 def prepare(asked: argparse.Namespace, where: Path, shape: Shape | None = None) -> None:
     """Write `model/` and `data/train.jsonl`."""
-    make_model(where / "model", asked.seed, shape or SHAPES[asked.model])
+    if shape is None and asked.model not in SHAPES:
+        (where / "model").symlink_to(Path(asked.model).resolve(strict=True))
+    else:
+        make_model(where / "model", asked.seed, shape or SHAPES[asked.model])
     if asked.data is not None:
         rows = [json.loads(line) for line in asked.data.read_text(encoding="utf-8").splitlines()[: asked.pairs]]
         rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]

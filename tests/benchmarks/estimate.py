@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    SHAPES,
     answer,
     arguments,
     compared,
     facts,
     in_processes,
-    make_model,
+    make_other,
     measured,
     parser,
     prepare,
+    shape_of,
     table,
     utilisation,
 )
@@ -56,7 +56,7 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
         with measured(record):
             found = score_dense(asked.where, models, tokenizer, asked.dtype)
         record["scores"] = [r for both in found for side in both for r in side]
-    utilisation(record, asked.where, len(folders), SHAPES[asked.model], asked.dtype)
+    utilisation(record, asked.where, len(folders), shape_of(asked.model), asked.dtype)
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(asked, Path(folder))
-        make_model(Path(folder) / "other", asked.seed + 1, SHAPES[asked.model])
+        make_other(Path(folder) / "model", Path(folder) / "other", asked.seed + 1)
         found = in_processes(__file__, ["tisdpo", "dense"], arguments(asked, Path(folder)), asked.rounds)
     scores = {name: [record.pop("scores") for record in records] for name, records in found.items()}
     worst = max(abs(a - b) for a, b in zip(*(of_runs[0] for of_runs in scores.values()), strict=True))

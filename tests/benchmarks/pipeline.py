@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    SHAPES,
     answer,
     arguments,
     compared,
@@ -26,6 +25,7 @@ from common import (
     measured,
     parser,
     prepare,
+    shape_of,
     table,
     utilisation,
 )
@@ -51,7 +51,7 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
             models = [trainer.model for trainer in trainers[:2]]
             score_dense(asked.where, models, trainers[0].processing_class, asked.dtype)
     # Three epochs, one pass of the reference, and the scores of two models.
-    utilisation(record, asked.where, 3 * 3 + 1 + 2, SHAPES[asked.model], asked.dtype)
+    utilisation(record, asked.where, 3 * 3 + 1 + 2, shape_of(asked.model), asked.dtype)
 
 
 def main() -> None:

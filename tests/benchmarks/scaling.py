@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import (
-    SHAPES,
     Shape,
     answer,
     arguments,
@@ -28,6 +27,7 @@ from common import (
     middle,
     parser,
     prepare,
+    shape_of,
     utilisation,
 )
 from sides import import_here, seconds_of_updates, train_here
@@ -62,7 +62,7 @@ CASES: dict[str, Callable[[Case], Case]] = {
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured epoch."""
-    case = CASES[asked.worker](Case(asked.pairs, asked.lengths, asked.dtype, SHAPES[asked.model]))
+    case = CASES[asked.worker](Case(asked.pairs, asked.lengths, asked.dtype, shape_of(asked.model)))
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         prepare(Namespace(**{**vars(asked), "pairs": case.pairs, "lengths": case.lengths}), where, case.shape)

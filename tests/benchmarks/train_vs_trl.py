@@ -4,6 +4,7 @@
     python tests/benchmarks/train_vs_trl.py --dtype bf16
     python tests/benchmarks/train_vs_trl.py --lengths ultrafeedback --pairs 24
     python tests/benchmarks/train_vs_trl.py --data FILE.jsonl
+    python tests/benchmarks/train_vs_trl.py --model DIRECTORY --pairs 32 --rounds 1
     python tests/benchmarks/train_vs_trl.py --lora-r 8
 
 Ours is measured with an empty cache: tokenising, the pass of the reference, training and saving are inside its time.
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    SHAPES,
     answer,
     arguments,
     compared,
@@ -32,6 +32,7 @@ from common import (
     measured,
     parser,
     prepare,
+    shape_of,
     table,
     utilisation,
 )
@@ -54,7 +55,7 @@ def worker(asked: Namespace, record: dict[str, Any]) -> None:
         losses = losses_of(trainer)
     record["losses"] = losses
     # An epoch, and the pass of the reference.
-    utilisation(record, asked.where, 4, SHAPES[asked.model], asked.dtype)
+    utilisation(record, asked.where, 4, shape_of(asked.model), asked.dtype)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ or devices. Legend: R rows, T positions, N scored tokens, n tokens of a chunk, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.batch import Batch, Group, collate
 from tisdpo_cli.model.exact import in_float32
+from tisdpo_cli.model.forward_parts import bypassing_body, replacing_input
 from tisdpo_cli.model.head import candidates
 from tisdpo_cli.model.last_layer import LastLayer, at_positions
 from tisdpo_cli.model.packed_attention import LAYOUT
@@ -213,7 +214,7 @@ class TokenScorer(nn.Module):
 
         kwargs = {} if batch.layout is None else {"position_ids": batch.position_ids, LAYOUT: batch.layout}
         scored_only = nullcontext() if last is None else last.at(batch.positions)
-        with self.using_adapter(), scored_only, _replace_input(self._head(), capture):
+        with self.using_adapter(), scored_only, replacing_input(self._head(), capture):
             logits = self.model(input_ids=batch.input_ids, use_cache=False, **kwargs).logits
         return captured[0] if captured else at_positions(logits, batch.positions)
 
@@ -225,8 +226,8 @@ class TokenScorer(nn.Module):
         if self._head() is None:
             return hidden  # `_hidden` could only capture the logits
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-        replaced = _replace_input(self._head(), lambda _: hidden[None])
-        with self.using_adapter(), _bypass_body(self.model, hidden[None]), replaced:
+        replaced = replacing_input(self._head(), lambda _: hidden[None])
+        with self.using_adapter(), bypassing_body(self.model, hidden[None]), replaced:
             return self.model(input_ids=one_token, use_cache=False).logits.squeeze(0)
 
     def _head(self) -> nn.Module | None:
@@ -257,54 +258,26 @@ def _recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-@contextmanager
-def _replace_input(head: nn.Module | None, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within this context, the head gets `replace` of its input."""
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _head, inputs: (replace(inputs[0]), *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _BodyOutput:
-    """Output of a transformers body with the last hidden state only."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, _name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int | slice) -> object:
-        return (self.last_hidden_state,)[index]
-
-
-@contextmanager
-def _bypass_body(model: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Within this context, the model's body returns `hidden` [1, n, H] without computing anything."""
-    body = model.get_decoder()  # type: ignore[operator]
-    if body is model:
-        yield
-        return
-    instance_forward = body.__dict__.get("forward")  # set by accelerate, for example
-    body.forward = lambda *_args, **_kwargs: _BodyOutput(hidden)
-    try:
-        yield
-    finally:
-        del body.forward
-        if instance_forward is not None:
-            body.forward = instance_forward
-
-
 def batch_for(scorer: nn.Module, groups: Sequence[Group], pad_id: int) -> Batch:
     """Collate a batch for a `TokenScorer`, or a module that wraps one, in its layout and on its device."""
+    return collated_for(scorer, groups, pad_id).to(device_of(scorer))
+
+
+def collated_for(scorer: nn.Module, groups: Sequence[Group], pad_id: int) -> Batch:
+    """The same, in the memory of the CPU, from where a GPU can copy it without waiting."""
+    batch = collate(groups, pad_id, _inner(scorer).packed)
+    return batch.pinned() if device_of(scorer).type == "cuda" else batch
+
+
+def device_of(scorer: nn.Module) -> torch.device:
+    """Where a `TokenScorer`, or a module that wraps one, computes."""
+    return _inner(scorer).device
+
+
+def _inner(scorer: nn.Module) -> TokenScorer:
     inner = scorer if isinstance(scorer, TokenScorer) else scorer.module
     assert isinstance(inner, TokenScorer)
-    return collate(groups, pad_id, inner.packed).to(inner.device)
+    return inner
 
 
 def score(scorer: nn.Module, batch: Batch) -> Tensor:

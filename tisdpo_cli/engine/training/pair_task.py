@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from tisdpo_cli.engine.training.batching import pair_costs
 from tisdpo_cli.engine.training.weighted_pairs import WeightedPair, are_weighted, tokens_of
 from tisdpo_cli.method.objectives import Loss, pair_losses, response_sums
 from tisdpo_cli.model.batch import Batch
-from tisdpo_cli.model.logprobs import ComparedLogps, TokenScorer, batch_for, compare, score
+from tisdpo_cli.model.logprobs import ComparedLogps, TokenScorer, collated_for, compare, device_of, score
 
 _REWARDS = ("chosen", "rejected", "margins", "accuracies")
 _PLAIN = ("loss", *(f"rewards/{name}" for name in _REWARDS), "logps/chosen", "logps/rejected")
@@ -20,6 +21,23 @@ _KL = ("kl/chosen", "kl/rejected", "kl/margins")
 # Log-ratio margins of a pair in nats up to which it is a tie: float32 sums over two packings of a model of 135 M
 # parameters differ by up to 1.1e-4.
 _TIE = 5e-4
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """The pairs of a forward pass.
+
+    Attributes:
+        batch: their tokens.
+        pairs: their number.
+        weights: of the scored tokens [N], or None for unit weights.
+        reference: log-probs of the scored tokens [N] under the reference, or None if a model computes them.
+    """
+
+    batch: Batch
+    pairs: int
+    weights: Tensor | None
+    reference: Tensor | None
 
 
 class PairTask:
@@ -61,15 +79,27 @@ class PairTask:
         """The number of pairs: every pair counts once."""
         return float(len(examples))
 
-    def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The summed loss and metrics of some pairs; both responses of all pairs form one batch."""
+    def prepare(self, scorer: nn.Module, examples: Sequence[int]) -> PairBatch:
+        """Some pairs as a batch, with both responses of all, in the memory of the CPU."""
         pairs = [self.pairs[i] for i in examples]
         groups = [(p.tokens.prompt, (p.tokens.chosen.ids, p.tokens.rejected.ids)) for p in pairs]
-        batch = batch_for(scorer, groups, self.pad)
-        compared = self._compared(scorer, batch, examples, pairs)
-        weights = self._weights(pairs, compared.logps)
-        result = pair_losses(*compared, weights, batch.response_ids, len(pairs), self.loss)
-        logps = response_sums(compared.logps.detach(), batch.response_ids, 2 * len(pairs))
+        reference = None
+        if self.reference is None:
+            reference = _in_order([pair.reference for pair in pairs])
+        elif not isinstance(self.reference, TokenScorer):
+            reference = self.reference[tuple(examples)]
+        weights = _in_order([pair.weights for pair in pairs]) if self.weighted else None
+        return PairBatch(collated_for(scorer, groups, self.pad), len(pairs), weights, reference)
+
+    def forward(self, scorer: nn.Module, prepared: PairBatch) -> tuple[Tensor, Tensor]:
+        """The summed loss and metrics of the pairs of a batch."""
+        batch, count = prepared.batch.to(device_of(scorer)), prepared.pairs
+        compared = self._compared(scorer, batch, prepared.reference)
+        weights = torch.ones_like(compared.logps)
+        if prepared.weights is not None:
+            weights = prepared.weights.to(weights.device, non_blocking=True)
+        result = pair_losses(*compared, weights, batch.response_ids, count, self.loss)
+        logps = response_sums(compared.logps.detach(), batch.response_ids, 2 * count)
         r = result.rewards
         tie = self.loss.beta * _TIE
         columns = [result.losses.detach(), *_rewards(r.chosen, r.rejected, tie), *_halves(logps)]
@@ -80,20 +110,12 @@ class PairTask:
             columns += [chosen, rejected, chosen - rejected]
         return result.losses.sum(), torch.stack([column.double().sum() for column in columns])
 
-    def _compared(
-        self, scorer: nn.Module, batch: Batch, examples: Sequence[int], pairs: Sequence[WeightedPair]
-    ) -> ComparedLogps:
-        if isinstance(self.reference, TokenScorer):
+    def _compared(self, scorer: nn.Module, batch: Batch, reference: Tensor | None) -> ComparedLogps:
+        if reference is None:
+            assert isinstance(self.reference, TokenScorer)
             return compare(scorer, self.reference, batch, self.loss.needs.divergence)
         logps = score(scorer, batch)
-        if self.reference is not None:
-            reference = self.reference[tuple(examples)]
-        else:
-            reference = _in_order([pair.reference for pair in pairs])
-        return ComparedLogps(logps, reference.to(logps.device), None)
-
-    def _weights(self, pairs: Sequence[WeightedPair], like: Tensor) -> Tensor:
-        return _in_order([pair.weights for pair in pairs]).to(like.device) if self.weighted else torch.ones_like(like)
+        return ComparedLogps(logps, reference.to(logps.device, non_blocking=True), None)
 
 
 def _in_order(both: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:

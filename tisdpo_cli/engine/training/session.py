@@ -17,7 +17,8 @@ from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
 from tisdpo_cli.engine.training.state import whole_tensors
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Task, Trainer
+from tisdpo_cli.engine.training.task import Task
+from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import remove, reporting_write_errors
 from tisdpo_cli.model.adapters import BaseModel, LoraShape

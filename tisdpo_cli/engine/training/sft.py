@@ -41,9 +41,10 @@ from tisdpo_cli.engine.training.session import (
 from tisdpo_cli.engine.training.sharded_model import place, shard_model
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel
+from tisdpo_cli.model.batch import Batch
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit, make_model
-from tisdpo_cli.model.logprobs import batch_for, score
+from tisdpo_cli.model.logprobs import collated_for, device_of, score
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output
@@ -98,10 +99,14 @@ class SftTask:
         """The number of learned tokens."""
         return float(sum(len(self.examples[i].learned) for i in examples))
 
-    def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy, with gradient, and the sums of the metrics."""
+    def prepare(self, scorer: nn.Module, examples: Sequence[int]) -> Batch:
+        """Some examples as a batch, in the memory of the CPU."""
         groups = [(self.examples[i].given, [self.examples[i].learned]) for i in examples]
-        logps = score(scorer, batch_for(scorer, groups, self.pad))
+        return collated_for(scorer, groups, self.pad)
+
+    def forward(self, scorer: nn.Module, prepared: Batch) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy, with gradient, and the sums of the metrics."""
+        logps = score(scorer, prepared.to(device_of(scorer)))
         loss = -logps.sum()
         return loss, torch.stack([loss.detach().double(), logps.detach().double().exp().sum()])
 

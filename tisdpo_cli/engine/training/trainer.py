@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.engine.training.ahead import Ahead
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate
 from tisdpo_cli.engine.training.optimizer import Schedule, make_optimizer
 from tisdpo_cli.engine.training.profiling import profiled
 from tisdpo_cli.engine.training.state import all_finite, restore_state, save_state
+from tisdpo_cli.engine.training.task import Task
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
@@ -27,35 +29,6 @@ from tisdpo_cli.model.sharding import whole
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint
 from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
-
-
-class Task(Protocol):
-    """What is trained: examples, and the loss and metrics of some of them."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics, `loss` first."""
-
-    @property
-    def unit(self) -> str:
-        """What an example is called, in the plural: `pairs` or `examples`."""
-
-    @property
-    def costs(self) -> Sequence[int]:
-        """Tokens of each example in packed rows."""
-
-    @property
-    def padded_costs(self) -> Sequence[int]:
-        """Tokens of each example in separate rows."""
-
-    def normaliser(self, examples: Sequence[int]) -> float:
-        """The divisor that turns sums over these examples into the loss and the metrics."""
-
-    def forward(self, scorer: nn.Module, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The summed loss, with gradient, and the sums of all metrics [M] in float64, without."""
-
-    def where(self, example: int) -> str:
-        """FILE:LINE of an example."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +77,7 @@ class Trainer:
         self.step = 0
         # Metrics of the first update, whose backward pass gives the loss of step 0 too; and the seconds it took.
         self._ahead: tuple[Tensor, float] | None = None
+        self._batches = Ahead(self._prepare, plan.updates)
 
     def train(
         self,
@@ -139,6 +113,7 @@ class Trainer:
         with (
             runtime.reporter.progress("training", self.plan.updates, self.step, "steps") as progress,
             profiled(profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
+            closing(self._batches),
         ):
             if not resumed:
                 record = {**self._before(), **self._evaluate(evaluation)}
@@ -209,29 +184,34 @@ class Trainer:
 
     def _backward(self, batch: Sequence[int]) -> Tensor:
         """Compute the gradients of a batch, every example counting once; returns the metrics summed over all ranks."""
-        runtime, passes = self.runtime, self._passes(batch)
+        runtime, passes = self.runtime, self._batches.take(self.step)
         # DDP averages over ranks, the loss is a mean over the whole batch.
         scale = runtime.world / self.task.normaliser(batch)
         total = torch.zeros(len(self.task.metrics), dtype=torch.float64, device=runtime.device)
-        non_finite: list[int] = []
-        for k, examples in enumerate(passes):
+        losses: list[tuple[list[int], Tensor]] = []
+        for k, (examples, prepared) in enumerate(passes):
             last = k == len(passes) - 1
             waiting = nullcontext() if last or runtime.sharding else runtime.accelerator.no_sync(self.scorer)
             with waiting, adapter_dropout(self.model, (self.plan.seed, self.step, runtime.rank, k)):
-                # An empty pass runs on any example with weight 0: every rank must take part in every pass.
-                loss, sums = self.task.forward(self.scorer, examples or batch[:1])
+                loss, sums = self.task.forward(self.scorer, prepared)
                 weight = 1.0 if examples else 0.0
                 runtime.accelerator.backward(loss * (scale * weight))
-            if examples and not torch.isfinite(loss.detach()):
-                non_finite += examples
+            losses.append((examples, loss.detach()))
             total += sums * weight
         total = runtime.total(total)
+        # Looked at once: every look at a number waits for the GPU.
         if not torch.isfinite(total[0]):
+            non_finite = [i for examples, loss in losses if not torch.isfinite(loss) for i in examples]
             raise self._not_finite("loss", runtime.gather(non_finite))
         return total
 
-    def _passes(self, batch: Sequence[int]) -> list[list[int]]:
-        return self.microbatching.passes_of(batch, self._costs(self.task), self.runtime.world, self.runtime.rank)
+    def _prepare(self, step: int) -> list[tuple[list[int], Any]]:
+        """The forward passes of this rank in a step: their examples, and what they need."""
+        batch = self.plan.batch(step)
+        costs = self._costs(self.task)
+        passes = self.microbatching.passes_of(batch, costs, self.runtime.world, self.runtime.rank)
+        # An empty pass runs on any example with weight 0: every rank must take part in every pass.
+        return [(examples, self.task.prepare(self.scorer, examples or batch[:1])) for examples in passes]
 
     def _costs(self, task: Task) -> Sequence[int]:
         return task.costs if getattr(self.model_scorer, "packed", True) else task.padded_costs
@@ -255,11 +235,10 @@ class Trainer:
         total = torch.zeros(len(task.metrics), dtype=torch.float64, device=runtime.device)
         with torch.no_grad():
             for batch in split.passes_of(examples, self._costs(task), runtime.world, runtime.rank):
-                if batch:
-                    total += task.forward(self.model_scorer, batch)[1]
-                elif runtime.sharding is not None:
-                    # Every rank must take part in every pass.
-                    task.forward(self.model_scorer, examples[:1])
+                # Every rank must take part in every pass of a sharded model.
+                if batch or runtime.sharding is not None:
+                    prepared = task.prepare(self.model_scorer, batch or examples[:1])
+                    total += task.forward(self.model_scorer, prepared)[1] * bool(batch)
         return runtime.total(total)
 
     @property
