@@ -113,3 +113,15 @@ def test_rows_are_written_in_groups_of_bounded_size(tmp_path: Path, monkeypatch:
     file = pq.ParquetFile(tmp_path / "x.parquet")
     assert file.num_row_groups > 3
     assert max(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) <= 128
+
+
+@pytest.mark.parametrize("apart", [0, 100], ids=["in one batch", "in two"])
+@pytest.mark.parametrize("value", [lambda number: number, lambda number: [number]], ids=["a number", "a list"])
+def test_an_integer_that_floats_would_round_is_refused(apart: int, value: Any) -> None:
+    rows = [{"n": value(2**53 + 1)}, *[{"n": value(1)}] * apart, {"n": value(0.5)}]
+    assert "column 'n' has numbers that Parquet would round" in str(refusal(*rows))
+
+
+def test_small_integers_among_floats_are_the_same_numbers(tmp_path: Path) -> None:
+    rows = [{"n": 1, "m": [1, 0.5]}, {"n": 0.5, "m": [2]}]
+    assert again(tmp_path / "x.parquet", *rows) == rows

@@ -522,8 +522,14 @@ def test_the_record_covers_template_variables_and_a_day_that_is_written() -> Non
     assert record("smol") not in (record("smol", kwargs={"a": 1}), record("smol", "{{ bos_token }}"))
     parts = ChatTemplate(FAMILIES["gpt-oss"].tokenizer, kwargs={"effort": "low"}, day=DAY).parts
     assert {**parts, "template_sha256": len(parts["template_sha256"])} == {
-        "template_sha256": 64, "kwargs": {"effort": "low"}, "day": "2025-01-01",
+        "template_sha256": 64, "kwargs": {"effort": "low"}, "day": "2025-01-01", "special_tokens": {},
     }  # fmt: skip
+
+
+def test_the_record_has_the_special_tokens_that_the_template_names() -> None:
+    tokenizer = FAMILIES["smol"].tokenizer
+    named = ChatTemplate(tokenizer, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", day=DAY).parts
+    assert named["special_tokens"] == {"bos_token": tokenizer.bos_token}
 
 
 def test_variables_of_the_run_and_of_the_row() -> None:

@@ -36,9 +36,9 @@ def parquet_columns(rows: Callable[[], Iterable[Row]], fix: str) -> dict[str, pa
     for batch in batches(rows(), _BATCH_ROWS):
         for name in dict.fromkeys(name for row in batch for name in row.columns):
             types[name] = _merged(name, types.get(name), batch, fix)
-    nested = [name for name, kind in types.items() if _is_nested(kind)]
-    for batch in batches(rows(), _BATCH_ROWS) if nested else ():
-        for name in nested:
+    doubtful = [name for name, kind in types.items() if _is_nested(kind) or _is_float(kind)]
+    for batch in batches(rows(), _BATCH_ROWS) if doubtful else ():
+        for name in doubtful:
             _check(name, types[name], batch, fix)
     return types
 
@@ -89,7 +89,10 @@ def _merged(name: str, known: pa.DataType | None, batch: Sequence[Row], fix: str
                 why = f"{value} does not fit the rows before ({known})" if known is not None else f"{value} of several"
                 what = f"column {name!r} cannot be one Parquet type: {why}"
                 raise DataError(_shortened(what), where=row.where, fix=fix) from None
-        raise
+        # Each row fits, but not all together: an integer that is too large for a float.
+        raise DataError(
+            f"column {name!r} has numbers that Parquet would round", where=batch[0].where, fix=fix
+        ) from None
 
 
 def _shortened(text: str) -> str:
@@ -102,8 +105,16 @@ def _is_nested(kind: pa.DataType) -> bool:
     return bool(pa.types.is_struct(kind) or (pa.types.is_list(kind) and _is_nested(kind.value_type)))
 
 
+def _is_float(kind: pa.DataType) -> bool:
+    """Whether it holds floats, among which integers are rounded."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind) or (pa.types.is_list(kind) and _is_float(kind.value_type)))
+
+
 def _check(name: str, kind: pa.DataType, batch: Sequence[Row], fix: str) -> None:
-    """Check that objects are read back as they are, but for keys of messages and the like, which may become null.
+    """Check that objects are read back as they are, but for keys of messages and the like, which may become null, and
+    that no number is rounded.
 
     Raises:
         DataError: they are not.
@@ -114,7 +125,14 @@ def _check(name: str, kind: pa.DataType, batch: Sequence[Row], fix: str) -> None
     if _has_empty(kind):
         what = f"column {name!r} cannot be a Parquet column: it has an object without keys in every row"
         raise DataError(what, where=batch[0].where, fix=fix)
-    for row, value, back in zip(batch, values, pa.array(values, kind).to_pylist(), strict=True):
+    try:
+        read_back = pa.array(values, kind).to_pylist()
+    except pa.ArrowException:
+        what = f"column {name!r} has numbers that Parquet would round"
+        raise DataError(what, where=batch[0].where, fix=fix) from None
+    if _is_float(kind):
+        return
+    for row, value, back in zip(batch, values, read_back, strict=True):
         if not _same(value, back, name not in _SHOWN_WHOLE):
             what = f"column {name!r} would change as Parquet: its objects have other keys or types in other rows"
             raise DataError(what, where=row.where, fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -94,10 +95,16 @@ def read_options(data: Data, reporter: Reporter, cache_dir: str | None = None) -
     return ReadOptions(data.on_bad_row, limits_of(data), parses(data), chat_options(data), store=store)
 
 
-def is_done(settings: Any) -> bool:
-    """Whether the output directory is finished, so that nothing needs to be read unless it is created anew."""
+def reads_first(settings: Any) -> bool:
+    """Whether rows are read before the processes of a run join: one reads for all, for longer than others can wait in a
+    collective call.
+
+    A process that is alone claims its output first, which may be all that there is to do, or an error.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
     finished = (Path(settings.output_dir).expanduser() / RUN_FILE).is_file()
-    return finished and not settings.overwrite and not getattr(settings, "dry_run", False)
+    return not finished or settings.overwrite or getattr(settings, "dry_run", False)
 
 
 def chat_options(data: ColumnOptions) -> ChatOptions:

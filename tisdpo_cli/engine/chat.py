@@ -158,9 +158,15 @@ class ChatEncoder:
         if not self.used or recorded is None:
             return
         parts = self.template.parts
-        changed = [name for name in parts if recorded.get(name) != parts[name]]
+        # Earlier versions recorded less.
+        changed = [name for name in parts if name in recorded and recorded[name] != parts[name]]
         if changed:
-            names = {"template_sha256": "chat template", "kwargs": "--chat-template-kwargs", "day": "--chat-date"}
+            names = {
+                "template_sha256": "chat template",
+                "kwargs": "--chat-template-kwargs",
+                "day": "--chat-date",
+                "special_tokens": "special token in the chat template",
+            }
             raise DataError(
                 f"was scored with another {names[changed[0]]}",
                 where=where,

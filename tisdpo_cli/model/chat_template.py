@@ -100,7 +100,14 @@ class ChatTemplate:
             "template_sha256": hashlib.sha256(body.encode()).hexdigest(),
             "kwargs": self.kwargs,
             "day": self.day.isoformat() if self.day else None,
+            "special_tokens": self._names_in_use(),
         }
+
+    def _names_in_use(self) -> dict[str, str]:
+        """The special tokens that a template can write by name, such as `bos_token`."""
+        known = self._backend.special_tokens_map.items()
+        sources = self._sources.values()
+        return {name: str(token) for name, token in known if any(name in source for source in sources)}
 
     @cached_property
     def markers(self) -> dict[str, int]:

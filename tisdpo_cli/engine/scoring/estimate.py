@@ -19,7 +19,7 @@ from tisdpo_cli.data.rows import Row
 from tisdpo_cli.data.scored import scored_types
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
-from tisdpo_cli.engine.arguments import find_dataset, is_done, output_request, read_options, recorded_reading
+from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, reads_first, recorded_reading
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
@@ -98,7 +98,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     )
     known = Prepared(lambda _: _tokenizer_and_sides(estimation))
     rows = Prepared(lambda _: _rows(estimation, known.result(Silent())[0]))
-    if not is_done(settings):
+    if reads_first(settings):
         rows.start()
     runtime = Runtime(reporter)
     precision = runtime.precision(settings.dtype, scoring=True)

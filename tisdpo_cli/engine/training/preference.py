@@ -13,7 +13,7 @@ import numpy as np
 from tisdpo_cli.data.arrow_files import IntArray
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.stored_tokens import select_pairs, swapped_pairs
-from tisdpo_cli.engine.arguments import find_dataset, is_done, read_options, with_recorded_reading
+from tisdpo_cli.engine.arguments import find_dataset, read_options, reads_first, with_recorded_reading
 from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, longest_rows, pair_costs, planned_passes
@@ -85,7 +85,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     splits = find_dataset(settings.dataset, settings.data, reporter)
     source = _source(settings, splits, reporter)
     prepared = Prepared(lambda to: _prepare(models, source, to))
-    if not is_done(settings):
+    if reads_first(settings):
         prepared.start()
     runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
     settings = with_token_budget(runtime, settings, models.policy_path)

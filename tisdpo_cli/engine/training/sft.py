@@ -17,7 +17,7 @@ from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.splits import ReadOptions
 from tisdpo_cli.data.tokens import MarkedRows, Response, cut
 from tisdpo_cli.data.vocabulary import Vocabulary
-from tisdpo_cli.engine.arguments import find_dataset, is_done, read_options
+from tisdpo_cli.engine.arguments import find_dataset, read_options, reads_first
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
@@ -155,7 +155,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
     splits = find_dataset(settings.dataset, settings.data, reporter)
     source = _source(settings, path, splits, reporter)
     prepared = Prepared(lambda to: _prepare(source, to))
-    if not is_done(settings):
+    if reads_first(settings):
         prepared.start()
     runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
     settings = with_token_budget(runtime, settings, path)
