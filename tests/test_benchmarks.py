@@ -48,3 +48,11 @@ def test_estimation_is_compared_with_the_same_scores() -> None:
     assert found["largest_difference"] < 1e-4
     assert found["speed_ratio"] > 0
     assert set(found["runs"]) == {"tisdpo", "dense"}
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("more", [(), ("--optimizer", "adamw"), ("--lora-r", "8"), ("--gradient-checkpointing",)])
+def test_memory_is_about_what_a_dry_run_predicts(more: tuple[str, ...]) -> None:
+    found = ran("predicted_memory.py", *more)
+    for record in found["shapes"].values():
+        assert record["predicted_mib"] == pytest.approx(record["peak_mib"], rel=0.25)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.dry_run import AskedLaunch
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
@@ -17,6 +18,7 @@ from tisdpo_cli.model.adapters import LoraShape
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
@@ -83,7 +85,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
     batch_size, split = _microbatching(runtime, settings)
     resolved = _resolved(runtime, settings)
     launched_checkpointing = runtime.sharding is not None and runtime.sharding.checkpointing
-    if settings.memory.shard == "full" and runtime.sharding is None:
+    if settings.memory.shard == "full" and asked_launch(runtime, settings).sharding is None:
         runtime.reporter.note("--shard full has no effect on a single process")
     return SessionConfig(
         config_yaml=to_yaml(settings.with_values(resolved)),
@@ -112,6 +114,13 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
     )
+
+
+def asked_launch(runtime: Runtime, settings: TrainPairs | TrainSft) -> AskedLaunch:
+    """The processes that a training is meant for: those that were started, or that the settings ask for."""
+    processes = max(runtime.world, getattr(settings, "num_processes", 1))
+    sharding = requested_sharding(settings.memory.shard, settings.memory.cpu_offload) if processes > 1 else None
+    return AskedLaunch(processes, sharding)
 
 
 def _lora_shape(adapter: Adapter) -> LoraShape | None:
