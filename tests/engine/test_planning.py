@@ -201,10 +201,11 @@ def test_the_cheapest_change_that_suffices_is_named() -> None:
     assert change(now * 0.95) == ("tokens_per_microbatch", 2048)
     assert change(now * 0.95, Microbatching(micro=8)) == ("micro_batch_size", 4)
     assert change(now * 0.95, Microbatching(passes=2)) == ("gradient_accumulation", 4)
-    assert change(now / 2) == ("lora_r", 8)
+    assert change(total(gradient_checkpointing=True)) == ("gradient_checkpointing", True)
+    assert change(total(ADAPTED, gradient_checkpointing=True), gradient_checkpointing=True) == ("lora_r", 8)
     assert change(total(processes=8) * 0.55, processes=8) == ("shard", "full")
     assert change(total(processes=8, sharded=True) * 0.6, processes=8, sharded=True)[0] in (
         "tokens_per_microbatch", "gradient_checkpointing", "cpu_offload",
     )  # fmt: skip
     # Nothing suffices: what saves most.
-    assert change(1) == ("lora_r", 8)
+    assert change(1) == ("gradient_checkpointing", True)

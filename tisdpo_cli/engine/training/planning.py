@@ -235,7 +235,7 @@ def _activations(shape: ModelShape, launch: Launch, tokens: int) -> float:
     """What the backward pass of the decoder layers needs of the forward pass."""
     low = launch.precision == "bf16"
     # Norms and the residual stream stay in float32.
-    layer = (4 * _WIDTHS * shape.width) + (2 if low else 4) * _FEED_FORWARDS * shape.feed_forward
+    layer = (4.0 * _WIDTHS * shape.width) + (2 if low else 4) * _FEED_FORWARDS * shape.feed_forward
     # Copies of the weights to compute with.
     weights = 2.0 * shape.body_trained if low else 0.0
     if shape.trained < shape.frozen:
