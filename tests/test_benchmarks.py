@@ -59,3 +59,21 @@ def test_large_data_are_read_once() -> None:
     for record in (few, more):
         assert record["cache_mib"] > record["file_mib"]
         assert all(record[start]["peak_mib"] > 0 for start in ("first start", "second start", "to the first update"))
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("more", [(), ("--optimizer", "adamw"), ("--lora-r", "8"), ("--gradient-checkpointing",)])
+def test_memory_is_about_what_a_dry_run_predicts(more: tuple[str, ...]) -> None:
+    found = ran("predicted_memory.py", *more)
+    for record in found["shapes"].values():
+        assert record["predicted_mib"] == pytest.approx(record["peak_mib"], rel=0.25)
+
+
+@pytest.mark.benchmark
+def test_a_sharded_model_is_the_same_with_less_memory_on_each_process() -> None:
+    found = ran("sharded_memory.py", "--shape", "small")
+    whole, sharded = found["whole"], found["sharded"]
+    assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert all(
+        peak > start for way in (whole, sharded) for start, peak in zip(way["start_mib"], way["peak_mib"], strict=True)
+    )

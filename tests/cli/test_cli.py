@@ -430,6 +430,11 @@ def test_a_dry_run_trains_nothing_and_makes_nothing(tisdpo: Tisdpo, world: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def without_measurements(text: str) -> list[str]:
+    """The lines of a dry run without those of its prediction, which depend on what else is in memory, and on time."""
+    return [line for line in text.splitlines() if not line.startswith("  ")]
+
+
 def test_printed_settings_go_in_again_where_accumulation_decides_the_batch(world: Path, tmp_path: Path) -> None:
     """`--print-config` prints what can be fed back (USERS)."""
     parts = ("--micro-batch-size", "2", "--gradient-accumulation", "2", "--dry-run")
@@ -439,7 +444,7 @@ def test_printed_settings_go_in_again_where_accumulation_decides_the_batch(world
     config = tmp_path / "c.yaml"
     config.write_text(here(*first, "--print-config").out)
     again = here("train-dpo", "-c", config)
-    assert (again.code, again.err) == (0, usual.err)
+    assert (again.code, without_measurements(again.err)) == (0, without_measurements(usual.err))
 
 
 def test_a_trial_of_the_pipeline_works_or_is_refused_as_such(world: Path, tmp_path: Path) -> None:

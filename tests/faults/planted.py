@@ -116,17 +116,17 @@ def other_tokenizer(box: Box) -> Line:
 
 
 def model(change: Callable[[Path], object], *more: str) -> Plant:
-    """A changed copy of the world's model; a check of it by `--dry-run`."""
+    """A changed copy of the world's model; a check of it by `--dry-run`, or another option."""
 
     def plant(box: Box) -> Line:
         copy = Path(shutil.copytree(box.world / "sft", box.tmp / "model"))
         change(copy)
-        return box.train_dpo("--dry-run", *more, model=copy)
+        return box.train_dpo(*(more or ("--dry-run",)), model=copy)
 
     return plant
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Plant:
+def tensors(change: Callable[[dict[str, torch.Tensor]], object], *more: str) -> Plant:
     """A copy of the world's model with other tensors."""
 
     def edit(path: Path) -> None:
@@ -134,7 +134,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Plant:
         change(loaded)
         save_file(loaded, path / WEIGHTS, metadata={"format": "pt"})
 
-    return model(edit)
+    return model(edit, *more)
 
 
 def change_json(path: Path, **values: object) -> None:

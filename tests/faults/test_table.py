@@ -135,7 +135,9 @@ CASES = [
          ("config.json",)),
     Case(25, "wrong shape", plant.tensors(lambda t: t.update({FIRST: t[FIRST][:-1].clone()})), 1, (FIRST,)),
     Case(26, "a tensor missing", plant.tensors(lambda t: t.pop(FIRST)), 1, (FIRST,)),
-    Case(27, "NaN in the weights", plant.tensors(lambda t: t[FIRST].__setitem__((0, 0), float("nan"))), 1, (FIRST,)),
+    # A dry run reads no values.
+    Case(27, "NaN in the weights", plant.tensors(
+        lambda t: t[FIRST].__setitem__((0, 0), float("nan")), "--max-steps", "1"), 1, (FIRST,)),
     Case(28, "pickled weights", plant.model(plant.pickled), 1, ("pickled", "save_pretrained")),
     Case(29, "remote code", plant.model(
         lambda path: plant.change_json(path / "config.json", auto_map={"AutoConfig": "code.C"})), 2,

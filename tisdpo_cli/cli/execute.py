@@ -73,7 +73,8 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
 
     check(loaded.settings)
     processes = getattr(loaded.settings, "num_processes", 1)
-    if processes > 1 and not is_worker():
+    # A dry run plans for processes that need not be there.
+    if processes > 1 and not is_worker() and not getattr(loaded.settings, "dry_run", False):
         from tisdpo_cli.runs.launch import launch
 
         # This very command, whose processes do and say the rest.
@@ -100,7 +101,7 @@ def _show_path(
     if not is_first_rank():
         return
     if not result.record:
-        _show_dry_run(result, typed, reporter)
+        _show_dry_run(result, settings, typed, reporter)
         return
     if spec.next is not None:
         reporter.command("next", next_command(spec, settings, typed.flags, typed.config, typed.sets))
@@ -111,14 +112,18 @@ def _show_path(
         write_path(result.path)
 
 
-def _show_dry_run(result: StageResult, typed: Invocation, reporter: Reporter) -> None:
+def _show_dry_run(result: StageResult, settings: Command, typed: Invocation, reporter: Reporter) -> None:
     """What a dry run found; there is no output."""
     from tisdpo_cli.cli.first_row_view import first_row_lines
+    from tisdpo_cli.cli.prediction_view import misfits, prediction_lines
 
-    for line in first_row_lines(result.first_row):
+    for line in (*prediction_lines(result.prediction), *first_row_lines(result.first_row)):
         reporter.note(line)
+    for line in misfits(result.prediction, settings):
+        reporter.warn(line)
     if typed.as_json:
-        write_result(json.dumps({"dry_run": True, "first_row": result.first_row.as_dict()}))
+        found = {"first_row": result.first_row.as_dict(), "prediction": result.prediction.as_dict()}
+        write_result(json.dumps({"dry_run": True, **found}))
 
 
 def _show_inspection(

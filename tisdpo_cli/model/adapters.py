@@ -280,7 +280,7 @@ def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
         for parameter in (p for n, p in model.named_parameters() if f".{name}." in n):
             # Modules that were trained whole too, whatever the precision of the base model.
             parameter.data = parameter.data.float()
-        wrong = _required(model).load(name, load_file(path / ADAPTER_WEIGHTS))
+        wrong = _required(model).load(name, tensors := load_file(path / ADAPTER_WEIGHTS))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -291,7 +291,7 @@ def attach_saved(model: nn.Module, path: Path, trained: bool) -> None:
         whole = any(name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) for name in wrong)
         fix = "merge it into its base model with peft, and use the whole model" if whole else "copy it again"
         raise ModelError(f"tensors are missing or too many, such as {wrong[0]}", where=str(path), fix=fix)
-    if not all(bool(p.isfinite().all()) for n, p in model.named_parameters() if f".{name}." in n):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ModelError("weights are not finite", where=str(path), fix="train the adapter again")
 
 

@@ -48,6 +48,28 @@ class PlainHead:
         return _HeadLogps.apply(hidden, weight, bias, targets, self, dtype, backward)
 
 
+def head_bytes(scored: int, vocabulary: int, width: int, trained: bool, low: bool) -> int:
+    """Memory in bytes of the head in a forward and backward pass, at its peak.
+
+    Args:
+        scored: tokens of the pass that are scored.
+        vocabulary: rows of its weights.
+        width: columns of its weights.
+        trained: whether its weights get gradients.
+        low: whether it computes in 16 bits.
+    """
+    logits = scored * vocabulary
+    chunk = min(logits, _chunk_rows(vocabulary) * vocabulary)
+    saved = logits if logits <= _SAVED_LOGITS else 0
+    # Gradients and, in 16 bits, products and copies of weights and of logits.
+    of_weights = vocabulary * width * (4 * trained + (2 * (1 + trained) if low else 0))
+    return 4 * (saved + chunk) + 2 * low * chunk + of_weights + 8 * scored * width
+
+
+def _chunk_rows(vocabulary: int) -> int:
+    return max(_CHUNK_ROWS, _CHUNK_LOGITS // vocabulary)
+
+
 class _HeadLogps(torch.autograd.Function):
     """Saves the hidden states and one number per token; the backward pass recomputes the logits, unless they are few
     enough to be saved.
@@ -133,7 +155,7 @@ class _Buffers:
         return self._scratch[dtype][: rows.stop - rows.start]
 
     def chunks(self) -> list[slice]:
-        total, rows = len(self.hidden), max(_CHUNK_ROWS, _CHUNK_LOGITS // len(self.weight))
+        total, rows = len(self.hidden), _chunk_rows(len(self.weight))
         # Of similar size: a matrix product of few rows takes another code path, with other rounding.
         count = max(1, -(-total // rows))
         cuts = [total * i // count for i in range(count + 1)]

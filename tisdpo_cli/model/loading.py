@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
     quantized: bool = False,
+    outline: bool = False,
 ) -> nn.Module:
     """Load a causal LM with nothing random in it, and check that every weight exists, fits and is finite.
 
@@ -106,28 +108,34 @@ def load_model(
         dtype: of the weights.
         trained: whether an adapter will be trained.
         quantized: whether to hold linear layers in 4 bits; an adapter that was trained so is always loaded so.
+        outline: whether to read names, shapes and dtypes of the tensors only, and leave their values out.
 
     Raises:
         ModelError: a tensor is missing, unexpected, has another shape or contains NaN; or the architecture is not a
             causal LM.
     """
     base = base_of(path)
-    quantized = quantized or is_quantized_adapter(path)
-    model = onto if onto is not None else _load_whole(base, trust_remote_code, dtype, quantized)
+    # What quantizes needs values.
+    quantized = (quantized or is_quantized_adapter(path)) and not outline
+    model = onto if onto is not None else _load_whole(base, trust_remote_code, dtype, quantized, outline)
     if base != path:
         with naming_out_of_memory("loading", str(path)):
             attach_saved(model, path, trained)
     return model
 
 
-def _load_whole(path: Path, trust_remote_code: bool, dtype: torch.dtype, quantized: bool) -> nn.Module:
+def _load_whole(path: Path, trust_remote_code: bool, dtype: torch.dtype, quantized: bool, outline: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    hint, low = "use a causal language model", quantization_config(dtype) if quantized else None
+    hint, given = "use a causal language model", dict[str, Any]()
+    if quantized:
+        given["quantization_config"] = quantization_config(dtype)
+    if outline:
+        given["device_map"] = "meta"
 
     config = _config(path, trust_remote_code)
     rates = disable_randomness(config)
-    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, hint, dtype, low)
+    model = _load(AutoModelForCausalLM, path, config, trust_remote_code, hint, dtype, given)
     keep_gradients(model)
     compute_in(model, dtype)
     model._tisdpo_notes += untie_own_head(model)
@@ -179,11 +187,11 @@ def _load(
     trust_remote_code: bool,
     hint: str,
     dtype: torch.dtype = torch.float32,
-    quantization: Any = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     silence_transformers()
     with naming_out_of_memory("loading", str(path)):
-        return _load_checked(auto_class, path, config, trust_remote_code, hint, dtype, quantization)
+        return _load_checked(auto_class, path, config, trust_remote_code, hint, dtype, more)
 
 
 def _load_checked(
@@ -193,7 +201,7 @@ def _load_checked(
     trust_remote_code: bool,
     hint: str,
     dtype: torch.dtype,
-    quantization: Any,
+    more: Mapping[str, Any],
 ) -> Any:
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         return auto_class.from_pretrained(
@@ -207,7 +215,7 @@ def _load_checked(
             ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            **({} if quantization is None else {"quantization_config": quantization}),
+            **more,
         )
 
     try:

@@ -21,12 +21,14 @@ class StageResult:
         record: its `run.json`; empty after a dry run.
         fresh: whether this run created it, rather than finding it finished.
         first_row: after a dry run, the first row as it would be trained: plain values with `as_dict`.
+        prediction: after a dry run, what the training is predicted to need: plain values with `as_dict`.
     """
 
     path: Path
     record: dict[str, Any]
     fresh: bool
     first_row: Any = None
+    prediction: Any = None
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def remote_code_setting() -> Any:
 def dry_run_setting() -> Any:
     """`--dry-run`, the same for every training."""
     return setting(
-        False, "check everything and show the plan and the first row, without training", "Run",
+        False, "check everything, predict memory, disk and time, and show the first row, without training", "Run",
         shapes_result=False, repeated=False,
     )  # fmt: skip
 

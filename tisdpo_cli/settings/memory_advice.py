@@ -72,6 +72,25 @@ def memory_advice(settings: Command, activity: Activity, stage: str = "") -> str
     return ", or ".join(parts or ["free memory, or use fewer rows"]) + again
 
 
+def change_advice(settings: Command, setting: str, value: object) -> str:
+    """How to give a setting another value that lowers memory, as a part of a sentence.
+
+    Args:
+        settings: of the command.
+        setting: its bare name.
+        value: that it should have.
+    """
+    advice = _Advice({path.rpartition(".")[2]: current for path, _, current in settings.leaves()}, "")
+    if value is True:
+        return f"use {advice.name(setting)}"
+    if setting == "lora_r":
+        return f"train an adapter with {advice.name(setting)} {value}"
+    if setting == "shard":
+        return f"use {advice.name(setting)} {value}"
+    verb = "raise" if setting == "gradient_accumulation" else "lower"
+    return f"{verb} {advice.now(setting)} to {value}"
+
+
 @dataclass(frozen=True)
 class _Advice:
     """Settings by their bare names, and how to write them in a sentence."""

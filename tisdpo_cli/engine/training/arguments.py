@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.dry_run import AskedLaunch
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
@@ -17,6 +18,7 @@ from tisdpo_cli.model.adapters import LoraShape
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
@@ -119,7 +121,7 @@ def _check_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> None:
     Raises:
         UsageError: something does not work with shards.
     """
-    optimizer, sharding = settings.optim.optimizer, runtime.sharding
+    optimizer, sharding = settings.optim.optimizer, asked_launch(runtime, settings).sharding
     if sharding is None:
         if settings.memory.shard == "full":
             runtime.reporter.note("--shard full has no effect on a single process")
@@ -127,6 +129,14 @@ def _check_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> None:
         raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
     elif optimizer.endswith("8bit"):
         raise UsageError("its state cannot be sharded", where=f"--optimizer {optimizer}", fix="use adamw")
+
+
+def asked_launch(runtime: Runtime, settings: TrainPairs | TrainSft) -> AskedLaunch:
+    """The processes that a training is meant for: those that were started, or in a dry run those that are asked for."""
+    asked = settings.num_processes if settings.dry_run else 1
+    processes = max(runtime.world, asked)
+    sharding = requested_sharding(settings.memory.shard, settings.memory.cpu_offload) if processes > 1 else None
+    return AskedLaunch(processes, sharding)
 
 
 def _lora_shape(adapter: Adapter) -> LoraShape | None:

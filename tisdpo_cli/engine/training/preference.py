@@ -15,9 +15,16 @@ from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.stored_tokens import select_pairs, swapped_pairs
 from tisdpo_cli.engine.arguments import find_dataset, read_options, reads_first, with_recorded_reading
 from tisdpo_cli.engine.prepared import Prepared
-from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
+from tisdpo_cli.engine.training.arguments import (
+    asked_launch,
+    claim_training_output,
+    session_config,
+    with_token_budget,
+)
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, longest_rows, pair_costs, planned_passes
+from tisdpo_cli.engine.training.dry_run import predict_training
 from tisdpo_cli.engine.training.first_row import of_pair
+from tisdpo_cli.engine.training.outlines import planned_pairs
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
 from tisdpo_cli.engine.training.pair_task import PairTask
 from tisdpo_cli.engine.training.policy import (
@@ -99,10 +106,14 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         tokenizer, pairs = prepared.result(runtime.reporter)
         report_end_token(runtime.reporter, models.policy_path, tokenizer, _taught_end(pairs[0], tokenizer))
         plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
-        policy = load_scorer(runtime, models, training.session, _longest(pairs))
         if output is None:
+            trained = planned_pairs(runtime, training.session, models, training.loss, bool(training.cache), pairs)
+            asked, directory = asked_launch(runtime, settings), Path(settings.output_dir)
+            prediction = predict_training(runtime, training.session, asked, plan, trained, directory)
             runtime.reporter.note("dry run: nothing was trained")
-            return StageResult(Path(settings.output_dir), {}, False, of_pair(pairs[0][0], tokenizer, training.swapped))
+            row = of_pair(pairs[0][0], tokenizer, training.swapped)
+            return StageResult(directory, {}, False, row, prediction)
+        policy = load_scorer(runtime, models, training.session, _longest(pairs))
         setup = _set_up(runtime, training, output, tokenizer, pairs, plan, policy)
         # A model with an adapter is in a cycle, and would stay.
         gc.collect()

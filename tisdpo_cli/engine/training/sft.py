@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tisdpo_cli.data.chat_tokens import ChatStats, encode_chat
 from tisdpo_cli.data.dataset import DatasetSplit
@@ -20,9 +20,15 @@ from tisdpo_cli.data.vocabulary import Vocabulary
 from tisdpo_cli.engine.arguments import find_dataset, read_options, reads_first
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.prepared import Prepared
-from tisdpo_cli.engine.training.arguments import claim_training_output, session_config, with_token_budget
-from tisdpo_cli.engine.training.batching import PaddedCosts
+from tisdpo_cli.engine.training.arguments import (
+    asked_launch,
+    claim_training_output,
+    session_config,
+    with_token_budget,
+)
+from tisdpo_cli.engine.training.dry_run import predict_training
 from tisdpo_cli.engine.training.first_row import of_example
+from tisdpo_cli.engine.training.outlines import ModelOutline, outline_policy, planned_examples
 from tisdpo_cli.engine.training.policy import (
     base_model,
     check_start_adapter,
@@ -38,13 +44,12 @@ from tisdpo_cli.engine.training.session import (
     run_training,
     session_scorer,
 )
+from tisdpo_cli.engine.training.sft_task import EncodedExample, SftTask
 from tisdpo_cli.engine.training.sharded_model import place, shard_model
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel
-from tisdpo_cli.model.batch import Batch
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit, make_model
-from tisdpo_cli.model.logprobs import collated_for, device_of, score
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output
@@ -52,63 +57,6 @@ from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import StageResult, finished_result
 from tisdpo_cli.settings.train_sft import TrainSft
-
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """A tokenized example: tokens given as context, tokens to learn, and whether these end the response.
-
-    Attributes:
-        opening: number of tokens at the end of the context that a chat template writes before every answer.
-        left_out: number of tokens to learn that were truncated.
-    """
-
-    where: str
-    given: list[int]
-    learned: list[int]
-    has_end: bool = True
-    opening: int = 0
-    left_out: int = 0
-
-
-class SftTask:
-    """Supervised fine-tuning: mean cross-entropy per learned token."""
-
-    unit = "examples"
-    metrics: tuple[str, ...] = ("loss", "token_probability")
-
-    def __init__(self, examples: Sequence[EncodedExample], pad: int) -> None:
-        self.examples, self.pad = examples, pad
-        self.costs: list[int] = [len(e.given) + len(e.learned) for e in examples]
-        self.padded_costs = PaddedCosts(self.costs)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest example."""
-        return max(self.costs)
-
-    def end(self, default: int) -> int:
-        """The id that ends responses, or another if all are truncated."""
-        return next((example.learned[-1] for example in self.examples if example.has_end), default)
-
-    def where(self, example: int) -> str:
-        """FILE:LINE of an example."""
-        return self.examples[example].where
-
-    def normaliser(self, examples: Sequence[int]) -> float:
-        """The number of learned tokens."""
-        return float(sum(len(self.examples[i].learned) for i in examples))
-
-    def prepare(self, scorer: nn.Module, examples: Sequence[int]) -> Batch:
-        """Some examples as a batch, in the memory of the CPU."""
-        groups = [(self.examples[i].given, [self.examples[i].learned]) for i in examples]
-        return collated_for(scorer, groups, self.pad)
-
-    def forward(self, scorer: nn.Module, prepared: Batch) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy, with gradient, and the sums of the metrics."""
-        logps = score(scorer, prepared.to(device_of(scorer)))
-        loss = -logps.sum()
-        return loss, torch.stack([loss.detach().double(), logps.detach().double().exp().sum()])
 
 
 @dataclass(frozen=True)
@@ -169,11 +117,13 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         tokenizer, task, eval_task = prepared.result(runtime.reporter)
         if path is not None:
             report_end_token(runtime.reporter, path, tokenizer, task.end(tokenizer.eos))
-        costs = task.padded_costs if session.layout == "separate" else task.costs
-        plan = plan_training(runtime, session, costs, SftTask.unit)
+        plan = plan_training(runtime, session, task.pass_costs(session.layout), SftTask.unit)
         if output is None:
+            trained = planned_examples(session, _outline(session, source, tokenizer), task, eval_task)
+            directory = Path(settings.output_dir)
+            prediction = predict_training(runtime, session, asked_launch(runtime, settings), plan, trained, directory)
             runtime.reporter.note("dry run: nothing was trained")
-            return StageResult(Path(settings.output_dir), {}, False, of_example(task.examples[0], tokenizer))
+            return StageResult(directory, {}, False, of_example(task.examples[0], tokenizer), prediction)
         model = _model(runtime, session, source, tokenizer)
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
@@ -261,8 +211,11 @@ def _tokenizer(source: _Source, reporter: Reporter) -> Tokenizer:
 def _model(runtime: Runtime, session: SessionConfig, source: _Source, tokenizer: Tokenizer) -> nn.Module:
     if not isinstance(source.model, NewModel):
         return load_policy(runtime, session, source.model, source.trust_remote_code)
-    shape = source.model
-    model = make_model(
+    return place(runtime, _new_model(source, source.model, tokenizer))
+
+
+def _new_model(source: _Source, shape: NewModel, tokenizer: Tokenizer) -> nn.Module:
+    return make_model(
         tokenizer,
         hidden_size=shape.hidden_size,
         layers=shape.layers,
@@ -270,7 +223,14 @@ def _model(runtime: Runtime, session: SessionConfig, source: _Source, tokenizer:
         positions=max(2048, source.options.limits.max_length),
         seed=shape.seed,
     )
-    return place(runtime, model)
+
+
+def _outline(session: SessionConfig, source: _Source, tokenizer: Tokenizer) -> ModelOutline:
+    """The model of a training without its weights."""
+    if not isinstance(source.model, NewModel):
+        return outline_policy(session, source.model, source.trust_remote_code)
+    with torch.device("meta"):
+        return ModelOutline(_new_model(source, source.model, tokenizer), 0, adaptable=False)
 
 
 def _encode(
