@@ -74,6 +74,6 @@ def test_a_sharded_model_is_the_same_with_less_memory_on_each_process() -> None:
     found = ran("sharded_memory.py", "--shape", "small")
     whole, sharded = found["whole"], found["sharded"]
     assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    assert all(
-        peak > start for way in (whole, sharded) for start, peak in zip(way["start_mib"], way["peak_mib"], strict=True)
-    )
+    for way in (whole, sharded):
+        assert len(way["peak_mib"]) == 2
+        assert min(way["peak_mib"]) > max(way["start_mib"])
