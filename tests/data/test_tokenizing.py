@@ -414,3 +414,42 @@ def test_what_other_processes_cannot_do_is_done_here(
 
     monkeypatch.setattr(tokenizing.pickle, "dumps", refuse)
     assert list(read(tmp_path / "two", tokenizer, split_of(path)).encoded) == known
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), ImportError("no sem_open"), "child"])
+def test_without_processes_pairs_are_tokenized_here(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, fault: Exception | str, work: list[str]
+) -> None:
+    """As without a writable `/dev/shm`; and a process that was started for some work starts none."""
+    path = write_jsonl(tmp_path / "train.jsonl", pair_rows(30))
+    monkeypatch.setattr(tokenizing, "_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(tokenizing, "_cores", lambda: 2)
+    warned: list[str] = []
+
+    def no_pool(*_given: object) -> object:
+        assert isinstance(fault, Exception), "no pool in a child"
+        raise fault
+
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", no_pool)
+    if fault == "child":
+        monkeypatch.setattr(tokenizing.multiprocessing, "parent_process", lambda: object())
+    known = direct(placed(path), tokenizer)
+    split = read(tmp_path, tokenizer, split_of(path), store=RowStore(tmp_path / "cache", warned.append))
+    assert list(split.encoded) == known
+    assert warned == []
+    assert work.count("read") == 1
+
+
+def test_where_no_process_can_start_the_rest_is_tokenized_here(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", pair_rows(30))
+    monkeypatch.setattr(tokenizing, "_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(tokenizing, "_cores", lambda: 2)
+
+    def no_room(_process: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", no_room)
+    known = direct(placed(path), tokenizer)
+    assert list(read(tmp_path, tokenizer, split_of(path)).encoded) == known
