@@ -150,7 +150,10 @@ def remove_partials(directory: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(
-    path: Path, what: str = "cannot be written", kind: type[TrainingError] = TrainingError
+    path: Path,
+    what: str = "cannot be written",
+    kind: type[TrainingError] = TrainingError,
+    fix: str = "free disk space or write elsewhere; files written before are complete",
 ) -> Iterator[None]:
     """Turn a full disk or a missing permission into an error that names the file.
 
@@ -158,6 +161,7 @@ def reporting_write_errors(
         path: file that the block writes.
         what: message.
         kind: type of the error.
+        fix: what to do about it.
 
     Raises:
         TrainingError: the block cannot write the file.
@@ -169,7 +173,6 @@ def reporting_write_errors(
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        fix = "free disk space or write elsewhere; files written before are complete"
         raise kind(f"{what}: {reason}", where=str(path), fix=fix) from error
 
 
