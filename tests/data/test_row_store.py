@@ -22,6 +22,7 @@ from tisdpo_cli.cli.process import leave
 from tisdpo_cli.data import row_store
 from tisdpo_cli.data.arrow_files import ArrowFile, ArrowWriter, in_memory, list_array, open_arrow
 from tisdpo_cli.data.row_store import RowStore
+from tisdpo_cli.errors import DataError
 
 SCHEMA = pa.schema([("text", pa.string()), ("number", pa.int64()), ("ids", pa.list_(pa.int32()))])
 IDS = [[], [5], [1, 2, 3], [], [2**31 - 1, 0]]
@@ -348,3 +349,38 @@ def test_no_temporary_file_outlives_its_process(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(SystemExit):
             leave(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_meets_the_fault_of_the_first_without_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(row_store, "_QUIET", 0.0)
+    begun, waiting = threading.Event(), threading.Event()
+    read: list[str] = []
+    met: list[DataError] = []
+
+    def run(name: str, note: Callable[[str], object]) -> None:
+        def build(_stream: BinaryIO) -> None:
+            read.append(name)
+            begun.set()
+            assert waiting.wait(60)
+            raise DataError("is null", where="é:3", fix="fill it", details=("one", "two"))
+
+        with pytest.raises(DataError) as caught:
+            RowStore(tmp_path, note=note).file(KEY, build)
+        met.append(caught.value)
+
+    first = threading.Thread(target=run, args=("first", read.append))
+    other = threading.Thread(target=run, args=("other", lambda _text: waiting.set()))
+    first.start()
+    assert begun.wait(60)
+    other.start()
+    first.join()
+    other.join()
+    assert read == ["first"]
+    told = [(fault.what, fault.where, fault.fix, fault.details) for fault in met]
+    assert told == [("is null", "é:3", "fill it", ("one", "two"))] * 2
+    # The next run reads it anew.
+    assert whole(RowStore(tmp_path).file(KEY, Builder()))
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".arrow"]

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from tisdpo_cli.cached_files import BOUND, Warn, row_files
 from tisdpo_cli.data.arrow_files import ArrowFile, in_memory, open_arrow
+from tisdpo_cli.errors import DataError
 from tisdpo_cli.files import PARTIAL, replacing, temporary_directory
 
 # Anything that changes what a file of the same key holds changes this.
@@ -118,7 +119,7 @@ class RowStore:
         return file
 
     def _build(self, key: str, build: Build) -> ArrowFile:
-        path = self._files.path(key)
+        path, asked = self._files.path(key), time.time()
         try:
             with self._alone(path):
                 known = self._known(key)
@@ -126,7 +127,11 @@ class RowStore:
                     return known
                 _remove_partials(path)
                 tag = f"{uuid.uuid4().hex}-"
-                with replacing(path, tag, _FILE_MODE) as partial, partial.open("wb") as stream:
+                with (
+                    _sharing_fault(path, asked),
+                    replacing(path, tag, _FILE_MODE) as partial,
+                    partial.open("wb") as stream,
+                ):
                     _build(build, stream)
                 file = open_arrow(path)
                 if file is None:
@@ -233,6 +238,35 @@ class _Target:
             self._stream.flush()
         except OSError as error:
             raise _Unwritable(error.strerror or str(error)) from error
+
+
+@contextmanager
+def _sharing_fault(path: Path, asked: float) -> Iterator[None]:
+    """Leave a fault of the data to the processes that wait for this one, which would read it all to meet the same.
+
+    Args:
+        path: the file to build.
+        asked: when this process began to wait, in seconds of `time.time`; an older fault is not its own.
+
+    Raises:
+        DataError: this process met a fault, or another one while this one waited.
+    """
+    record = path.with_name(f"{PARTIAL}{path.stem}.fault")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(record.read_bytes())
+        if known["at"] < asked:
+            record.unlink()
+        else:
+            raise DataError(known["what"], where=known["where"], fix=known["fix"], details=tuple(known["details"]))
+    try:
+        yield
+    except DataError as fault:
+        # Without a launcher nobody waits.
+        if "LOCAL_RANK" in os.environ:
+            told = {"at": time.time(), "what": fault.what, "where": fault.where, "fix": fault.fix}
+            with suppress(OSError), replacing(record, mode=_FILE_MODE) as partial:
+                partial.write_text(json.dumps({**told, "details": fault.details}), encoding="utf-8")
+        raise
 
 
 def _remove_partials(path: Path) -> None:
