@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,11 +46,12 @@ class BoundedDirectory:
         with suppress(OSError):
             os.utime(path)
 
-    def make_room(self, written: int) -> None:
+    def make_room(self, written: int, keep: Collection[Path] = ()) -> None:
         """Remove the files that were not used for longest if the directory has grown too large.
 
         Args:
             written: bytes that were just added.
+            keep: files that stay, however large they are.
         """
         if self._size is None:
             _remove_leftovers(self.directory)
@@ -58,7 +59,7 @@ class BoundedDirectory:
         else:
             self._size += written
         if self._size > self._bound:
-            self._size = self._prune(int(self._bound * _KEPT_SHARE))
+            self._size = self._prune(int(self._bound * _KEPT_SHARE), keep)
 
     def size(self) -> tuple[int, int]:
         """The number of files and their total size in bytes."""
@@ -92,13 +93,15 @@ class BoundedDirectory:
                 found.append((path, status.st_size, max(status.st_atime, status.st_mtime)))
         return found
 
-    def _prune(self, bound: int) -> int:
-        """Remove the files that were not used for longest, down to a size; returns the size that is left."""
+    def _prune(self, bound: int, keep: Collection[Path]) -> int:
+        """Remove the other files that were not used for longest, down to a size; returns the size that is left."""
         found = sorted(self._files(), key=lambda entry: entry[2])
         size = sum(entry[1] for entry in found)
         for path, bytes_freed, _ in found:
             if size <= bound:
                 break
+            if path in keep:
+                continue
             with suppress(OSError):
                 path.unlink(missing_ok=True)
                 size -= bytes_freed

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import stat
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,7 +77,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def replacing(path: Path, tag: str = "") -> Iterator[Path]:
+def replacing(path: Path, tag: str = "", mode: int = 0o666) -> Iterator[Path]:
     """Write a file elsewhere and rename it, so that it is complete or absent.
 
     The temporary file is new: whatever has its name, such as a symbolic link, is removed and never written through. It
@@ -84,6 +86,7 @@ def replacing(path: Path, tag: str = "") -> Iterator[Path]:
     Args:
         path: the file.
         tag: part of the temporary name, for a directory that several processes write to.
+        mode: permissions, less those that the umask withholds.
 
     Yields:
         The temporary file, empty.
@@ -94,7 +97,7 @@ def replacing(path: Path, tag: str = "") -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{tag}{path.name}")
     remove(partial)
     try:
-        mode = _create(partial)
+        mode = _create(partial, mode)
         yield partial
         partial.chmod(mode)
         sync([partial])
@@ -105,13 +108,30 @@ def replacing(path: Path, tag: str = "") -> Iterator[Path]:
         raise
 
 
-def _create(path: Path) -> int:
+def _create(path: Path, mode: int) -> int:
     """Create an empty file that must not exist; returns its permissions."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode)
     try:
         return stat.S_IMODE(os.fstat(descriptor).st_mode)
     finally:
         os.close(descriptor)
+
+
+_temporary: weakref.WeakSet[tempfile.TemporaryDirectory[str]] = weakref.WeakSet()
+
+
+def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A directory that lasts as long as what is returned, or until `remove_temporary`."""
+    # A file that is open or mapped cannot be removed on Windows.
+    directory = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    _temporary.add(directory)
+    return directory
+
+
+def remove_temporary() -> None:
+    """Remove all temporary directories, before this process ends without shutting the interpreter down."""
+    for directory in list(_temporary):
+        directory.cleanup()
 
 
 def remove(path: Path) -> None:
@@ -130,7 +150,10 @@ def remove_partials(directory: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(
-    path: Path, what: str = "cannot be written", kind: type[TrainingError] = TrainingError
+    path: Path,
+    what: str = "cannot be written",
+    kind: type[TrainingError] = TrainingError,
+    fix: str = "free disk space or write elsewhere; files written before are complete",
 ) -> Iterator[None]:
     """Turn a full disk or a missing permission into an error that names the file.
 
@@ -138,6 +161,7 @@ def reporting_write_errors(
         path: file that the block writes.
         what: message.
         kind: type of the error.
+        fix: what to do about it.
 
     Raises:
         TrainingError: the block cannot write the file.
@@ -149,7 +173,6 @@ def reporting_write_errors(
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        fix = "free disk space or write elsewhere; files written before are complete"
         raise kind(f"{what}: {reason}", where=str(path), fix=fix) from error
 
 

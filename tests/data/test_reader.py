@@ -720,3 +720,35 @@ def test_every_format_has_a_parser_and_is_named_in_help_and_errors(tmp_path: Pat
     with pytest.raises(DataError) as caught:
         training_splits(str(tmp_path))
     assert all(suffix in str(caught.value) for suffix in FORMAT_OF_SUFFIX)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write([GOOD])
+
+    class Failing(io.BytesIO):
+        def failing(self, *_given: object) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        read = read1 = readline = readinto = failing
+
+    monkeypatch.setattr("tisdpo_cli.data.source.Source.open", lambda self: Failing(b""))
+    error = fault(path)
+    assert error.where == str(path)
+    assert error.what == "cannot be read: Input/output error"
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows must not be kept as those of what it held before."""
+    path = write([GOOD])
+    before = path.read_bytes()
+
+    def late(*given: object) -> object:
+        path.write_bytes(before + before)
+        return read_rows(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tisdpo_cli.data.pairs.read_rows", late)
+        error = fault(path)
+    assert (error.what, error.where) == ("changed while it was read", str(path))
+    path.write_bytes(before)
+    assert len(read(path).pairs) == 1

@@ -18,9 +18,11 @@ import pytest
 from conftest import largest_file
 
 from tisdpo_cli.cached_files import row_files
+from tisdpo_cli.cli.process import leave
 from tisdpo_cli.data import row_store
 from tisdpo_cli.data.arrow_files import ArrowFile, ArrowWriter, in_memory, list_array, open_arrow
 from tisdpo_cli.data.row_store import RowStore
+from tisdpo_cli.errors import DataError
 
 SCHEMA = pa.schema([("text", pa.string()), ("number", pa.int64()), ("ids", pa.list_(pa.int32()))])
 IDS = [[], [5], [1, 2, 3], [], [2**31 - 1, 0]]
@@ -245,3 +247,140 @@ def test_memory_is_handed_back_and_comes_again(tmp_path: Path, monkeypatch: pyte
     assert whole(file)
     assert whole(file)
     assert np.array_equal(file.numbers("number"), np.arange(5))
+
+
+def test_an_error_of_the_build_is_not_one_of_the_cache(tmp_path: Path, warned: list[str]) -> None:
+    calls: list[BinaryIO] = []
+
+    def broken(stream: BinaryIO) -> None:
+        calls.append(stream)
+        stream.write(b"half")
+        raise PermissionError(13, "not the cache")
+
+    for key in (KEY, None):
+        with pytest.raises(PermissionError, match="not the cache"):
+            RowStore(tmp_path, warned.append).file(key, broken)
+    assert len(calls) == 2
+    assert warned == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_only_their_owner_reads_rows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        RowStore(tmp_path).file(KEY, Builder())
+    finally:
+        os.umask(before)
+    path = path_in(tmp_path)
+    assert [entry.stat().st_mode & 0o777 for entry in (path.parents[1], path.parent, path)] == [0o700, 0o700, 0o600]
+
+
+def test_a_dataset_larger_than_the_bound_is_kept_and_said(tmp_path: Path, warned: list[str]) -> None:
+    builds = [Builder(), Builder(), Builder()]
+    RowStore(tmp_path).file({"another": 1}, Builder())
+    for path in tmp_path.rglob("*.arrow"):
+        os.utime(path, (1000, 1000))
+    for _ in range(3):
+        store = RowStore(tmp_path, warned.append, bound=1000)
+        for number, build in enumerate(builds):
+            assert whole(store.file({"part": number}, build))
+    assert [build.calls for build in builds] == [1, 1, 1]
+    assert row_files(tmp_path).size()[0] == 3
+    (warning,) = warned
+    assert "more than" in warning
+
+
+def test_waiting_for_another_run_is_said(tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_store, "_QUIET", 0.0)
+    begun, go, noted = threading.Event(), threading.Event(), threading.Event()
+    notes: list[str] = []
+
+    def slow(stream: BinaryIO) -> None:
+        begun.set()
+        assert go.wait(60)
+        Builder()(stream)
+
+    def note(text: str) -> None:
+        notes.append(text)
+        noted.set()
+
+    first = threading.Thread(target=RowStore(tmp_path, warned.append, note=notes.append).file, args=(KEY, slow))
+    other = threading.Thread(target=RowStore(tmp_path, warned.append, note=note).file, args=(KEY, Builder()))
+    first.start()
+    assert begun.wait(60)
+    other.start()
+    assert noted.wait(60)
+    go.set()
+    first.join()
+    other.join()
+    assert notes == ["waiting for another run that reads this dataset"]
+    assert warned == []
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = RowStore(tmp_path).file(KEY, Builder()).path
+    assert path is not None
+    path.unlink()
+    left, others = path.with_name(f".partial-0a-{path.name}"), path.with_name(".partial-0a-other.arrow")
+    left.touch()
+    others.touch()
+    RowStore(tmp_path).file(KEY, Builder())
+    assert not left.exists()
+    assert others.exists(), "another process may write it"
+
+
+@pytest.mark.parametrize("how", ["raises", "leaves"])
+def test_no_temporary_file_outlives_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def half(stream: BinaryIO) -> None:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    store = RowStore(tmp_path)
+    if how == "raises":
+        with pytest.raises(KeyboardInterrupt):
+            store.file(None, half)
+    else:
+        store.file(None, Builder())
+        assert list(tmp_path.iterdir()) != []
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+        with pytest.raises(SystemExit):
+            leave(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_meets_the_fault_of_the_first_without_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(row_store, "_QUIET", 0.0)
+    begun, waiting = threading.Event(), threading.Event()
+    read: list[str] = []
+    met: list[DataError] = []
+
+    def run(name: str, note: Callable[[str], object]) -> None:
+        def build(_stream: BinaryIO) -> None:
+            read.append(name)
+            begun.set()
+            assert waiting.wait(60)
+            raise DataError("is null", where="é:3", fix="fill it", details=("one", "two"))
+
+        with pytest.raises(DataError) as caught:
+            RowStore(tmp_path, note=note).file(KEY, build)
+        met.append(caught.value)
+
+    first = threading.Thread(target=run, args=("first", read.append))
+    other = threading.Thread(target=run, args=("other", lambda _text: waiting.set()))
+    first.start()
+    assert begun.wait(60)
+    other.start()
+    first.join()
+    other.join()
+    assert read == ["first"]
+    told = [(fault.what, fault.where, fault.fix, fault.details) for fault in met]
+    assert told == [("is null", "é:3", "fill it", ("one", "two"))] * 2
+    # The next run reads it anew.
+    assert whole(RowStore(tmp_path).file(KEY, Builder()))
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".arrow"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tracemalloc
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -414,3 +417,82 @@ def test_what_other_processes_cannot_do_is_done_here(
 
     monkeypatch.setattr(tokenizing.pickle, "dumps", refuse)
     assert list(read(tmp_path / "two", tokenizer, split_of(path)).encoded) == known
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), ImportError("no sem_open"), "child"])
+def test_without_processes_pairs_are_tokenized_here(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, fault: Exception | str, work: list[str]
+) -> None:
+    """As without a writable `/dev/shm`; and a process that was started for some work starts none."""
+    path = write_jsonl(tmp_path / "train.jsonl", pair_rows(30))
+    monkeypatch.setattr(tokenizing, "_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(tokenizing, "_cores", lambda: 2)
+    warned: list[str] = []
+
+    def no_pool(*_given: object) -> object:
+        assert isinstance(fault, Exception), "no pool in a child"
+        raise fault
+
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", no_pool)
+    if fault == "child":
+        monkeypatch.setattr(tokenizing.multiprocessing, "parent_process", lambda: object())
+    known = direct(placed(path), tokenizer)
+    split = read(tmp_path, tokenizer, split_of(path), store=RowStore(tmp_path / "cache", warned.append))
+    assert list(split.encoded) == known
+    assert warned == []
+    assert work.count("read") == 1
+
+
+def test_where_no_process_can_start_the_rest_is_tokenized_here(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", pair_rows(30))
+    monkeypatch.setattr(tokenizing, "_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(tokenizing, "_cores", lambda: 2)
+
+    def no_room(_process: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", no_room)
+    known = direct(placed(path), tokenizer)
+    assert list(read(tmp_path, tokenizer, split_of(path)).encoded) == known
+
+
+def test_processes_end_when_the_work_is_given_up(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that are under way would be finished first."""
+    path = write_jsonl(tmp_path / "train.jsonl", pair_rows(30))
+    monkeypatch.setattr(tokenizing, "_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(tokenizing, "_cores", lambda: 2)
+    monkeypatch.setattr(tokenizing, "_SHOWN_FROM", 0)
+    monkeypatch.setattr(tokenizing, "_job", [])
+    ended: list[str] = []
+    monkeypatch.setattr(tokenizing.Spawning, "terminate", lambda _self: ended.append("ended"))
+
+    class Here:
+        def __init__(self, _processes: int, _context: object, _start: object, job: tuple[bytes]) -> None:
+            tokenizing._job.append(pickle.loads(job[0]))
+
+        def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(work(*given))
+            return future
+
+        def shutdown(self, **_how: object) -> None:
+            """Nothing is left."""
+
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", Here)
+
+    class Stopped:
+        def advance(self, _units: int, _figures: object) -> None:
+            raise KeyboardInterrupt
+
+    def progress(*_given: object) -> Any:
+        return nullcontext(Stopped())
+
+    with pytest.raises(KeyboardInterrupt):
+        read(tmp_path, tokenizer, split_of(path), store=RowStore(tmp_path / "cache", progress=progress))
+    assert ended == ["ended"]
+    assert len(read(tmp_path, tokenizer, split_of(path)).encoded) == 30
+    assert ended == ["ended"]

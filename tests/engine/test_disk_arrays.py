@@ -6,18 +6,21 @@ import gc
 import json
 import math
 import random
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import pair_rows, run_here, write_jsonl
+from conftest import largest_file, pair_rows, run_here, write_jsonl
 
 from tisdpo_cli.engine.inspection import comparison, disk_arrays, split_columns
 from tisdpo_cli.engine.inspection.disk_arrays import Column, blocks, correlation, mean_ranks, order_statistics, spans
 from tisdpo_cli.engine.inspection.exact_sums import ExactSums
 from tisdpo_cli.engine.inspection.split_columns import SplitColumns
 from tisdpo_cli.engine.inspection.weighted_pairs import WeightedResponse
+from tisdpo_cli.errors import TrainingError
 from tisdpo_cli.model.tokenizer import load_tokenizer
 
 
@@ -37,6 +40,23 @@ def test_a_column_holds_what_was_appended() -> None:
     column.append([3.0])
     assert len(column) == 3
     assert torch.equal(column.tensor(), torch.tensor([0.1, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda: Column(np.int64).append(range(10**5)),
+        lambda: [column := Column(np.int64), column.append(range(100)), column.array()],
+        lambda: disk_arrays.empty(2**21, np.float64),
+    ],
+    ids=["append", "flush", "map"],
+)
+def test_no_room_for_temporary_files_is_told(fill: Callable[[], object]) -> None:
+    directory = tempfile.gettempdir()
+    with largest_file(200), pytest.raises(TrainingError) as caught:
+        fill()
+    assert caught.value.where == directory
+    assert "TMPDIR" in caught.value.fix
 
 
 def test_spans_are_between_ends() -> None:

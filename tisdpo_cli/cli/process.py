@@ -51,7 +51,17 @@ def leave(code: int) -> NoReturn:
     except (OSError, ValueError):
         code = code or 1
     finally:
+        leave_no_files()
         os._exit(code)
+
+
+def leave_no_files() -> None:
+    """Remove temporary directories, where the interpreter is not shut down."""
+    # Without this module there are none, and it takes its time to import.
+    files = sys.modules.get("tisdpo_cli.files")
+    with suppress(Exception):
+        if files is not None:
+            files.remove_temporary()
 
 
 def _ignore_signals() -> None:

@@ -13,7 +13,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from tisdpo_cli.cli.process import command_line, is_first_rank
+from tisdpo_cli.cli.process import command_line, is_first_rank, leave_no_files
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.runs.worker import is_worker
 from tisdpo_cli.text import visible
@@ -102,6 +102,7 @@ class SignalHandlers:
 
     def _exit_now(self) -> NoReturn:
         self.report()
+        leave_no_files()
         os._exit(self.exit_code)
 
     def _stop_where_nothing_can_be_raised(self, unraisable: Any) -> None:

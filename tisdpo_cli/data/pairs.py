@@ -80,8 +80,10 @@ def read_pairs(
         store: where they are kept, or None for the user's cache directory.
 
     Raises:
-        DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows.
+        DataError: a row is invalid and `on_bad_row` is `error`; a column is missing in all rows; there are no rows; the
+            file changed while it was read.
     """
+    content = content_of(path)
 
     def build(stream: BinaryIO) -> None:
         writer = PairWriter(stream)
@@ -90,9 +92,15 @@ def read_pairs(
             reading.take(row)
             if writer.count == first:
                 break
-        writer.finish(reading.finish(on_bad_row))
+        about = reading.finish(on_bad_row)
+        # What was read would be kept as the rows of what the file held before.
+        if content_of(path) != content:
+            raise DataError(
+                "changed while it was read", where=shown_path(path), fix="run the command again when it is complete"
+            )
+        writer.finish(about)
 
-    depends_on = {**content_of(path), "columns": vars(columns), "on_bad_row": on_bad_row, "first": first}
+    depends_on = {**content, "columns": vars(columns), "on_bad_row": on_bad_row, "first": first}
     file = (store or RowStore()).file(depends_on, build)
     return Pairs(StoredPairs([PairFile(file, depends_on)]), list(file.about["notices"]))
 

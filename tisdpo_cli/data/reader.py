@@ -29,7 +29,7 @@ def read_rows(path: Path, notices: list[str] | None = None) -> Iterator[Row | Ba
     notices = notices if notices is not None else []
     for file in matching_files(path) or [path]:
         parse = read_saved if file.is_dir() else PARSERS[format_of(file.name) or "JSON"]
-        with naming_out_of_memory("reading", shown_path(file)):
+        with naming_out_of_memory("reading", shown_path(file)), _reporting_read_errors(file):
             yield from parse(Source(file, shown_path(file)), notices)
 
 
@@ -45,7 +45,8 @@ def _reporting_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=error.filename or shown_path(path)) from error
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read: {reason}", where=error.filename or shown_path(path)) from error
 
 
 def shown_path(path: Path) -> str:

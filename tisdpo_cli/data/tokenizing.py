@@ -26,6 +26,7 @@ from tisdpo_cli.data.arrow_files import ArrowWriter
 from tisdpo_cli.data.chat_tokens import ChatStats, encode_chat
 from tisdpo_cli.data.row_store import RowStore, no_progress
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
+from tisdpo_cli.data.spawning import Spawning
 from tisdpo_cli.data.stored_pairs import Pair, StoredPairs
 from tisdpo_cli.data.stored_tokens import SCHEMA, EncodedPairs, token_batch
 from tisdpo_cli.data.tokens import EncodedPair, Limits, TruncationStats, encode_pairs
@@ -38,6 +39,8 @@ _CHUNK = 500
 _BYTES_PER_PROCESS = 8 * 2**20
 # Chunks that wait for a process, of each.
 _AHEAD = 3
+# What systems raise that have no semaphores (as without a writable /dev/shm), or no room for a process.
+_NO_PROCESSES = (OSError, NotImplementedError, ImportError)
 # Splits from this size on show their progress.
 _SHOWN_FROM = 5000
 
@@ -221,7 +224,8 @@ def _chunks(pairs: StoredPairs, options: TokenOptions, vocabulary: Vocabulary) -
     """All pairs in chunks, in order."""
     ranges = deque((begin, min(begin + _CHUNK, len(pairs))) for begin in range(0, len(pairs), _CHUNK))
     processes = min(_cores(), pairs.bytes_of_rows() // _BYTES_PER_PROCESS, len(ranges))
-    if processes > 1:
+    # A process that was itself started for some work starts none.
+    if processes > 1 and multiprocessing.parent_process() is None:
         # Such as a tokenizer with code of its own, or rows in memory, cannot be sent.
         with suppress(pickle.PicklingError, TypeError, AttributeError):
             yield from _in_processes(ranges, processes, pickle.dumps((pairs, options, vocabulary)))
@@ -236,13 +240,18 @@ def _cores() -> int:
 
 def _in_processes(ranges: deque[tuple[int, int]], processes: int, job: bytes) -> Iterator[_Chunk]:
     """Chunks from several processes, in order; what is left in `ranges` could not be done there."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, _start_process, (job,))
+    spawning = Spawning()
     waiting: deque[Future[_Chunk]] = deque()
-    places = iter(list(ranges))
     try:
-        for place in places:
-            waiting.append(pool.submit(_encode_there, place))
+        pool = ProcessPoolExecutor(processes, spawning, _start_process, (job,))
+    except _NO_PROCESSES:
+        return
+    try:
+        for place in list(ranges):
+            try:
+                waiting.append(pool.submit(_encode_there, place))
+            except _NO_PROCESSES:
+                return
             if len(waiting) >= _AHEAD * processes:
                 yield waiting.popleft().result()
                 ranges.popleft()
@@ -253,6 +262,9 @@ def _in_processes(ranges: deque[tuple[int, int]], processes: int, job: bytes) ->
         # A process could not start or was killed: the rest is done here.
         return
     finally:
+        if ranges:
+            # What is under way would be finished first.
+            spawning.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -91,7 +91,7 @@ def read_options(data: Data, reporter: Reporter, cache_dir: str | None = None) -
         cache_dir: where rows and tokens are kept, or None for the user's cache directory.
     """
     directory = Path(cache_dir).expanduser() if cache_dir is not None else None
-    store = RowStore(directory, reporter.warn, reporter.progress)
+    store = RowStore(directory, reporter.warn, reporter.progress, note=reporter.note)
     return ReadOptions(data.on_bad_row, limits_of(data), parses(data), chat_options(data), store=store)
 
 

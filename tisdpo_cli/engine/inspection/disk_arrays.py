@@ -5,24 +5,34 @@ The files have no name and vanish with the process. Numbers computed from a mapp
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tisdpo_cli.files import reporting_write_errors
+
 # Numbers that are worked on at once.
 BLOCK = 2**20
 
 
 class Column:
-    """Numbers appended one after the other."""
+    """Numbers appended one after the other.
+
+    Raises:
+        TrainingError: from all methods, there is no room for temporary files.
+    """
 
     def __init__(self, kind: type[np.generic]) -> None:
         self._kind = np.dtype(kind)
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the column is used
+        with _reporting_no_room():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the column is used
         self._count = 0
 
     def __len__(self) -> int:
@@ -31,12 +41,14 @@ class Column:
     def append(self, values: Any) -> None:
         """Add some numbers: a tensor [n] or a sequence."""
         array = np.asarray(values, self._kind)
-        self._file.write(array.tobytes())
+        with _reporting_no_room():
+            self._file.write(array.tobytes())
         self._count += len(array)
 
     def array(self) -> np.ndarray:
         """All numbers so far, [n]."""
-        self._file.flush()
+        with _reporting_no_room():
+            self._file.flush()
         # Copy-on-write, since torch takes no read-only array.
         return np.memmap(self._file, self._kind, "c", shape=self._count) if self._count else np.zeros(0, self._kind)
 
@@ -54,10 +66,28 @@ def spans(ends: Column) -> Iterator[tuple[int, int]]:
 
 
 def empty(count: int, kind: type[np.generic] | np.dtype[Any]) -> np.ndarray:
-    """An array [count] to be filled, in a file where it is large."""
+    """An array [count] to be filled, in a file where it is large.
+
+    Raises:
+        TrainingError: there is no room for temporary files.
+    """
     if count <= BLOCK:
         return np.empty(count, kind)
-    return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=count)
+    with _reporting_no_room():
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - mapped as long as the array is used
+        if hasattr(os, "posix_fallocate"):
+            # On a disk that is full later, writing to the map would kill the process.
+            os.posix_fallocate(file.fileno(), 0, count * np.dtype(kind).itemsize)
+        return np.memmap(file, kind, "w+", shape=count)
+
+
+def _reporting_no_room() -> AbstractContextManager[None]:
+    try:
+        directory = tempfile.gettempdir()
+    except OSError:  # none can be written
+        directory = os.environ.get("TMPDIR", "/tmp")
+    what, fix = "temporary files cannot be written", "free disk space, or set TMPDIR to a directory with more room"
+    return reporting_write_errors(Path(directory), what, fix=fix)
 
 
 def blocks(values: Tensor) -> Iterator[Tensor]:
