@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from conftest import Listener, largest_file, run_here, write_jsonl
 
+from tisdpo_cli.cli import start
 from tisdpo_cli.data import row_store, tokenizing
 from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.training.float_pairs import FloatPairs, FloatWriter
 from tisdpo_cli.engine.training.reference import PassLogps
 from tisdpo_cli.engine.training.weighted_pairs import WeightedPairs
-from tisdpo_cli.errors import DataError
+from tisdpo_cli.errors import DataError, UsageError
 from tisdpo_cli.reporter import Reporter
 
 
@@ -78,7 +80,7 @@ def test_rows_are_tokenized_before_the_processes_join(
 
     events: list[str] = []
     join, file = Runtime.__init__, RowStore.file
-    monkeypatch.setattr(Runtime, "__init__", lambda self, to: events.append("join") or join(self, to))
+    monkeypatch.setattr(Runtime, "__init__", lambda self, *given: events.append("join") or join(self, *given))
     monkeypatch.setattr(RowStore, "file", lambda self, *given: events.append("rows") or file(self, *given))
     models = (
         ["--forward", world / "sft", "--reverse", world / "sft"] if command == "estimate" else ["-m", world / "sft"]
@@ -87,11 +89,22 @@ def test_rows_are_tokenized_before_the_processes_join(
     arguments = [command, *models, "-d", world / "data", "-o", tmp_path / "out", *more]
     done = run_here(*arguments)
     assert done.code == 0, done.err
+    assert events[0] == "join", "a process that is alone claims its output first"
+    events.clear()
+
+    def join_of_two(*_given: object) -> None:
+        events.append("join")
+        raise UsageError("there is no other process")
+
+    monkeypatch.setattr(Runtime, "__init__", join_of_two)
+    # One of several leaves at once, and this process with it.
+    monkeypatch.setattr(start, "leave", sys.exit)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_here(*arguments, "--overwrite").code == 2
     assert events[0] == "rows"
     assert events[-1] == "join"
     events.clear()
-    again = run_here(*arguments)
-    assert "nothing to do" in again.err
+    run_here(*arguments)
     assert events == ["join"], "what is finished needs no rows"
 
 

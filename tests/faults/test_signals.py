@@ -103,6 +103,8 @@ def test_a_signal_outside_the_loop(
 ) -> None:
     command, target = MOMENTS[moment]
     line = arguments(contrast, command, tmp_path / "out")
+    # Nothing has been tokenized before.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         signal_at(patch, target, number)
