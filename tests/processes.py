@@ -20,7 +20,8 @@ Job = tuple[str, dict[str, object]]
 
 # A start takes seconds, so many jobs share one.
 _JOBS = """
-import json, sys
+import json, os, sys
+import torch
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.reporter import Silent
@@ -31,6 +32,10 @@ for command, settings in json.loads(sys.argv[1]):
     flags = {name: value if isinstance(value, bool) else str(value) for name, value in settings.items()}
     engine = train_sft if command == "train-sft" else train_pairs
     engine(load(COMMANDS[command].settings, flags).settings, Silent())
+if "LOCAL_RANK" in os.environ:
+    # Threads of the process group would abort an interpreter that shuts down.
+    torch.distributed.barrier()
+    os._exit(0)
 """
 
 

@@ -23,6 +23,8 @@ WAYS = {"whole": "none", "sharded": "full"}
 
 def worker(directory: Path, way: str, options: dict[str, str]) -> None:
     """One process of a training; writes its peak and the losses."""
+    import torch
+
     from tisdpo_cli.engine.training.preference import train_pairs
     from tisdpo_cli.reporter import Silent
     from tisdpo_cli.settings.commands import COMMANDS
@@ -36,6 +38,9 @@ def worker(directory: Path, way: str, options: dict[str, str]) -> None:
     train_pairs(load(COMMANDS["train-dpo"].settings, given).settings, Silent())
     record = {"start_mib": before, "peak_mib": peak()}
     (directory / f"{way}-{os.environ['RANK']}.json").write_text(json.dumps(record))
+    torch.distributed.barrier()
+    # Threads of the process group would abort an interpreter that shuts down.
+    os._exit(0)
 
 
 def peak() -> int:

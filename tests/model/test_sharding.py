@@ -37,4 +37,4 @@ def test_a_sharded_model_computes_the_same(found: dict[str, Any], family: str) -
     assert of_family["gradients"] <= 1e-5
     assert of_family["rows"]
     # Four experts do not divide by three.
-    assert of_family["held"] <= (0.5 if "experts" in family else 1 / found["ranks"] + 0.05)
+    assert of_family["held"] <= (0.55 if "experts" in family else 1 / found["ranks"] + 0.05)
