@@ -64,7 +64,7 @@ def prepared(world: Path, name: str, out: Path, shard: str = "none", **more: Any
     if "ref_model" in given:
         given["ref_model"] = world / given["ref_model"]
     if command != "train-sft":
-        given["no_ref_cache"] = True
+        given.setdefault("no_ref_cache", True)
     return command, given
 
 
