@@ -175,7 +175,8 @@ def test_accelerates_configuration_shards_too(ragged: Path, trained: Path, tmp_p
     """Its activation checkpointing counts; precision is decided by --dtype alone."""
     (tmp_path / "fsdp2.yaml").write_text(FSDP2)
     command, given = prepared(ragged, "dpo", tmp_path / "out", "auto")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(tmp_path / "fsdp2.yaml")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     done = subprocess.run(
         [*launcher, "-m", "tisdpo_cli", *arguments(command, given)],

@@ -75,7 +75,7 @@ def test_a_mistake_is_one_line(world: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def launched(tmp_path: Path, world: Path, config: str, *options: str) -> Done:
     (tmp_path / "launch.yaml").write_text(config)
-    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
+    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0", *options]
     line += ["--config_file", str(tmp_path / "launch.yaml")] if config else []
     line += ["-m", "tisdpo_cli", "train-dpo", "-m", str(world / "sft"), "-d", str(world / "data")]
     line += ["-o", str(tmp_path / "out"), "--max-steps", "2"]
