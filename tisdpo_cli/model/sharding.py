@@ -10,7 +10,6 @@ What torch needs for this takes most of a second to import, so only processes th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -91,23 +90,14 @@ def _convert(module: nn.Module, dtypes: Mapping[nn.Parameter, torch.dtype]) -> N
 # Tensors of a sharded model ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The part of a tensor that a process holds: rows [first, end) of a tensor of this global shape."""
-
-    shape: tuple[int, ...]
-    first: int
-    end: int
-
-
-def rows_of(tensor: Tensor) -> Rows | None:
+def rows_of(tensor: Tensor) -> range | None:
     """Which rows of a tensor this process holds, or None if it is whole."""
     if not is_sharded(tensor):
         return None
-    shape, mesh = tuple(tensor.shape), _sharded(tensor).device_mesh
-    size = -(-shape[0] // mesh.size())
-    first = min(shape[0], size * mesh.get_local_rank())
-    return Rows(shape, first, min(shape[0], first + size))
+    count, mesh = len(tensor), _sharded(tensor).device_mesh
+    size = -(-count // mesh.size())
+    first = min(count, size * mesh.get_local_rank())
+    return range(first, min(count, first + size))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -131,8 +121,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 def split_like(values: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that is split as a parameter is, from the rows that this process holds."""
-    if not is_sharded(parameter):
-        return values
     from torch.distributed.tensor import DTensor
 
     own, shape, stride = _sharded(parameter), parameter.shape, parameter.stride()

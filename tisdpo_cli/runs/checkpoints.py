@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,9 +79,15 @@ def save_checkpoint(
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    with _partial(directory, step) as partial:
-        files = _write(partial, tensors, 0, 1)
-        _finish(partial, directory, step, _manifest(step, files, state))
+    partial = _partial(directory, step)
+    try:
+        with _writing(directory, step):
+            _prepare(directory, partial)
+            files = _write(partial, tensors, 0, 1)
+            _finish(partial, directory, step, _manifest(step, files, state))
+    except BaseException:
+        _discard(partial)
+        raise
     _prune(directory, step, keep)
     return directory / _name(step)
 
@@ -89,25 +95,29 @@ def save_checkpoint(
 def save_shards(
     runtime: Runtime, directory: Path, step: int, shards: Mapping[str, Shard], state: Mapping[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint to which every process adds a file of its own for each group of tensors.
+    """Write a checkpoint with one file from each process for every group of tensors.
 
     Raises:
         TrainingError: see `save_checkpoint`, on any process.
     """
-    partial = directory / f"{PARTIAL}{step:08d}"
+    partial = _partial(directory, step)
     tensors = {name: shard.tensors for name, shard in shards.items()}
+    shapes = {name: dict(shard.shapes) for name, shard in shards.items()}
+
+    def prepare() -> None:
+        with _writing(directory, step):
+            _prepare(directory, partial)
 
     def write() -> list[dict[str, Any]]:
-        with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
+        with _writing(directory, step):
             return [_write(partial, tensors, runtime.rank, runtime.world)]
 
     def finish() -> None:
-        with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
+        with _writing(directory, step):
             _finish(partial, directory, step, _manifest(step, files, state, shapes, runtime.world))
 
-    shapes = {name: dict(shard.shapes) for name, shard in shards.items()}
     try:
-        runtime.on_main(lambda: _prepare(directory, step, partial))
+        runtime.on_main(prepare)
         files = {name: entry for written in runtime.on_all(write) for name, entry in written.items()}
         runtime.on_main(finish)
     except BaseException:
@@ -117,24 +127,19 @@ def save_shards(
     runtime.on_main(lambda: _prune(directory, step, keep))
 
 
-@contextmanager
-def _partial(directory: Path, step: int) -> Iterator[Path]:
-    """A directory to write a checkpoint into; it is removed if that fails."""
-    partial = directory / f"{PARTIAL}{step:08d}"
-    try:
-        with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
-            _prepare(directory, step, partial)
-            yield partial
-    except BaseException:
-        _discard(partial)
-        raise
+def _partial(directory: Path, step: int) -> Path:
+    """Where a checkpoint is written before it appears."""
+    return directory / f"{PARTIAL}{step:08d}"
 
 
-def _prepare(directory: Path, step: int, partial: Path) -> None:
-    with reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written"):
-        directory.mkdir(parents=True, exist_ok=True)
-        remove_partials(directory)
-        partial.mkdir()
+def _writing(directory: Path, step: int) -> AbstractContextManager[None]:
+    return reporting_write_errors(directory, f"the checkpoint of step {step} cannot be written")
+
+
+def _prepare(directory: Path, partial: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_partials(directory)
+    partial.mkdir()
 
 
 def _finish(partial: Path, directory: Path, step: int, manifest: str) -> None:

@@ -114,14 +114,6 @@ class Runtime:
         """All processes, in the order of their ranks."""
         return init_device_mesh(self.device.type, (self.world,))
 
-    def share(self, value: T) -> T:
-        """The value that the first process has."""
-        if self.world == 1:
-            return value
-        box = [value]
-        broadcast_object_list(box)
-        return box[0]
-
     def gather(self, items: list[T]) -> list[T]:
         """Concatenate the lists of all processes."""
         return gather_object(items) if self.world > 1 else items

@@ -30,18 +30,13 @@ def requested_sharding(shard: str, offload: bool) -> Sharding | None:
         shard: `auto`, `none` or `full`; `auto` leaves it to the launcher.
         offload: whether the options ask for shards in CPU memory.
     """
-    launched = launcher_asks_for_fsdp()
+    launched = asked_for("ACCELERATE_USE_FSDP")
     if shard == "none" or (shard == "auto" and not launched):
         return None
     return Sharding(
         offload=offload or (launched and asked_for("FSDP_OFFLOAD_PARAMS")),
         checkpointing=launched and asked_for("FSDP_ACTIVATION_CHECKPOINTING"),
     )
-
-
-def launcher_asks_for_fsdp() -> bool:
-    """Whether accelerate's launcher was configured for FSDP."""
-    return asked_for("ACCELERATE_USE_FSDP")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from tisdpo_cli.data.scored import MANIFEST, Logps, Scores, scored_columns, write_rows
 from tisdpo_cli.data.splits import Split
+from tisdpo_cli.data.stored_tokens import pair_lengths
 from tisdpo_cli.data.tokens import Response
 from tisdpo_cli.engine.scoring.scorer import Part
 from tisdpo_cli.files import reporting_write_errors, sha256, write_json
@@ -103,11 +104,7 @@ class _Counts:
 
 def _scored_rows(split: Split, parts: Sequence[Part], folder: Path) -> Iterator[_ScoredRow]:
     """The scores of every row of a split, in the order of the rows."""
-    lengths = np.fromiter(
-        ((len(pair.chosen.ids), len(pair.rejected.ids)) for pair in split.encoded),
-        np.dtype((np.int64, 2)),
-        len(split.encoded),
-    )
+    lengths = pair_lengths(split.encoded)[:, 1:]
     with ExitStack() as stack:
         plus, minus = (stack.enter_context(_in_row_order(lengths, parts, folder, side)) for side in _SIDES)
         for pair in split.encoded:

@@ -25,8 +25,8 @@ class Ahead(Generic[T]):
 
     def take(self, step: int) -> T:
         """The batch of a step; errors of its preparation are raised here."""
-        ahead = self._next is not None and self._next[0] == step
-        batch = self._next[1].result() if ahead and self._next is not None else self._prepare(step)
+        prepared, ahead = self._next or (None, None)
+        batch = ahead.result() if ahead is not None and prepared == step else self._prepare(step)
         following = step + 1
         self._next = (following, self._thread.submit(self._prepare, following)) if following < self._end else None
         return batch

@@ -18,7 +18,7 @@ from tisdpo_cli.model.adapters import LoraShape
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
-from tisdpo_cli.runs.sharding import requested_sharding
+from tisdpo_cli.runs.sharding import Sharding, requested_sharding
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
@@ -84,8 +84,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
     optim, checkpoints, evaluation = settings.optim, settings.checkpoints, settings.evaluation
     batch_size, split = _microbatching(runtime, settings)
     resolved = _resolved(runtime, settings)
-    launched_checkpointing = runtime.sharding is not None and runtime.sharding.checkpointing
-    _check_sharding(runtime, settings)
+    sharding = _checked_sharding(runtime, settings)
     return SessionConfig(
         config_yaml=to_yaml(settings.with_values(resolved)),
         seed=settings.seed,
@@ -103,7 +102,8 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         ),
         precision=resolved["memory.dtype"],
         layout=settings.memory.layout,
-        gradient_checkpointing=settings.memory.gradient_checkpointing or launched_checkpointing,
+        gradient_checkpointing=settings.memory.gradient_checkpointing
+        or (sharding is not None and sharding.checkpointing),
         save_every=checkpoints.save_every,
         keep_checkpoints=checkpoints.keep_checkpoints,
         resume=checkpoints.resume,
@@ -115,8 +115,13 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
     )
 
 
-def _check_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> None:
-    """Report a sharding without effect.
+def sharding_of(settings: TrainPairs | TrainSft) -> Sharding | None:
+    """How a training on several processes splits its model, by its settings or by its launcher."""
+    return requested_sharding(settings.memory.shard, settings.memory.cpu_offload)
+
+
+def _checked_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> Sharding | None:
+    """How a training splits its model over the processes that it is meant for; one without effect is reported.
 
     Raises:
         UsageError: something does not work with shards.
@@ -129,14 +134,14 @@ def _check_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> None:
         raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
     elif optimizer.endswith("8bit"):
         raise UsageError("its state cannot be sharded", where=f"--optimizer {optimizer}", fix="use adamw")
+    return sharding
 
 
 def asked_launch(runtime: Runtime, settings: TrainPairs | TrainSft) -> AskedLaunch:
     """The processes that a training is meant for: those that were started, or in a dry run those that are asked for."""
     asked = settings.num_processes if settings.dry_run else 1
     processes = max(runtime.world, asked)
-    sharding = requested_sharding(settings.memory.shard, settings.memory.cpu_offload) if processes > 1 else None
-    return AskedLaunch(processes, sharding)
+    return AskedLaunch(processes, sharding_of(settings) if processes > 1 else None)
 
 
 def _lora_shape(adapter: Adapter) -> LoraShape | None:

@@ -6,17 +6,18 @@ import io
 import mmap
 import tempfile
 from collections.abc import Sequence
-from typing import IO, Any, overload
+from typing import IO, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tisdpo_cli.data.arrow_files import IntArray
+
 # Values of a pair's chosen and of its rejected response, each [tokens] float32 on the CPU.
 Both = tuple[Tensor, Tensor]
 # Responses that are written together.
 _BLOCK = 1024
-Lengths = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class FloatWriter:
@@ -88,7 +89,7 @@ class FloatValues:
 class FloatPairs(Sequence[Both]):
     """Values of the tokens of both responses of each pair."""
 
-    def __init__(self, values: FloatValues, lengths: Lengths, swaps: bool = False) -> None:
+    def __init__(self, values: FloatValues, lengths: IntArray, swaps: bool = False) -> None:
         """Divide values among pairs.
 
         Args:

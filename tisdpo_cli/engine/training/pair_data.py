@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tisdpo_cli.data.dataset import DatasetSplit
-from tisdpo_cli.data.rows import BadRow, handle_bad_rows
+from tisdpo_cli.data.rows import BadRow, batches, handle_bad_rows
 from tisdpo_cli.data.scored import (
     WEIGHT_COLUMNS,
     check_unchanged,
@@ -28,6 +28,7 @@ from tisdpo_cli.data.tokens import EncodedPair, Response
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
 from tisdpo_cli.engine.scoring.token_weights import (
     AT_START,
+    PAIRS_AT_ONCE,
     TokenWeighter,
     WeightTotals,
     fit_centers,
@@ -171,7 +172,7 @@ def _weighted_pairs(
     reporter.note(f"{split.source.name}: weights by {recipe.describe()}{_eos_reason(weighting, recipe)}")
     written, usable = FloatWriter(), array("q")
     bad: list[BadRow] = []
-    for number, (pair, row, contexts) in enumerate(_in_blocks(kept, rows, weighter, scored.chat)):
+    for number, (pair, row, contexts) in enumerate(_with_contexts(kept, rows, weighter, scored.chat)):
         weights = _weigh(pair, row, weighter, contexts)
         if isinstance(weights, BadRow):
             bad.append(weights)
@@ -188,17 +189,12 @@ def _weighted_pairs(
     return WeightedPairs(tokens, FloatPairs(written.values(), pair_lengths(tokens)[:, 1:]))
 
 
-# Pairs whose contexts are found together.
-_BLOCK = 500
-
-
-def _in_blocks(
+def _with_contexts(
     kept: Sequence[EncodedPair], rows: Sequence[Pair], weighter: TokenWeighter, chat: ChatEncoder
 ) -> Iterator[tuple[EncodedPair, Pair, tuple[Context, Context]]]:
-    for begin in range(0, len(kept), _BLOCK):
-        block = rows[begin : begin + _BLOCK]
-        contexts = weighter.contexts_of_pairs(block, chat)
-        yield from zip(kept[begin : begin + _BLOCK], block, contexts, strict=True)
+    for block in batches(zip(kept, rows, strict=True), PAIRS_AT_ONCE):
+        contexts = weighter.contexts_of_pairs([row for _, row in block], chat)
+        yield from ((pair, row, both) for (pair, row), both in zip(block, contexts, strict=True))
 
 
 def _check_scored(source: PairSource, weighting: Weighting, split: Split, scored: _Scored, reporter: Reporter) -> None:

@@ -19,6 +19,7 @@ from tisdpo_cli.engine.training.arguments import (
     asked_launch,
     claim_training_output,
     session_config,
+    sharding_of,
     with_token_budget,
 )
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, longest_rows, pair_costs, planned_passes
@@ -57,7 +58,6 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.cache import TensorCache
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
-from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import StageResult, finished_result
 from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.train_pairs import Train, TrainPairs, TrainReverse
@@ -94,7 +94,7 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
     prepared = Prepared(lambda to: _prepare(models, source, to))
     if reads_first(settings):
         prepared.start()
-    runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
+    runtime = Runtime(reporter, sharding_of(settings))
     settings = with_token_budget(runtime, settings, models.policy_path)
     training = _training(runtime, settings, models, source)
     check_start_adapter(training.session.adapter, training.session.quantized, models.policy_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tisdpo_cli.engine.training.policy import load_policy
 from tisdpo_cli.engine.training.session import SessionConfig, session_scorer
-from tisdpo_cli.engine.training.sharded_model import dtype_to_load, place
+from tisdpo_cli.engine.training.sharded_model import dtype_to_load, is_light, place
 from tisdpo_cli.model.adapters import adapters_of, attach_saved
 from tisdpo_cli.model.directory import base_of, is_adapter, is_quantized_adapter
 from tisdpo_cli.model.loading import load_model
@@ -52,7 +52,7 @@ def with_reference(
     if _shares_weights(path, models.policy_path, policy):
         return policy, _on_the_same_weights(runtime, models, session, policy, path, longest)
     # In the precision of the policy's own frozen weights, if it has any.
-    dtype = dtype_to_load(runtime, path, runtime.share(next(policy.parameters()).dtype))
+    dtype = dtype_to_load(runtime, path, runtime.on_main(lambda: next(policy.parameters()).dtype))
     frozen = load_model(path, models.trust_remote_code, dtype=dtype, trained=False)
     frozen = place(runtime, frozen).requires_grad_(False)
     reference = session_scorer(runtime, session, frozen, longest, models.reference)
@@ -84,6 +84,7 @@ def _on_the_same_weights(
         adapters.switch(None)
         if is_adapter(path):
             attach_saved(policy.model, path, trained=False)
-            place(runtime, policy.model)
+            if not is_light(runtime):
+                policy.model.to(runtime.device)
         layout = "shared-prefix" if policy.packed else "separate"
         return session_scorer(runtime, session, policy.model, longest, models.reference, layout)

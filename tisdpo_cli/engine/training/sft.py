@@ -24,6 +24,7 @@ from tisdpo_cli.engine.training.arguments import (
     asked_launch,
     claim_training_output,
     session_config,
+    sharding_of,
     with_token_budget,
 )
 from tisdpo_cli.engine.training.dry_run import predict_training
@@ -54,7 +55,6 @@ from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
-from tisdpo_cli.runs.sharding import requested_sharding
 from tisdpo_cli.runs.stage import StageResult, finished_result
 from tisdpo_cli.settings.train_sft import TrainSft
 
@@ -105,7 +105,7 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
     prepared = Prepared(lambda to: _prepare(source, to))
     if reads_first(settings):
         prepared.start()
-    runtime = Runtime(reporter, requested_sharding(settings.memory.shard, settings.memory.cpu_offload))
+    runtime = Runtime(reporter, sharding_of(settings))
     settings = with_token_budget(runtime, settings, path)
     session = session_config(runtime, settings)
     if path is not None:

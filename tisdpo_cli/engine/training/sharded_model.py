@@ -23,17 +23,18 @@ from tisdpo_cli.runs.runtime import Runtime
 
 def dtype_to_load(runtime: Runtime, path: Path, dtype: torch.dtype) -> torch.dtype:
     """The dtype that this process loads weights in which are to have a dtype."""
-    if _is_light(runtime) and dtype == torch.float32:
+    if is_light(runtime) and dtype == torch.float32:
         return getattr(torch, stored_dtype(base_of(path)) or "float32")
     return dtype
 
 
 def place(runtime: Runtime, model: nn.Module) -> nn.Module:
     """Move a model to the device, unless only its shard will go there."""
-    return model if _is_light(runtime) else move_to_device(model, runtime.device)
+    return model if is_light(runtime) else move_to_device(model, runtime.device)
 
 
-def _is_light(runtime: Runtime) -> bool:
+def is_light(runtime: Runtime) -> bool:
+    """Whether this process will hold a shard of a model that another one has whole."""
     return runtime.sharding is not None and not runtime.main
 
 
@@ -51,8 +52,7 @@ def shard_model(runtime: Runtime, policy: TokenScorer, reference: TokenScorer | 
     for model in models:
         if is_quantized(model):
             raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
-        shared = runtime.share({name: parameter.dtype for name, parameter in model.named_parameters()})
-        dtypes |= {parameter: shared[name] for name, parameter in model.named_parameters()}
+        dtypes |= _dtypes_of_first(runtime, model)
     if policy.rule.limits:
         raise ModelError(
             "the model cannot be sharded: which rows share a forward pass depends on their length",
@@ -66,13 +66,20 @@ def shard_model(runtime: Runtime, policy: TokenScorer, reference: TokenScorer | 
     runtime.reporter.note(f"FSDP2: weights, gradients and optimizer are split over {runtime.world} processes{where}")
 
 
+def _dtypes_of_first(runtime: Runtime, model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
+    """The dtypes that the first process has the parameters in."""
+    shared = runtime.on_main(lambda: {name: parameter.dtype for name, parameter in model.named_parameters()})
+    return {parameter: shared[name] for name, parameter in model.named_parameters()}
+
+
 def _share_buffers(runtime: Runtime, model: nn.Module) -> None:
     """Give all processes the buffers of the first, which it computed in the right dtype."""
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            dtype, shape = runtime.share((buffer.dtype, tuple(buffer.shape)))
-            values = (
-                buffer.to(runtime.device) if runtime.main else torch.empty(shape, dtype=dtype, device=runtime.device)
-            )
-            dist.broadcast(values, 0)
-            module._buffers[name] = values
+    kinds = runtime.on_main(lambda: {name: (tuple(b.shape), b.dtype) for name, b in model.named_buffers()})
+    for name, (shape, dtype) in kinds.items():
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        values = torch.empty(shape, dtype=dtype, device=runtime.device)
+        if runtime.main:
+            values.copy_(module.get_buffer(leaf))
+        dist.broadcast(values, 0)
+        module._buffers[leaf] = values

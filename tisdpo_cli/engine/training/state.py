@@ -54,7 +54,7 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.opt
 
 def _rows(saved: SavedTensors, name: str, like: Tensor) -> Tensor:
     rows = rows_of(like)
-    return saved.read(name) if rows is None else saved.read(name, rows.first, rows.end)
+    return saved.read(name) if rows is None else saved.read(name, rows.start, rows.stop)
 
 
 def whole_tensors(runtime: Runtime, model: nn.Module) -> dict[str, Tensor] | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
+from tisdpo_cli.data.arrow_files import IntArray
 from tisdpo_cli.data.tokens import EncodedPair
 from tisdpo_cli.engine.training.float_pairs import Both
-
-Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,15 @@ class WeightedPairs(Sequence[WeightedPair]):
         tokens: Sequence[EncodedPair],
         weights: Sequence[Both] | None = None,
         reference: Sequence[Both] | None = None,
-        needed: Indices | None = None,
+        needed: IntArray | None = None,
     ) -> None:
         """Put pairs together.
 
         Args:
             tokens: of each pair.
             weights: of each pair, or None for unit weights.
-            reference: log-probs of the pairs that are needed.
-            needed: their indices, in order; all where None.
+            reference: log-probs of the pairs that are needed, if any are.
+            needed: their indices, in order.
         """
         self.tokens, self.weights = tokens, weights
         self._reference, self._needed = reference, needed
@@ -63,15 +62,13 @@ class WeightedPairs(Sequence[WeightedPair]):
         i = range(len(self))[index]
         return WeightedPair(self.tokens[i], None if self.weights is None else self.weights[i], self._logps(i))
 
-    def with_reference(self, needed: Indices, reference: Sequence[Both]) -> WeightedPairs:
+    def with_reference(self, needed: IntArray, reference: Sequence[Both]) -> WeightedPairs:
         """The same pairs, those that are needed with log-probs under the reference."""
         return WeightedPairs(self.tokens, self.weights, reference, needed)
 
     def _logps(self, i: int) -> Both | None:
-        if self._reference is None:
+        if self._reference is None or self._needed is None:
             return None
-        if self._needed is None:
-            return self._reference[i]
         place = int(np.searchsorted(self._needed, i))
         known = place < len(self._needed) and self._needed[place] == i
         return self._reference[place] if known else None
