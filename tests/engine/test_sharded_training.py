@@ -40,6 +40,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "weighted": ("train", {**SAME_PASSES, **SGD, "transform": "rank_based"}),
     "bf16": ("train-dpo", {**SAME_PASSES, "optimizer": "sgd", "learning_rate": 1e-3, "dtype": "bf16"}),
     "bf16, ragged": ("train-dpo", {**RAGGED, "optimizer": "sgd", "learning_rate": 1e-3, "dtype": "bf16"}),
+    "bf16, one pair to evaluate": (
+        "train-dpo",
+        {**SAME_PASSES, "optimizer": "sgd", "learning_rate": 1e-3, "dtype": "bf16", "eval_pairs": 1},
+    ),
     "gradient checkpointing": ("train-dpo", {**SAME_PASSES, **SGD, "gradient_checkpointing": True}),
     "gradient checkpointing in bf16": (
         "train-dpo",

@@ -156,7 +156,7 @@ def _sharing_problem(
     try:
         use_packed_attention(model)
         scorer = TokenScorer(model, packed=True, last=last, rule=rule)
-        batch = collate(groups, 0, packed=True).to(_device(model))
+        batch = collate(groups, 0, packed=True).to(scorer.device)
         packed = scorer(batch)
         assert batch.layout is not None
         calls = batch.layout.calls
@@ -201,7 +201,3 @@ def _probe(model: nn.Module, longest: int) -> _Groups:
 
 def _logps(scorer: TokenScorer, groups: _Groups, packed: bool) -> Tensor:
     return score(scorer, collate(groups, 0, packed).to(scorer.device))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

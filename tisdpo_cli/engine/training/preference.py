@@ -306,7 +306,8 @@ def _aligned_tasks(
     encoded = tokens_of(test)
     costs = pair_costs(encoded, packed)
     split = Microbatching(micro=session.eval_batch_size)
-    passes = [examples for examples in split.passes_of(range(len(test)), costs, world, rank) if examples]
+    # Where the model is sharded, an empty pass runs on the first pair.
+    passes = [examples or [0] for examples in split.passes_of(range(len(test)), costs, world, rank)]
     return task, PairTask(test, reference_pass.run_passes(encoded, passes), training.loss, pad)
 
 
