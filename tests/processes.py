@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,3 +87,14 @@ def curve(out: Path) -> list[dict[str, float]]:
     rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(len(rows)))
     return [{name: value for name, value in row.items() if not name.endswith("_per_second")} for row in rows]
+
+
+def with_dynamic_rope(model: Path, copy: Path, positions: int) -> Path:
+    """A copy of a model whose rope scaling depends on the longest row beyond so many positions."""
+    shutil.copytree(model, copy)
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config["max_position_embeddings"] = positions
+    path.write_text(json.dumps(config))
+    return copy

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import read_jsonl, run_here, run_tisdpo, write_jsonl
-from processes import arguments, curve, on_ranks, run_jobs, start
+from processes import arguments, curve, on_ranks, run_jobs, start, with_dynamic_rope
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -210,14 +210,9 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
 
 def test_a_model_whose_rows_share_passes_by_length_is_refused(ragged: Path, tmp_path: Path) -> None:
     """Its forward passes would differ in number among processes, which would wait for each other for ever."""
-    shutil.copytree(ragged / "sft", tmp_path / "sft")
-    path = tmp_path / "sft" / "config.json"
-    config = json.loads(path.read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    config["max_position_embeddings"] = 32
-    path.write_text(json.dumps(config))
+    model = with_dynamic_rope(ragged / "sft", tmp_path / "sft", 32)
     command, given = prepared(ragged, "dpo", tmp_path / "out", "full", num_processes=2)
-    given |= {"model": tmp_path / "sft", "max_length": 32, "max_prompt_length": 20}
+    given |= {"model": model, "max_length": 32, "max_prompt_length": 20}
     done = run_tisdpo(*arguments(command, given))
     assert done.code == 1
     assert "cannot be sharded: which rows share a forward pass depends on their length" in done.error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import processes
 import pytest
 from conftest import Done, read_jsonl, write_jsonl
-from processes import CPU, LAUNCHER, PROGRAM, arguments, curve
+from processes import CPU, LAUNCHER, PROGRAM, arguments, curve, with_dynamic_rope
 
 import tisdpo_cli
 from tisdpo_cli.engine.scoring.estimate import estimate
@@ -237,13 +236,8 @@ def test_without_a_gpu_torchrun_needs_to_be_told_nothing(world: Path, tmp_path: 
 
 def test_rows_that_must_not_share_a_pass_train_the_same_on_two_processes(world: Path, tmp_path: Path) -> None:
     """Rope scaling that depends on the longest row: a forward pass may be several of the model."""
-    shutil.copytree(world / "sft", tmp_path / "sft")
-    path = tmp_path / "sft" / "config.json"
-    config = json.loads(path.read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    config["max_position_embeddings"] = 38
-    path.write_text(json.dumps(config))
-    given = {**SHORT, "max_steps": 3, "model": tmp_path / "sft", "dataset": world / "data", "micro_batch_size": 4}
+    model = with_dynamic_rope(world / "sft", tmp_path / "sft", 38)
+    given = {**SHORT, "max_steps": 3, "model": model, "dataset": world / "data", "micro_batch_size": 4}
     given |= {"max_length": 38, "max_prompt_length": 20}
     done = on_two("train-dpo", **given, output_dir=tmp_path / "two")
     assert done.code == 0, done.err
