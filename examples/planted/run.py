@@ -191,7 +191,8 @@ def picture(seeds: Sequence[Mapping[str, Any]]) -> str:
     every["the best possible"] = [seed["best"] for seed in seeds]
     of = {
         name: [
-            tuple(statistics.fmean(axis) for axis in zip(*points, strict=True)) for points in zip(*lines, strict=True)
+            (statistics.fmean(kl for kl, _ in points), statistics.fmean(reward for _, reward in points))
+            for points in zip(*lines, strict=True)
         ]
         for name, lines in every.items()
     }

@@ -17,6 +17,7 @@ import language
 import numpy as np
 import torch
 from custom_weights import Weigh
+from safetensors.torch import load_file
 from torch import nn
 
 from tisdpo_cli.data.scored import SIDES
@@ -238,7 +239,8 @@ class World:
         for folder in sorted((made / "checkpoints").iterdir()):
             kept = open_checkpoint(folder)
             if kept.step in steps:
-                model.load_state_dict(kept.tensors("model"))
+                (file,) = kept.files("model")
+                model.load_state_dict(load_file(file))
                 yield kept.step, model
 
     def forget(self, made: Path) -> None:

@@ -56,8 +56,10 @@ def shape_of(model: str) -> Shape:
     if model in SHAPES:
         return SHAPES[model]
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return Shape(*(config[name] for name in names), config["vocab_size"])
+    return Shape(
+        config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], config["num_attention_heads"],
+        config["num_key_value_heads"], config["vocab_size"],
+    )  # fmt: skip
 
 
 # Mean, median and longest, in tokens: prompts, chosen and rejected responses.

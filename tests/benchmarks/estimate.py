@@ -9,7 +9,6 @@ models; it writes nothing. Loading is outside for both. The largest difference o
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -34,7 +33,7 @@ from sides import device, import_here, score_dense, score_here
 
 def worker(asked: Namespace, record: dict[str, Any]) -> None:
     """One measured run; all scores, one after the other."""
-    folders = [asked.where / "model", asked.where / "other"]
+    folders = (asked.where / "model", asked.where / "other")
     if asked.worker == "tisdpo":
         loading = import_here(asked.where)
         with measured(record, loading):
@@ -84,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

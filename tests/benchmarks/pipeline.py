@@ -10,7 +10,6 @@ the token-weighted one, which it does not have. Imports and the loading of model
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -74,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -61,8 +61,8 @@ def main() -> None:
     lines = asked.pairs.read_text(encoding="utf-8").splitlines()[: asked.count]
     rows = [json.loads(line) for line in lines]
     tokenizer = load_tokenizer(asked.model)
-    columns = [[entry[name] for entry in rows] for name in ("prompt", "chosen", "rejected")]
-    pairs, _ = encode_pairs(*columns, [""] * len(rows), vocabulary_of(tokenizer), Limits())
+    prompts, chosen, rejected = ([entry[name] for entry in rows] for name in ("prompt", "chosen", "rejected"))
+    pairs, _ = encode_pairs(prompts, chosen, rejected, [""] * len(rows), vocabulary_of(tokenizer), Limits())
     model = move_to_device(load_model(asked.model), torch.device("cpu")).requires_grad_(False)
     found = {
         (dtype, size): logps(model, tokenizer, pairs, size, dtype)

@@ -10,7 +10,6 @@ updates alone, and 6 + 2, with those of the reference, over the seconds of the w
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -92,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

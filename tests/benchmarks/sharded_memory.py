@@ -27,15 +27,17 @@ def worker(directory: Path, way: str, options: dict[str, str]) -> None:
 
     from tisdpo_cli.engine.training.preference import train_pairs
     from tisdpo_cli.reporter import Silent
-    from tisdpo_cli.settings.commands import COMMANDS
     from tisdpo_cli.settings.sources import load
+    from tisdpo_cli.settings.train_pairs import TrainDpo
 
     before = peak()
     given = {
         "model": str(directory / "model"), "dataset": str(directory / "data"), "output_dir": str(directory / way),
         "no_ref_cache": True, "eval_pairs": "0", "warmup_steps": "0", "shard": WAYS[way], **options,
     }  # fmt: skip
-    train_pairs(load(COMMANDS["train-dpo"].settings, given).settings, Silent())
+    settings = load(TrainDpo, given).settings
+    assert isinstance(settings, TrainDpo)
+    train_pairs(settings, Silent())
     record = {"start_mib": before, "peak_mib": peak()}
     (directory / f"{way}-{os.environ['RANK']}.json").write_text(json.dumps(record))
     torch.distributed.barrier()

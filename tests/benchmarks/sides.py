@@ -130,7 +130,7 @@ def clock_of_trl() -> Clock:
     from trl import DPOTrainer
 
     clock = Clock()
-    DPOTrainer._precompute_ref_logps = _timed(DPOTrainer._precompute_ref_logps, clock)
+    DPOTrainer._precompute_ref_logps = _timed(DPOTrainer._precompute_ref_logps, clock)  # type: ignore[method-assign]
     return clock
 
 
@@ -199,7 +199,7 @@ def score_dense(where: Path, models: list[Any], tokenizer: Any, dtype: str) -> l
     import torch
 
     rows = [json.loads(line) for line in (where / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = []
+    found: list[tuple[list[float], list[float]]] = []
     for begin in range(0, len(rows), SCORED):
         some = rows[begin : begin + SCORED]
         prompts = [tokenizer(row["prompt"])["input_ids"] for row in some for _ in (0, 1)]

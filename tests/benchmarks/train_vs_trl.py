@@ -17,7 +17,6 @@ Liger where liger-kernel is installed.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -90,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
