@@ -49,9 +49,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of 64 train and 16 test pairs of English text."""
+    """A dataset of 64 train and 4 test pairs of English text."""
     root = tmp_path_factory.mktemp("dialogues")
-    for split, count in (("train", 64), ("test", 16)):
+    for split, count in (("train", 64), ("test", 4)):
         write_jsonl(root / f"{split}.jsonl", read_jsonl(EXAMPLES / "quickstart_data" / f"{split}.jsonl")[:count])
     return root
 
@@ -65,8 +65,9 @@ def command(*arguments: str | Path) -> Done:
 
 @pytest.fixture(scope="module")
 def pipeline(smollm2: Path, dialogues: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The five commands on 64 pairs, one after the other, each on what the one before wrote."""
+    """The five commands on 16 pairs, one after the other, each on what the one before wrote."""
     out = tmp_path_factory.mktemp("pipeline")
+    dialogues = few(dialogues, out, 16)
     training = (*SHORT, "--max-steps", "3", "--lr", "1e-6")
     for name, folder in (("train-dpo", "dpo"), ("train-reverse", "reverse")):
         command(name, "-m", smollm2, "-d", dialogues, "-o", out / folder, *training)
@@ -104,7 +105,7 @@ def test_step_0_is_as_expected(
     smollm2: Path, dialogues: Path, tmp_path: Path, objective: tuple[str, ...], dtype: str
 ) -> None:
     options = (*SHORT, "--max-steps", "1", "--micro-batch-size", "1", "--dtype", dtype, "--no-ref-cache")
-    inputs = ("-m", smollm2, "-d", few(dialogues, tmp_path), "-o", tmp_path / "out")
+    inputs = ("-m", smollm2, "-d", few(dialogues, tmp_path, 2), "-o", tmp_path / "out")
     done = command("train-dpo", *inputs, *options, "--loss", *objective)
     first = read_metrics(tmp_path / "out" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(STARTS.get(objective[0], math.log(2)), rel=1e-5)
@@ -114,13 +115,13 @@ def test_step_0_is_as_expected(
     assert "as expected" in done.err
 
 
-def few(dialogues: Path, tmp_path: Path) -> Path:
-    """The first four pairs of both splits."""
+def few(dialogues: Path, tmp_path: Path, count: int) -> Path:
+    """The first pairs of both splits."""
     folder = tmp_path / "few"
     folder.mkdir()
     for split in ("train", "test"):
         lines = (dialogues / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / f"{split}.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
     return folder
 
 
@@ -132,7 +133,7 @@ def test_every_command_reads_what_the_one_before_wrote(pipeline: Path, smollm2: 
         assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
         assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"]
     shown = json.loads(command("inspect-weights", pipeline / "scored", "--index", "3", "--json").out)
-    assert shown["pairs"] == 64
+    assert shown["pairs"] == 16
     assert {token["kind"] for token in shown["views"][0]["chosen"]} == {"text", "eos"}
     weights = [load_file(pipeline / name / "model.safetensors") for name in names]
     assert all(
@@ -152,7 +153,7 @@ def test_the_first_losses_are_those_of_trl(smollm2: Path, dialogues: Path, pipel
     from datasets import Dataset
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    rows = read_jsonl(few(dialogues, tmp_path) / "train.jsonl")
+    rows = read_jsonl(few(dialogues, tmp_path, 4) / "train.jsonl")
     losses: list[float] = []
 
     class Recording(trl.DPOTrainer):
@@ -257,6 +258,7 @@ def ends_at(model: torch.nn.Module, tokenizer: object, stop: int) -> bool:
 def test_adapters_go_through_every_command(smollm2: Path, chat: Path, tmp_path: Path) -> None:
     """Three adapters over one base: exact at step 0, scored as merged models are, opened by peft, and small."""
     peft = pytest.importorskip("peft")
+    chat = write_jsonl(tmp_path / "few.jsonl", read_jsonl(chat)[:16])
     training = (*SHORT, "--max-steps", "2", "--lr", "1e-3", "--optimizer", "adamw", "--lora-r", "8")
     for name in ("train-dpo", "train-reverse"):
         command(name, "-m", smollm2, "-d", chat, "-o", tmp_path / name, *training)
