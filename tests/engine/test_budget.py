@@ -95,3 +95,12 @@ def test_the_reference_keeps_to_the_budget_of_the_user(
     assert len(passes) > 8
     for pairs, tokens in passes:
         assert pairs == 1 or (tokens <= 120 if most is None else pairs <= most)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "tokens"),
+    [(2, 16, 4096), (6, 256, 4096), (8, 512, 1792), (30, 576, 1024), (36, 4096, 1024)],
+    ids=["tiny", "6.9M", "34M", "135M", "8B"],
+)
+def test_larger_models_get_smaller_passes_on_a_cpu(layers: int, width: int, tokens: int) -> None:
+    assert Runtime(Listener()).token_budget(layers, width) == tokens
