@@ -1,11 +1,13 @@
-"""Data larger than memory: seconds and resident memory of train-dpo against the number of pairs.
+"""Data larger than memory: seconds and resident memory of commands against the number of pairs.
 
     python tests/benchmarks/large_data.py --counts 10000 100000
+    python tests/benchmarks/large_data.py --counts 10000 --scores
 
 Every count is a file of random words. On it, `train-dpo --dry-run` starts twice, the second time with everything read
-and tokenized before, and a training runs to its first update. Memory is the most that any one process had resident,
-pages of mapped files included; it has the model in it. Beside them, tokens per second of reading and tokenizing the
-first count, in one process and in several.
+and tokenized before, and a training runs to its first update. With `--scores`, two models score the pairs, the weights
+are inspected, and `train` runs to its first update. Memory is the most that any one process had resident, pages of
+mapped files included; it has the model in it. Beside them, tokens per second of reading and tokenizing the first count,
+in one process and in several.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from common import Shape, make_model, words
 
 TINY = Shape(hidden=64, feed_forward=128, layers=2, heads=2, key_heads=2)
 FEW = ("--batch-size", "8", "--eval-pairs", "0", "--warmup-steps", "0", "--max-steps", "1")
+STARTS = ("first start", "second start", "to the first update")
+SCORES = ("estimate", "inspect-weights", "train to the first update")
 
 
 def write_pairs(path: Path, count: int, tokens: int, seed: int) -> None:
@@ -40,13 +44,13 @@ def write_pairs(path: Path, count: int, tokens: int, seed: int) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def program(where: Path, data: Path, *more: str) -> dict[str, float]:
-    """Wall and CPU seconds of train-dpo, processes that it starts included, and the largest of them in MiB."""
-    options = ["--model", where / "model", "--dataset", data, "--output-dir", where / "out", "--cache-dir"]
-    command = [sys.executable, "-m", "tisdpo_cli", "train-dpo", *map(str, options), str(where / "cache"), *more]
+def program(where: Path, *options: str | Path) -> dict[str, float]:
+    """Wall and CPU seconds of a command, processes that it starts included, and the largest of them in MiB."""
+    command = [sys.executable, "-m", "tisdpo_cli", *map(str, options)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TISDPO_CACHE_DIR": str(where / "cache")}
     began = time.perf_counter()
     with (where / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit((where / "log").read_text()[-3000:])
@@ -92,6 +96,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000], help="pairs of each file")
     made.add_argument("--tokens", type=int, default=60, help="tokens of a pair, roughly")
     made.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="how many tokenize")
+    made.add_argument("--scores", action="store_true", help="score the pairs too, and use the scores")
     made.add_argument("--rounds", type=int, default=1, help="how often all of it is measured")
     made.add_argument("--seed", type=int, default=0, help="of data and model")
     made.add_argument("--json", action="store_true", help="print one JSON object")
@@ -108,9 +113,19 @@ def measure(asked: argparse.Namespace, count: int) -> dict[str, Any]:
         record: dict[str, Any] = {"file_mib": data.stat().st_size / 2**20}
         if count == asked.counts[0]:
             record["tokenizing"] = {str(number): tokenized(where, data, number) for number in asked.processes}
-        record["first start"] = program(where, data, "--dry-run")
-        record["second start"] = program(where, data, "--dry-run")
-        record["to the first update"] = program(where, data, *FEW)
+        inputs = ("train-dpo", "-m", where / "model", "-d", data, "-o", where / "dpo")
+        for start, more in zip(STARTS, (("--dry-run",), ("--dry-run",), FEW), strict=True):
+            record[start] = program(where, *inputs, *more)
+        if asked.scores:
+            make_model(where / "other", asked.seed + 1, TINY)
+            sides = ("--forward", where / "model", "--reverse", where / "other")
+            commands = (
+                ("estimate", *sides, "-d", data, "-o", where / "scored"),
+                ("inspect-weights", where / "scored", "--index", "3"),
+                ("train", "-m", where / "model", "-d", where / "scored", "-o", where / "tisdpo", *FEW),
+            )
+            for name, command in zip(SCORES, commands, strict=True):
+                record[name] = program(where, *command)
         record["cache_mib"] = sum(file.stat().st_size for file in (where / "cache").rglob("*.arrow")) / 2**20
     return record
 
@@ -122,14 +137,13 @@ def main() -> None:
     if asked.json:
         print(json.dumps({"runs": found}))
         return
-    starts = ("first start", "second start", "to the first update")
-    print(f"{'pairs':>10s} {'file MiB':>9s} {'cache MiB':>9s} " + "".join(f"{start:>32s}" for start in starts))
-    print(f"{'':30s} " + f"{'seconds   CPU s  peak MiB':>32s}" * 3)
     for count, records in found.items():
         for record in records:
-            every = [record[start] for start in starts]
-            shown = (f"{of['seconds']:14.1f} {of['cpu_seconds']:7.1f} {of['peak_mib']:9.0f}" for of in every)
-            print(f"{count:>10s} {record['file_mib']:9.1f} {record['cache_mib']:9.1f} " + "".join(shown))
+            print(f"{count} pairs, file {record['file_mib']:.1f} MiB, cache {record['cache_mib']:.1f} MiB")
+            print(f"{'':30s}   seconds  CPU seconds  peak MiB")
+            for name in (*STARTS, *SCORES):
+                if of := record.get(name):
+                    print(f"  {name:28s} {of['seconds']:9.1f} {of['cpu_seconds']:12.1f} {of['peak_mib']:9.0f}")
             for number, of in record.get("tokenizing", {}).items():
                 print(
                     f"           tokenized by {number}: {of['tokens_per_second']:,.0f} tokens/s, {of['seconds']:.1f} s "

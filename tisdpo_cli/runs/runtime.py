@@ -28,8 +28,8 @@ _HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 
 _OTHER_STOPPED = "another process stopped; see its message"
 
-# A layer saves about 34 values per token and unit of width (Korthikanti et al. 2022, without the attention matrix), some
-# bytes more on a GPU, where activations get a quarter of the memory. On a CPU, where passes of 1,024 tokens are about as
+# A layer saves about 34 values per token and unit of width (Korthikanti et al. 2022, without the attention matrix), of
+# 2 bytes on a GPU, where activations get a quarter of the memory. On a CPU, where passes of 1,024 tokens are about as
 # fast as larger ones, they get a GiB.
 _BYTES_PER_UNIT, _SHARE_OF_MEMORY, _CPU_BYTES_PER_UNIT, _CPU_BYTES, _CPU_TOKENS = 70, 4, 136, 2**30, 4096
 

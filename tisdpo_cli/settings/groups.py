@@ -242,6 +242,12 @@ class Memory(Group):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", "Memory"
     )
+    liger_kernel: bool = setting(
+        False,
+        "compute norms, rotary positions and activations with Liger's kernels; needs a GPU and liger-kernel",
+        "Memory",
+        "--use-liger-kernel",
+    )
     shard: Literal["auto", "none", "full"] = setting(
         "auto",
         "full: split the model over the processes (FSDP2); auto: as the launcher's configuration says",

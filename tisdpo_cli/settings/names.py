@@ -29,7 +29,6 @@ _FOREIGN_OPTIONS = {
     "dataset-config": "use --dataset NAME:CONFIG",
     "precompute-ref-log-probs": "reference log-probs are always precomputed; see --no-ref-cache",
     "padding-free": "rows are packed by default; see --layout",
-    "use-liger-kernel": "the head is chunked by default",
     "attn-implementation": "use --layout",
     "torch-compile": "torch.compile is not supported",
     "disable-dropout": "dropout is always off",

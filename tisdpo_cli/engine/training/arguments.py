@@ -15,6 +15,7 @@ from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import CONFIG_FILE
 from tisdpo_cli.model.adapters import LoraShape
+from tisdpo_cli.model.fused_kernels import require_liger
 from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
@@ -85,6 +86,8 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
     batch_size, split = _microbatching(runtime, settings)
     resolved = _resolved(runtime, settings)
     sharding = _checked_sharding(runtime, settings)
+    if settings.memory.liger_kernel:
+        require_liger(runtime.device)
     return SessionConfig(
         config_yaml=to_yaml(settings.with_values(resolved)),
         seed=settings.seed,
@@ -112,6 +115,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
+        liger_kernel=settings.memory.liger_kernel,
     )
 
 

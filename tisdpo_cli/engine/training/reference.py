@@ -22,6 +22,7 @@ from tisdpo_cli.engine.training.float_pairs import Both, FloatPairs, FloatValues
 from tisdpo_cli.errors import RankError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapters_of
 from tisdpo_cli.model.batch import Group
+from tisdpo_cli.model.fused_kernels import fused_by
 from tisdpo_cli.model.logprobs import REVISION, TokenScorer, batch_for, score
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.reporter import Progress
@@ -66,6 +67,8 @@ class ReferencePass:
         grouping = {} if scorer.packed else {"grouping": "padded"}
         parts = {**scorer.cut_short, "weights": str(next(scorer.parameters()).dtype)}
         parts |= {"quantized": True} if is_quantized(scorer.model) else {}
+        fused = fused_by(scorer.model)
+        parts |= {"kernels": fused} if fused is not None else {}
         adapters = adapters_of(scorer.model)
         if adapters is not None and scorer.adapter is not None:
             parts |= adapters.kind(scorer.adapter)

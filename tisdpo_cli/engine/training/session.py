@@ -23,6 +23,7 @@ from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import remove, reporting_write_errors
 from tisdpo_cli.model.adapters import BaseModel, LoraShape
 from tisdpo_cli.model.end_tokens import end_ids
+from tisdpo_cli.model.fused_kernels import fuse_elementwise
 from tisdpo_cli.model.layout import make_scorer, recompute_activations, scorer_with
 from tisdpo_cli.model.loading import save_model
 from tisdpo_cli.model.logprobs import ScorerTraits, TokenScorer
@@ -53,6 +54,7 @@ class SessionConfig:
         profile: directory for a profile of some updates.
         adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
         quantized: whether a new adapter's base model is held in 4 bits.
+        liger_kernel: whether Liger's kernels compute elementwise operations.
     """
 
     config_yaml: str
@@ -73,6 +75,7 @@ class SessionConfig:
     profile: Path | None
     adapter: LoraShape | None = None
     quantized: bool = False
+    liger_kernel: bool = False
 
 
 def session_scorer(
@@ -83,6 +86,8 @@ def session_scorer(
     A model that will be sharded is looked at by the first process alone, which has it whole.
     """
     autocast = autocast_dtype(config.precision)
+    if config.liger_kernel:
+        fuse_elementwise(model, runtime.device)
 
     def make() -> TokenScorer:
         return make_scorer(model, layout or config.layout, autocast, longest, runtime.reporter.note, name)
