@@ -15,11 +15,12 @@ import torch
 from conftest import Listener
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tisdpo_cli.data.stored_examples import EncodedExample
 from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate, make_plan, microbatching
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
-from tisdpo_cli.engine.training.sft import EncodedExample, SftTask
+from tisdpo_cli.engine.training.sft_task import SftTask
 from tisdpo_cli.engine.training.step0 import check_step0
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
 from tisdpo_cli.errors import TrainingError, UsageError

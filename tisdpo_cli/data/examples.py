@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tisdpo_cli.data.dataset import Columns, DatasetSplit, Part
 from tisdpo_cli.data.hints import UnusedContext
-from tisdpo_cli.data.messages import Conversation, is_supervised, supervised_conversation
+from tisdpo_cli.data.messages import is_supervised, supervised_conversation
 from tisdpo_cli.data.mixture import Rows, combine
 from tisdpo_cli.data.pairs import Pair, part_notices, read_pairs, text_problem, transcript
 from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.row_store import RowStore
 from tisdpo_cli.data.rows import BadRow, Row, handle_bad_rows
+from tisdpo_cli.data.stored_examples import Example, ExampleFile, StoredExamples, keep_examples
 from tisdpo_cli.errors import DataError, UsageError
 
 Target = Literal["chosen", "rejected", "both"]
 
 
-@dataclass(frozen=True)
-class Example:
-    """A prompt and the response to learn.
-
-    Attributes:
-        conversation: messages with one answer, or None for texts; the texts are then for reading only.
-    """
-
-    where: str
-    prompt: str
-    response: str
-    conversation: Conversation | None = None
-
-
 def read_examples(
-    split: DatasetSplit, target: Target, instruction_template: str, on_bad_row: str
-) -> tuple[list[Example], list[str]]:
+    split: DatasetSplit, target: Target, instruction_template: str, on_bad_row: str, store: RowStore | None = None
+) -> tuple[StoredExamples, list[str]]:
     """Read the examples of a split, and messages for the user.
 
     The first valid row decides: without a chosen column, `messages` or `conversations` (or messages in `prompt` and
@@ -46,44 +35,18 @@ def read_examples(
         target: which responses of a pair become examples.
         instruction_template: prompt of an instruction row, with a placeholder `{instruction}`.
         on_bad_row: `error` or `skip`.
+        store: where they are kept, or None for the user's cache directory.
 
     Raises:
         DataError: rows are invalid.
         UsageError: the target is the rejected response of instruction rows.
     """
-    read = [_read_part(split, part, target, instruction_template, on_bad_row) for part in split.parts]
-    parts = [Rows(len(rows), bool(rows) and rows[0][0].conversation is not None) for rows, _ in read]
-    together = [examples for rows, _ in read for examples in rows]
-    positions, notices = combine(split, parts, lambda: (examples[0].prompt for examples in together))
-    examples = [example for position in positions.tolist() for example in together[position]]
-    return examples, [*part_notices(split, [said for _, said in read]), *notices]
-
-
-def _read_part(
-    split: DatasetSplit, part: Part, target: Target, instruction_template: str, on_bad_row: str
-) -> tuple[list[list[Example]], list[str]]:
-    """The examples of each row of a part, and messages for the user."""
-    path, first = part.path, split.first(part)
-    kind = _kind(path, part.columns)
-    if kind == "pairs":
-        read = read_pairs(path, part.columns, on_bad_row, first)
-        sides = ("chosen", "rejected") if target == "both" else (target,)
-        return [[_of_pair(pair, side) for side in sides] for pair in read.pairs], read.notices
-    if target == "rejected":
-        raise UsageError(f"{kind} rows have no rejected response", where=f"{path}: --target rejected")
-    examples: list[list[Example]] = []
-    bad: list[BadRow] = []
-    notices: list[str] = []
-    unused = UnusedContext()
-    for row in read_rows(path, notices):
-        if isinstance(row, Row):
-            unused.add(row.columns)
-        example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
-        bad.append(example) if isinstance(example, BadRow) else examples.append([example])
-        if len(examples) == first:
-            break
-    notices += handle_bad_rows(bad, len(examples) + len(bad), on_bad_row)
-    return examples, [*notices, *unused.notices(path.name, _USED[kind])]
+    store = store or RowStore()
+    read = [_read_part(split, part, target, instruction_template, on_bad_row, store) for part in split.parts]
+    files = [file for file, _ in read]
+    counts = [Rows(len(file), file.chat) for file in files]
+    rows, notices = combine(split, counts, lambda: (prompt for file in files for prompt in file.prompts()))
+    return StoredExamples(files, rows), [*part_notices(split, [said for _, said in read]), *notices]
 
 
 Kind = Literal["pairs", "instruction", "messages"]
@@ -92,6 +55,41 @@ _USED = {
     "instruction": ("instruction", "input", "output"),
     "messages": ("messages", "conversations", "prompt", "completion", "system", "tools", "chat_template_kwargs"),
 }
+
+
+def _read_part(
+    split: DatasetSplit, part: Part, target: Target, instruction_template: str, on_bad_row: str, store: RowStore
+) -> tuple[ExampleFile, list[str]]:
+    """The examples of a part, and messages for the user."""
+    path, first = part.path, split.first(part)
+    kind = _kind(path, part.columns)
+    if kind == "pairs":
+        read = read_pairs(path, part.columns, on_bad_row, first, store)
+        sides = ("chosen", "rejected") if target == "both" else (target,)
+        every = partial(_of_pairs, read.pairs, sides)
+        return keep_examples(every, len(sides), store), read.notices
+    if target == "rejected":
+        raise UsageError(f"{kind} rows have no rejected response", where=f"{path}: --target rejected")
+    said: list[str] = []
+
+    def examples() -> Iterator[Example]:
+        said.clear()
+        bad: list[BadRow] = []
+        unused, count = UnusedContext(), 0
+        for row in read_rows(path, said):
+            if isinstance(row, Row):
+                unused.add(row.columns)
+            example = row if isinstance(row, BadRow) else _example(row, kind, instruction_template)
+            if isinstance(example, BadRow):
+                bad.append(example)
+                continue
+            yield example
+            count += 1
+            if count == first:
+                break
+        said.extend([*handle_bad_rows(bad, count + len(bad), on_bad_row), *unused.notices(path.name, _USED[kind])])
+
+    return keep_examples(examples, 1, store), said
 
 
 def _kind(path: Path, columns: Columns) -> Kind:
@@ -104,6 +102,10 @@ def _kind(path: Path, columns: Columns) -> Kind:
     if is_supervised(first.columns):
         return "messages"
     return "instruction" if "instruction" in first.columns else "pairs"
+
+
+def _of_pairs(pairs: Iterable[Pair], sides: Sequence[str]) -> Iterator[Example]:
+    return (_of_pair(pair, side) for pair in pairs for side in sides)
 
 
 def _of_pair(pair: Pair, side: str) -> Example:

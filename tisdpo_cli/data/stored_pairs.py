@@ -63,7 +63,7 @@ class PairWriter:
 
     def add(self, pair: Pair) -> None:
         """Add a pair."""
-        conversation = None if pair.conversation is None else _JSON.encode(vars(pair.conversation))
+        conversation = text_of(pair.conversation)
         columns = _JSON.encode(pair.row.columns)
         texts = (pair.row.where, pair.prompt, pair.chosen, pair.rejected, columns, conversation)
         self._waiting.append(texts)
@@ -190,15 +190,26 @@ class StoredPairs(Sequence[Pair]):
         return self.parts[number], position - int(self._starts[number])
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Places in blocks whose pairs follow one another in one file."""
-        while begin < end:
-            block = self.positions[begin : min(end, begin + _BATCH_ROWS)]
-            first = int(block[0])
-            limit = int(self._starts[np.searchsorted(self._starts, first, side="right")]) - first
-            same = np.flatnonzero(block != first + np.arange(len(block)))
-            length = min(int(same[0]) if len(same) else len(block), limit)
-            yield begin, begin + length
-            begin += length
+        return consecutive(self.positions, self._starts, begin, end)
+
+
+def consecutive(positions: IntArray, starts: IntArray, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Places in blocks whose rows follow one another in one file.
+
+    Args:
+        positions: [n], the row at each place: its position in all files one after the other.
+        starts: [files + 1], position of the first row of each file, and the number of all rows.
+        begin: the first place.
+        end: the place after the last one.
+    """
+    while begin < end:
+        block = positions[begin : min(end, begin + _BATCH_ROWS)]
+        first = int(block[0])
+        limit = int(starts[np.searchsorted(starts, first, side="right")]) - first
+        same = np.flatnonzero(block != first + np.arange(len(block)))
+        length = min(int(same[0]) if len(same) else len(block), limit)
+        yield begin, begin + length
+        begin += length
 
 
 def holds_conversations(pairs: Sequence[Pair]) -> bool:
@@ -215,11 +226,17 @@ def rows_with(pairs: Sequence[Pair], names: Iterable[str]) -> Iterator[Row]:
 
 def _pair(index: int, texts: Sequence[str], part: PairFile) -> Pair:
     where, prompt, chosen, rejected, columns, conversation = texts
-    pair = Pair(index, prompt, chosen, rejected, Row(where, json.loads(columns)), _conversation(conversation))
+    pair = Pair(index, prompt, chosen, rejected, Row(where, json.loads(columns)), conversation_of(conversation))
     return pair if part.mixed is None else _alike(pair, *part.mixed)
 
 
-def _conversation(text: str | None) -> Conversation | None:
+def text_of(conversation: Conversation | None) -> str | None:
+    """A conversation as JSON."""
+    return None if conversation is None else _JSON.encode(vars(conversation))
+
+
+def conversation_of(text: str | None) -> Conversation | None:
+    """A conversation from `text_of`."""
     if text is None:
         return None
     values = json.loads(text)

@@ -13,7 +13,7 @@ from tisdpo_cli.engine.training.pair_task import WeightedPair
 from tisdpo_cli.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from tisdpo_cli.engine.training.sft_task import EncodedExample
+    from tisdpo_cli.data.stored_examples import EncodedExample
 
 
 @dataclass(frozen=True)

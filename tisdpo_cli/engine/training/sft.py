@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,9 +13,17 @@ from torch import nn
 
 from tisdpo_cli.data.chat_tokens import ChatStats, encode_chat
 from tisdpo_cli.data.dataset import DatasetSplit
-from tisdpo_cli.data.examples import Example, Target, read_examples
+from tisdpo_cli.data.examples import Target, read_examples
 from tisdpo_cli.data.rows import BadRow, handle_bad_rows
 from tisdpo_cli.data.splits import ReadOptions
+from tisdpo_cli.data.stored_examples import (
+    EncodedExample,
+    EncodedExamples,
+    Example,
+    StoredExamples,
+    holds_conversations,
+    keep_encoded,
+)
 from tisdpo_cli.data.tokens import MarkedRows, Response, cut
 from tisdpo_cli.data.vocabulary import Vocabulary
 from tisdpo_cli.engine.arguments import find_dataset, read_options, reads_first
@@ -45,7 +54,7 @@ from tisdpo_cli.engine.training.session import (
     run_training,
     session_scorer,
 )
-from tisdpo_cli.engine.training.sft_task import EncodedExample, SftTask
+from tisdpo_cli.engine.training.sft_task import SftTask
 from tisdpo_cli.engine.training.sharded_model import place, shard_model
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel
@@ -172,20 +181,20 @@ def _prepare(source: _Source, reporter: Reporter) -> tuple[Tokenizer, SftTask, S
 @naming_out_of_memory("reading")
 def _tasks(source: _Source, tokenizer: Tokenizer, reporter: Reporter) -> tuple[SftTask, SftTask | None]:
     """What is trained, and what is evaluated."""
-    examples = _read(source, source.splits["train"], reporter)
-    task = SftTask(_encode(source, examples, tokenizer, source.splits["train"], reporter), tokenizer.pad)
+    train = _read(source, source.splits["train"], reporter)
+    task = SftTask(_encode(source, train, tokenizer, source.splits["train"], reporter), tokenizer.pad)
     if "test" not in source.splits or not source.eval_examples:
         return task, None
-    examples = _read(source, source.splits["test"], reporter)[: source.eval_examples]
-    return task, SftTask(_encode(source, examples, tokenizer, source.splits["test"], reporter), tokenizer.pad)
+    test = _read(source, source.splits["test"], reporter)[: source.eval_examples]
+    return task, SftTask(_encode(source, test, tokenizer, source.splits["test"], reporter), tokenizer.pad)
 
 
-def _examples(source: _Source, split: DatasetSplit, target: Target) -> tuple[list[Example], list[str]]:
+def _examples(source: _Source, split: DatasetSplit, target: Target) -> tuple[StoredExamples, list[str]]:
     options = source.options
-    return read_examples(split, target, source.instruction_template, options.on_bad_row)
+    return read_examples(split, target, source.instruction_template, options.on_bad_row, options.store)
 
 
-def _read(source: _Source, split: DatasetSplit, reporter: Reporter) -> list[Example]:
+def _read(source: _Source, split: DatasetSplit, reporter: Reporter) -> StoredExamples:
     examples, notices = _examples(source, split, source.target)
     for notice in notices:
         reporter.note(notice)
@@ -235,74 +244,86 @@ def _outline(session: SessionConfig, source: _Source, tokenizer: Tokenizer) -> M
 
 def _encode(
     source: _Source, examples: Sequence[Example], tokenizer: Tokenizer, split: DatasetSplit, reporter: Reporter
-) -> list[EncodedExample]:
-    chat, marked = ChatEncoder(tokenizer, source.options.chat), MarkedRows()
-    vocabulary, limits = vocabulary_of(tokenizer, chat), source.options.limits
-    conversations = any(example.conversation is not None for example in examples)
-    cut_all = _cut_conversations if conversations else _cut_texts
-    encoded: list[EncodedExample] = []
-    dropped, truncated = 0, 0
-    for example, given, response, whole, opening in cut_all(source, examples, vocabulary, marked, reporter):
-        truncated += len(given) < whole or not response.has_eos
-        left_out = response.uncut + 1 - len(response.ids)
-        if not response.kept:
-            dropped += 1
-        elif source.train_on_prompt:
-            learned = given[1:] + response.ids
-            encoded.append(EncodedExample(example.where, given[:1], learned, response.has_eos, 0, left_out))
-        else:
-            encoded.append(EncodedExample(example.where, given, response.ids, response.has_eos, opening, left_out))
-    for notice in chat.notices():
+) -> EncodedExamples:
+    encoding = _Encoding(source, examples, tokenizer)
+    encoded = keep_encoded(encoding.run, source.options.store)
+    for notice in encoding.notices:
         reporter.note(notice)
-    warning = marked.warning(len(examples))
+    warning = encoding.marked.warning(len(examples))
     if warning:
         reporter.warn(f"{split.name}: {warning}")
-    if truncated:
-        reporter.note(f"{split.name}: truncated {truncated} examples to {limits.max_length} tokens")
-    if dropped:
-        reporter.note(f"{split.name}: dropped {dropped} examples without a response token after truncation")
+    if encoding.truncated:
+        limit = source.options.limits.max_length
+        reporter.note(f"{split.name}: truncated {encoding.truncated} examples to {limit} tokens")
+    if encoding.dropped:
+        reporter.note(f"{split.name}: dropped {encoding.dropped} examples without a response token after truncation")
     if not encoded:
         raise DataError(
             f"none of {len(examples)} examples has a response token after truncation",
             where=split.where,
             fix="raise --max-length",
         )
-    tokens = sum(len(example.learned) for example in encoded)
-    reporter.note(f"{split.name}: {len(encoded)} examples, {tokens} learned tokens")
+    reporter.note(f"{split.name}: {len(encoded)} examples, {encoded.lengths()[:, 1].sum()} learned tokens")
     return encoded
 
 
 # An example with its prompt and response after truncation, the tokens of its prompt before, and those of its opening.
 _Cut = tuple[Example, list[int], Response, int, int]
+# Examples that are tokenized together.
+_BLOCK = 1000
 
 
-def _cut_texts(
-    source: _Source, examples: Sequence[Example], vocabulary: Vocabulary, marked: MarkedRows, _reporter: Reporter
-) -> Iterator[_Cut]:
-    prompts = vocabulary.prompts([example.prompt for example in examples])
-    responses = vocabulary.responses([example.response for example in examples])
-    for example, prompt, ids in zip(examples, prompts, responses, strict=True):
-        given, (response,) = cut(prompt, [ids], vocabulary.bos, vocabulary.eos, source.options.limits)
-        marked.count(vocabulary.marker(example.prompt) or vocabulary.marker(example.response))
-        yield example, given, response, len(prompt) + (vocabulary.bos is not None), 0
+class _Encoding:
+    """Tokenizes and truncates examples, block by block; what is to be said of them is known at the end."""
 
+    def __init__(self, source: _Source, examples: Sequence[Example], tokenizer: Tokenizer) -> None:
+        self._source, self._examples, self._tokenizer = source, examples, tokenizer
+        self._limits = source.options.limits
 
-def _cut_conversations(
-    source: _Source, examples: Sequence[Example], vocabulary: Vocabulary, _marked: MarkedRows, reporter: Reporter
-) -> Iterator[_Cut]:
-    """The same for conversations.
+    def run(self) -> Iterator[EncodedExample]:
+        """The examples that have a token to learn.
 
-    Raises:
-        DataError: the template cannot show one, and such rows are not skipped.
-    """
-    limits, stats = source.options.limits, ChatStats()
-    bad: list[BadRow] = []
-    for example in examples:
-        assert example.conversation is not None
-        chat = encode_chat(example.conversation, example.where, vocabulary.chat, vocabulary.bos, limits, stats)
-        if isinstance(chat, BadRow):
-            bad.append(chat)
-        else:
-            yield example, chat.prompt, chat.responses[0], chat.whole_prompt, chat.opening
-    for notice in (*handle_bad_rows(bad, len(examples), source.options.on_bad_row), *stats.notices(limits)):
-        reporter.note(notice)
+        Raises:
+            DataError: the chat template cannot show one, and such rows are not skipped.
+        """
+        chat = ChatEncoder(self._tokenizer, self._source.options.chat)
+        vocabulary = vocabulary_of(self._tokenizer, chat)
+        self.marked, self.notices = MarkedRows(), list[str]()
+        self.dropped = self.truncated = 0
+        conversations = holds_conversations(self._examples)
+        for cut_one in (self._conversations if conversations else self._texts)(vocabulary):
+            example, given, response, whole, opening = cut_one
+            self.truncated += len(given) < whole or not response.has_eos
+            left_out = response.uncut + 1 - len(response.ids)
+            if not response.kept:
+                self.dropped += 1
+            elif self._source.train_on_prompt:
+                learned = given[1:] + response.ids
+                yield EncodedExample(example.where, given[:1], learned, response.has_eos, 0, left_out)
+            else:
+                yield EncodedExample(example.where, given, response.ids, response.has_eos, opening, left_out)
+        self.notices += chat.notices()
+
+    def _texts(self, vocabulary: Vocabulary) -> Iterator[_Cut]:
+        every = iter(self._examples)
+        while block := list(islice(every, _BLOCK)):
+            prompts = vocabulary.prompts([example.prompt for example in block])
+            responses = vocabulary.responses([example.response for example in block])
+            for example, prompt, ids in zip(block, prompts, responses, strict=True):
+                given, (response,) = cut(prompt, [ids], vocabulary.bos, vocabulary.eos, self._limits)
+                self.marked.count(vocabulary.marker(example.prompt) or vocabulary.marker(example.response))
+                yield example, given, response, len(prompt) + (vocabulary.bos is not None), 0
+
+    def _conversations(self, vocabulary: Vocabulary) -> Iterator[_Cut]:
+        stats, bad = ChatStats(), list[BadRow]()
+        for example in self._examples:
+            assert example.conversation is not None
+            chat = encode_chat(
+                example.conversation, example.where, vocabulary.chat, vocabulary.bos, self._limits, stats
+            )
+            if isinstance(chat, BadRow):
+                bad.append(chat)
+            else:
+                yield example, chat.prompt, chat.responses[0], chat.whole_prompt, chat.opening
+        self.notices += handle_bad_rows(bad, len(self._examples), self._source.options.on_bad_row)
+        self.notices += stats.notices(self._limits)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.data.stored_examples import EncodedExample, example_lengths
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.dry_run import ExampleSize
 from tisdpo_cli.model.batch import Batch
 from tisdpo_cli.model.logprobs import collated_for, device_of, score
-
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """A tokenized example: tokens given as context, tokens to learn, and whether these end the response.
-
-    Attributes:
-        opening: number of tokens at the end of the context that a chat template writes before every answer.
-        left_out: number of tokens to learn that were truncated.
-    """
-
-    where: str
-    given: list[int]
-    learned: list[int]
-    has_end: bool = True
-    opening: int = 0
-    left_out: int = 0
 
 
 class SftTask:
@@ -39,7 +23,8 @@ class SftTask:
 
     def __init__(self, examples: Sequence[EncodedExample], pad: int) -> None:
         self.examples, self.pad = examples, pad
-        self.costs: list[int] = [len(e.given) + len(e.learned) for e in examples]
+        self._lengths = example_lengths(examples)
+        self.costs = array("q", self._lengths.sum(axis=1))
         self.padded_costs = PaddedCosts(self.costs)
 
     def pass_costs(self, layout: str) -> Sequence[int]:
@@ -48,7 +33,8 @@ class SftTask:
 
     def size(self, example: int) -> ExampleSize:
         """The sizes of an example."""
-        return ExampleSize(len(self.examples[example].given), (len(self.examples[example].learned),))
+        given, learned = self._lengths[example].tolist()
+        return ExampleSize(given, (learned,))
 
     @property
     def longest(self) -> int:
@@ -65,11 +51,11 @@ class SftTask:
 
     def normaliser(self, examples: Sequence[int]) -> float:
         """The number of learned tokens."""
-        return float(sum(len(self.examples[i].learned) for i in examples))
+        return float(self._lengths[list(examples), 1].sum())
 
     def prepare(self, scorer: nn.Module, examples: Sequence[int]) -> Batch:
         """Some examples as a batch, in the memory of the CPU."""
-        groups = [(self.examples[i].given, [self.examples[i].learned]) for i in examples]
+        groups = [(example.given, [example.learned]) for example in map(self.examples.__getitem__, examples)]
         return collated_for(scorer, groups, self.pad)
 
     def forward(self, scorer: nn.Module, prepared: Batch) -> tuple[Tensor, Tensor]:
