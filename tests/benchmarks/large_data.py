@@ -120,7 +120,7 @@ def measure(asked: argparse.Namespace, count: int) -> dict[str, Any]:
             make_model(where / "other", asked.seed + 1, TINY)
             sides = ("--forward", where / "model", "--reverse", where / "other")
             commands = (
-                ("estimate", *sides, "-d", data, "-o", where / "scored"),
+                ("estimate", *sides, "-d", data, "-o", where / "scored", "--batch-size", "64"),
                 ("inspect-weights", where / "scored", "--index", "3"),
                 ("train", "-m", where / "model", "-d", where / "scored", "-o", where / "tisdpo", *FEW),
             )
