@@ -7,7 +7,9 @@ import datetime
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import pair_rows
@@ -18,6 +20,7 @@ from tisdpo_cli.data.locate import find_splits, training_splits
 from tisdpo_cli.data.pairs import Pairs, read_pairs
 from tisdpo_cli.data.parsers import PARSERS
 from tisdpo_cli.data.reader import read_rows
+from tisdpo_cli.data.row_store import RowStore
 from tisdpo_cli.data.rows import BadRow, Row
 from tisdpo_cli.data.tokens import Limits, Vocabulary, encode_pairs
 from tisdpo_cli.errors import DataError, UsageError
@@ -752,3 +755,33 @@ def test_a_file_that_changes_while_it_is_read_is_refused(write: Write, monkeypat
     assert (error.what, error.where) == ("changed while it was read", str(path))
     path.write_bytes(before)
     assert len(read(path).pairs) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "expected"),
+    [
+        ("rows.jsonl", None, ("reading", 1203, 1203)),
+        ("rows.jsonl", 700, ("reading", 700, 700)),
+        ("rows.json", None, None),
+    ],
+)
+def test_reading_many_rows_shows_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, first: int | None, expected: tuple[str, int, int] | None
+) -> None:
+    monkeypatch.setattr("tisdpo_cli.data.pairs._SHOWN_FROM", 1000)
+    rows = [{"prompt": f"{i}", "chosen": " a", "rejected": " b"} for i in range(1203)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / name).write_text("\n".join(lines) + "\n" if name.endswith("l") else json.dumps(rows))
+    shown: list[tuple[str, int]] = []
+    done: list[int] = []
+
+    class Counting:
+        def advance(self, units: int, _figures: object) -> None:
+            done.append(units)
+
+    def progress(title: str, total: int, _done: int, _unit: str) -> Any:
+        shown.append((title, total))
+        return nullcontext(Counting())
+
+    read_pairs(tmp_path / name, Columns(), "error", first, RowStore(tmp_path / "cache", progress=progress))
+    assert [(*begun, sum(done)) for begun in shown] == ([expected] if expected else [])

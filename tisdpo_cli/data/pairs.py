@@ -17,11 +17,14 @@ from tisdpo_cli.data.hints import SAMPLE_ROWS, UnusedContext, missing_columns, o
 from tisdpo_cli.data.layouts import SAMPLE, Layout, Values, suggested_option
 from tisdpo_cli.data.messages import Conversation, is_conversational, preference_conversation
 from tisdpo_cli.data.mixture import Rows, combine, short_hash
-from tisdpo_cli.data.reader import content_of, read_rows, shown_path
-from tisdpo_cli.data.row_store import RowStore
+from tisdpo_cli.data.reader import content_of, count_rows, read_rows, shown_path
+from tisdpo_cli.data.row_store import RowStore, no_progress
 from tisdpo_cli.data.rows import BadRow, Row, emptiness, handle_bad_rows
 from tisdpo_cli.data.stored_pairs import Pair, PairFile, PairWriter, StoredPairs
 from tisdpo_cli.errors import DataError
+
+# Files from this number of rows on show their progress, and after how many rows.
+_SHOWN_FROM, _SHOWN_EVERY = 20_000, 500
 
 
 @dataclass
@@ -84,14 +87,21 @@ def read_pairs(
             file changed while it was read.
     """
     content = content_of(path)
+    store = store or RowStore()
 
     def build(stream: BinaryIO) -> None:
         writer = PairWriter(stream)
         reading = _Reading(path, columns, writer)
-        for row in read_rows(path, reading.notices):
-            reading.take(row)
-            if writer.count == first:
-                break
+        rows = count_rows(path) or 0
+        show = store.progress if rows >= _SHOWN_FROM else no_progress
+        with show("reading", rows if first is None else min(rows, first), 0, "rows") as progress:
+            for row in read_rows(path, reading.notices):
+                reading.take(row)
+                if reading.total % _SHOWN_EVERY == 0:
+                    progress.advance(_SHOWN_EVERY, {})
+                if writer.count == first:
+                    break
+            progress.advance(reading.total % _SHOWN_EVERY, {})
         about = reading.finish(on_bad_row)
         # What was read would be kept as the rows of what the file held before.
         if content_of(path) != content:
@@ -101,7 +111,7 @@ def read_pairs(
         writer.finish(about)
 
     depends_on = {**content, "columns": vars(columns), "on_bad_row": on_bad_row, "first": first}
-    file = (store or RowStore()).file(depends_on, build)
+    file = store.file(depends_on, build)
     return Pairs(StoredPairs([PairFile(file, depends_on)]), list(file.about["notices"]))
 
 

@@ -15,6 +15,9 @@ from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.files import matching_files, sha256
 from tisdpo_cli.formats import format_of
 
+# Files with a row on each line, and bytes read at once.
+_LINES, _BLOCK = (".jsonl", ".ndjson"), 2**20
+
 
 def read_rows(path: Path, notices: list[str] | None = None) -> Iterator[Row | BadRow]:
     """Read the rows of a split in order; invalid ones come as a `BadRow`. A file without a suffix holds JSON.
@@ -31,6 +34,21 @@ def read_rows(path: Path, notices: list[str] | None = None) -> Iterator[Row | Ba
         parse = read_saved if file.is_dir() else PARSERS[format_of(file.name) or "JSON"]
         with naming_out_of_memory("reading", shown_path(file)), _reporting_read_errors(file):
             yield from parse(Source(file, shown_path(file)), notices)
+
+
+def count_rows(path: Path) -> int | None:
+    """The number of rows, roughly; None where that takes as long as to read them.
+
+    Args:
+        path: file, saved dataset or glob.
+    """
+    total = 0
+    for file in matching_files(path) or [path]:
+        if not file.is_file() or file.suffix.lower() not in _LINES:
+            return None
+        with _reporting_read_errors(path), file.open("rb") as stream:
+            total += sum(block.count(b"\n") for block in iter(lambda: stream.read(_BLOCK), b""))
+    return total
 
 
 def content_of(path: Path) -> dict[str, Any]:
