@@ -195,6 +195,7 @@ DOORS = {
     "engine/inspection/inspect_weights.py",
     "engine/scoring/estimate.py",
     "engine/training/arguments.py",
+    "engine/training/card.py",
     "engine/training/preference.py",
     "engine/training/sft.py",
 }

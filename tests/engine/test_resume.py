@@ -95,9 +95,9 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def result(out: Path) -> dict[str, bytes]:
-    """Everything that others use of an output: the model with its tokenizer."""
+    """Everything that others use of an output: the model with its tokenizer and card."""
     names = json.loads((out / "run.json").read_text())["files"]
-    assert "model.safetensors" in names
+    assert {"model.safetensors", "README.md"} <= set(names)
     return {name: (out / name).read_bytes() for name in names}
 
 
