@@ -47,6 +47,7 @@ NOT_RUN = {
     "adapters.md": "a pretrained model and a benchmark, minutes each",
     "contributing.md": "the checks, these tests among them",
     "experiments.md": "minutes to hours, or data from elsewhere",
+    "outputs-and-metrics.md": "uploads, which need a login to the hub",
     "performance.md": "benchmarks, minutes each",
     "several-processes.md": "launchers for several processes or GPUs; tests/runs/test_processes.py runs two",
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tisdpo_cli.cli.next_command import next_command, repeated_options
 from tisdpo_cli.cli.process import command_line, is_first_rank
+from tisdpo_cli.cli.sharing import share
 from tisdpo_cli.cli.signals import check_signals
 from tisdpo_cli.cli.streams import make_reporter, write_path, write_result
 from tisdpo_cli.errors import DataError
@@ -92,6 +93,7 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     with explaining_out_of_memory(loaded.settings):
         result = entry_point(**{name: value for name, value in offered.items() if name in taken})
         check_signals()
+        share(loaded.settings, reporter)
         _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
 
 

@@ -63,9 +63,11 @@ def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     is_flag, many = info.annotation is bool, meta(info)["many"]
     choices = choices_of(info.annotation)
+    off, *others = spellings(name, info)[1:] if is_on_by_default(info) else ("", *spellings(name, info)[1:])
     option = typer.Option(
         None,
-        *spellings(name, info),
+        f"{spellings(name, info)[0]}/{off}".rstrip("/"),
+        *others,
         metavar=metavar(info),
         autocompletion=(lambda: list(choices)) if choices else None,
     )
@@ -75,9 +77,15 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
 
 
 def spellings(name: str, info: FieldInfo) -> list[str]:
-    """The spellings of an option that help shows: the long one and the short one."""
-    long = "--" + name.replace("__", ".").rpartition(".")[2].replace("_", "-")
-    return [long, *(flag for flag in meta(info)["flags"] if not flag.startswith("--"))]
+    """The spellings of an option that help shows: the long one, the one that switches it off, and the short one."""
+    bare = name.replace("__", ".").rpartition(".")[2].replace("_", "-")
+    off = [f"--no-{bare}"] if is_on_by_default(info) else []
+    return [f"--{bare}", *off, *(flag for flag in meta(info)["flags"] if not flag.startswith("--"))]
+
+
+def is_on_by_default(info: FieldInfo) -> bool:
+    """Whether a setting is a flag that can only be switched off."""
+    return info.annotation is bool and info.default is True
 
 
 def metavar(info: FieldInfo) -> str:

@@ -22,7 +22,9 @@ def option_words(path: str, value: Any) -> list[str]:
         value: its value, no default.
     """
     option = "--" + path.rpartition(".")[2].replace("_", "-")
-    return [option] if value is True else [option, str(value)]
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    return [option, str(value)]
 
 
 def command_line(settings: Command, output: str) -> str:
