@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 from conftest import Done, run_here
 
+from tisdpo_cli.cli.options import spellings
 from tisdpo_cli.settings.base import leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.names import second_names
@@ -339,9 +340,11 @@ ABOUT_OTHERS = ("coming-from-trl.md", "coming-from-the-authors-code.md", "own-tr
 def known_options() -> set[str]:
     """Every option of every command."""
     names = {"config", "set", "print-config", "json", "debug", "help", "version", "schema"}
+    spelled: set[str] = set()
     for spec in COMMANDS.values():
-        names |= {path.rpartition(".")[2] for path in leaf_paths(spec.settings)} | set(second_names(spec.settings))
-    return {f"--{name.replace('_', '-')}" for name in names}
+        names |= set(second_names(spec.settings))
+        spelled |= {word for path, info in leaf_paths(spec.settings).items() for word in spellings(path, info)}
+    return spelled | {f"--{name.replace('_', '-')}" for name in names}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ABOUT_OTHERS], ids=lambda page: page.name)

@@ -29,6 +29,7 @@ from tisdpo_cli.settings.schema import json_schema
 from tisdpo_cli.settings.sources import load, to_yaml
 
 if TYPE_CHECKING:
+    from tisdpo_cli.engine.curves.results import RunComparison
     from tisdpo_cli.engine.evaluation.results import Evaluation
     from tisdpo_cli.engine.inspection.results import Inspection
     from tisdpo_cli.engine.pipeline import PipelineResult
@@ -195,6 +196,19 @@ def _show_pipeline(
         write_path(result.path)
 
 
+def _show_curves(
+    result: RunComparison, _spec: CommandSpec, settings: Any, typed: Invocation, _reporter: Reporter
+) -> None:
+    from tisdpo_cli.engine.curves.page import page
+
+    path = Path(settings.output).expanduser()
+    write_text(path, page(result))
+    if typed.as_json:
+        write_result(json.dumps({"path": str(path), **result.as_dict()}))
+    else:
+        write_path(path)
+
+
 def _show_environment(
     result: dict[str, str], _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
 ) -> None:
@@ -209,5 +223,6 @@ _SHOW: dict[str, Callable[..., None]] = {
     "inspection": _show_inspection,
     "evaluation": _show_evaluation,
     "pipeline": _show_pipeline,
+    "curves": _show_curves,
     "environment": _show_environment,
 }

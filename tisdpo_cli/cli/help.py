@@ -58,6 +58,8 @@ def _width() -> int:
 def _command_help(spec: CommandSpec) -> list[Text]:
     name = spec.settings.command
     positional = f" [{spec.positional.upper()}]" if spec.positional else ""
+    if spec.positional and meta(spec.settings.model_fields[spec.positional])["many"]:
+        positional += "..."
     lines = [_usage(f"tisdpo {name} [OPTIONS]{positional}"), Text()]
     lines += _paragraphs(spec.settings.__doc__ or "")
     panels: dict[str, list[Row]] = {panel: [] for panel in (*PANELS, _CONFIGURATION)}

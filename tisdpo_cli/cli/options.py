@@ -34,7 +34,7 @@ def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation]
     def function(**given: Any) -> None:
         common = {name: given.pop(name, default) for name, default in _COMMON_DEFAULTS.items()}
         common.pop("debug")
-        bare = given.pop("bare", None)
+        bare = given.pop("bare", None) or None
         flags = {names[name]: value for name, value in given.items() if value is not None and value != []}
         if bare is not None and positional is not None:
             if positional in flags:
@@ -45,7 +45,8 @@ def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation]
     parameters = [_parameter(name, paths[path]) for name, path in names.items()]
     if positional is not None:
         argument = typer.Argument(None, metavar=positional.upper())
-        parameters.insert(0, _keyword("bare", Optional[str], argument))  # noqa: UP045
+        kind = Optional[list[str]] if meta(paths[positional])["many"] else Optional[str]  # noqa: UP045
+        parameters.insert(0, _keyword("bare", kind, argument))
     parameters += [
         _keyword(name, kind, typer.Option(default, *flags))
         for name, (kind, default, flags) in _common(bool(paths)).items()

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tisdpo_cli.engine.curves.report import report
     from tisdpo_cli.engine.evaluation.evaluate import evaluate
     from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
     from tisdpo_cli.engine.merging import merge
@@ -24,10 +25,11 @@ _ENTRY_POINTS = {
     "inspect_weights": "inspection.inspect_weights",
     "evaluate": "evaluation.evaluate",
     "merge": "merging",
+    "report": "curves.report",
     "run": "pipeline",
 }
 
-__all__ = ["estimate", "evaluate", "inspect_weights", "merge", "run", "train_pairs", "train_sft"]
+__all__ = ["estimate", "evaluate", "inspect_weights", "merge", "report", "run", "train_pairs", "train_sft"]
 
 
 def __getattr__(name: str) -> Any:
