@@ -189,6 +189,7 @@ def test_parts_that_need_no_tensors_import_no_torch(part: str) -> None:
 # Settings stop at the engine's door: the entry points, and what turns settings into plain arguments for them.
 DOORS = {
     "engine/arguments.py",
+    "engine/exporting.py",
     "engine/merging.py",
     "engine/pipeline.py",
     "engine/curves/report.py",
@@ -221,7 +222,7 @@ def test_the_entry_points_of_the_engine_are_loaded_when_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
-        "estimate", "evaluate", "inspect_weights", "merge", "report", "run", "train_pairs", "train_sft",
+        "estimate", "evaluate", "export", "inspect_weights", "merge", "report", "run", "train_pairs", "train_sft",
     ]  # fmt: skip
 
 

@@ -328,6 +328,7 @@ def test_blocks_say_what_they_are(page: Path) -> None:
 
 # Of programs that the guides also speak of: launchers, scripts, Python's own tools.
 FOREIGN_OPTIONS = {
+    "evaluation.md": {"--model_args", "--model_outputs", "--reference_outputs"},
     "experiments.md": {"--seeds", "--flip"},
     "performance.md": {"--rounds", "--lengths", "--pairs"},
     "README.md": {"--rounds"},

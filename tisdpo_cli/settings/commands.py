@@ -9,6 +9,7 @@ from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.env import Env
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.evaluate import Evaluate
+from tisdpo_cli.settings.export import Export
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.merge import Merge
 from tisdpo_cli.settings.report import Report
@@ -103,6 +104,13 @@ COMMANDS: dict[str, CommandSpec] = {
             panel=TOOLS,
             example="tisdpo evaluate -m out/tisdpo --baseline out/dpo --ref-model SFT -d DATA --samples samples.jsonl",
             shows="evaluation",
+        ),
+        CommandSpec(
+            Export,
+            run="engine:export",
+            panel=TOOLS,
+            example="tisdpo export samples.jsonl --alpaca-eval outputs.json",
+            positional="samples",
         ),
         CommandSpec(
             Report,
