@@ -131,7 +131,8 @@ def _line(axes: Any, at: int, curve: Sequence[Point], points: Sequence[Point]) -
     label = str(at + 1)
     if curve:
         steps, values = zip(*thinned(curve, MOST_POINTS), strict=True)
-        dashes = _DASHES[at // 2 % len(_DASHES)] if at else "-"
+        # Where colors begin again, dashes do not.
+        dashes = _DASHES[(at + at // SERIES) % len(_DASHES)]
         # A run of one step is a point.
         alone = "." if len(steps) == 1 else None
         axes.plot(steps, values, color=color, linestyle=dashes, linewidth=1.4, label=label, marker=alone)
