@@ -27,7 +27,7 @@ class Report(Command):
     command: ClassVar[str] = "report"
 
     runs: Paths = setting(
-        ..., "output directories of trainings or of run; several are drawn over each other", "View",
+        ..., "output directories of trainings or of run; several are drawn over each other", "Data",
         shapes_result=False, metavar="DIR", many=True,
     )  # fmt: skip
     output: PathText = setting(..., "the page to write", "Output", "-o", shapes_result=False, metavar="FILE")
