@@ -189,12 +189,15 @@ def test_parts_that_need_no_tensors_import_no_torch(part: str) -> None:
 # Settings stop at the engine's door: the entry points, and what turns settings into plain arguments for them.
 DOORS = {
     "engine/arguments.py",
+    "engine/exporting.py",
     "engine/merging.py",
     "engine/pipeline.py",
+    "engine/curves/report.py",
     "engine/evaluation/evaluate.py",
     "engine/inspection/inspect_weights.py",
     "engine/scoring/estimate.py",
     "engine/training/arguments.py",
+    "engine/training/card.py",
     "engine/training/preference.py",
     "engine/training/sft.py",
 }
@@ -219,7 +222,7 @@ def test_the_entry_points_of_the_engine_are_loaded_when_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
-        "estimate", "evaluate", "inspect_weights", "merge", "run", "train_pairs", "train_sft",
+        "estimate", "evaluate", "export", "inspect_weights", "merge", "report", "run", "train_pairs", "train_sft",
     ]  # fmt: skip
 
 
@@ -319,12 +322,12 @@ def test_the_declared_dependencies_are_those_imported() -> None:
         re.split(r"[<>=\[]", entry)[0].lower().replace("-", "_") for entry in re.findall(r'"([^"]+)"', block[1])
     }
     # flash-attn is used where it is installed; these are extras.
-    extras = {"peft", "bitsandbytes"}
+    extras = {"peft": "peft", "bitsandbytes": "bitsandbytes", "report": "matplotlib"}
     imported = {
         DISTRIBUTIONS.get(first, first).lower()
         for path in FILES
         for item in imports_of(path)
         if (first := item.name.split(".")[0]) != PACKAGE and first not in sys.stdlib_module_names
     }
-    assert imported - extras == declared
-    assert all(re.search(rf'^{name} = \["{name}>=', text, re.M) for name in extras)
+    assert imported - set(extras.values()) == declared
+    assert all(re.search(rf'^{name} = \["{package}>=', text, re.M) for name, package in extras.items())

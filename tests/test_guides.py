@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 from conftest import Done, run_here
 
+from tisdpo_cli.cli.options import spellings
 from tisdpo_cli.settings.base import leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.names import second_names
@@ -47,6 +48,7 @@ NOT_RUN = {
     "adapters.md": "a pretrained model and a benchmark, minutes each",
     "contributing.md": "the checks, these tests among them",
     "experiments.md": "minutes to hours, or data from elsewhere",
+    "outputs-and-metrics.md": "uploads, which need a login to the hub",
     "performance.md": "benchmarks, minutes each",
     "several-processes.md": "launchers for several processes or GPUs; tests/runs/test_processes.py runs two",
 }
@@ -326,6 +328,7 @@ def test_blocks_say_what_they_are(page: Path) -> None:
 
 # Of programs that the guides also speak of: launchers, scripts, Python's own tools.
 FOREIGN_OPTIONS = {
+    "evaluation.md": {"--model_args", "--model_outputs", "--reference_outputs"},
     "experiments.md": {"--seeds", "--flip"},
     "performance.md": {"--rounds", "--lengths", "--pairs"},
     "README.md": {"--rounds"},
@@ -338,9 +341,11 @@ ABOUT_OTHERS = ("coming-from-trl.md", "coming-from-the-authors-code.md", "own-tr
 def known_options() -> set[str]:
     """Every option of every command."""
     names = {"config", "set", "print-config", "json", "debug", "help", "version", "schema"}
+    spelled: set[str] = set()
     for spec in COMMANDS.values():
-        names |= {path.rpartition(".")[2] for path in leaf_paths(spec.settings)} | set(second_names(spec.settings))
-    return {f"--{name.replace('_', '-')}" for name in names}
+        names |= set(second_names(spec.settings))
+        spelled |= {word for path, info in leaf_paths(spec.settings).items() for word in spellings(path, info)}
+    return spelled | {f"--{name.replace('_', '-')}" for name in names}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ABOUT_OTHERS], ids=lambda page: page.name)

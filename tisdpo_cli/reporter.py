@@ -11,7 +11,7 @@ class Progress(Protocol):
     """Progress of a running stage: a count of units and the latest metrics."""
 
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Add finished units, and show the latest metrics."""
+        """Add finished units, and show the latest metrics; with 0 units, those of an earlier run that is resumed."""
 
     def __enter__(self) -> Progress: ...
 

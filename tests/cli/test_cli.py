@@ -88,7 +88,7 @@ def test_the_two_panels_of_commands_are_shown() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"}).stdout
     method, around = shown.index("The method:"), shown.index("Tools:")
     positions = {command: shown.index(f"\n  {command} ") for command in COMMANDS}
-    others = ("train-sft", "evaluate", "merge", "env")
+    others = ("train-sft", "evaluate", "export", "report", "merge", "env")
     assert all(method < positions[c] < around for c in COMMANDS if c not in others)
     assert all(positions[c] > around for c in others)
 

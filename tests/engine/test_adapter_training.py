@@ -71,8 +71,8 @@ def test_the_reference_is_the_base_model(world: Path, adapters: Path, tmp_path: 
 
 def test_nothing_but_the_adapter_is_written(adapters: Path, world: Path) -> None:
     made = sorted(path.name for path in (adapters / "dpo").iterdir())
-    assert made == sorted([*FILES, "base_model.json", "config.yaml", "metrics.jsonl", "run.json", "tokenizer.json",
-                           "tokenizer_config.json"])  # fmt: skip
+    assert made == sorted([*FILES, "README.md", "base_model.json", "config.yaml", "metrics.jsonl", "run.json",
+                           "tokenizer.json", "tokenizer_config.json"])  # fmt: skip
     config = json.loads((adapters / "dpo" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((world / "sft").resolve())
     assert config["inference_mode"] is True

@@ -6,11 +6,8 @@ Needs Chromium, and playwright to drive it; skipped without, unless $CHROMIUM na
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -28,12 +25,6 @@ from tisdpo_cli.engine.inspection.results import Inspection
 from tisdpo_cli.model.tokenizer import load_tokenizer
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 
 HOSTILE = (
     "</script><script>alert(1)</script>", "\"'><img src=x onerror=alert(2)>", "<!--", "]]>", "javascript:alert(3)",
@@ -170,42 +161,6 @@ def test_the_picture_asks_the_network_for_nothing(contrast: Path, tmp_path: Path
 
 
 # ---------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page that must not log, request anything, or open a dialog."""
-    contexts, heard = [], []
-
-    def open_page(path: Path, fragment: str = "", width: int = 1280, **options: Any) -> Any:
-        context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: heard.append(message.text))
-        tab.on("pageerror", lambda error: heard.append(str(error)))
-        tab.on("dialog", lambda dialog: (heard.append("dialog"), dialog.dismiss()))
-        tab.on("request", lambda request: heard.append(request.url) if not request.url.startswith("file:") else None)
-        requests: list[str] = []
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(path.as_uri() + fragment)
-        assert len(requests) == 1
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert heard == []
 
 
 def until(tab: Any, text: str) -> None:

@@ -103,7 +103,7 @@ def dpo(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_output_holds(world: Path, dpo: Path) -> None:
     assert {path.name for path in dpo.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "config.yaml", "metrics.jsonl", "run.json",
+        "README.md", "config.yaml", "metrics.jsonl", "run.json",
     }  # fmt: skip
     modes = {path.stat().st_mode & 0o777 for path in dpo.iterdir()}
     assert len(modes) == 1  # others can read the weights where they can read the rest

@@ -29,13 +29,17 @@ NEEDED = {
     "reverse": "r",
     "scored": "s",
     "ref_model": "f",
+    "runs": "a",
+    "output": "o.html",
+    "samples": "s.jsonl",
+    "alpaca_eval": "o.json",
 }
 
 
 def needed(command: str, *without: str) -> dict[str, str]:
     """Flags without which the command has nothing to work on."""
     paths = leaf_paths(COMMANDS[command].settings)
-    optional = {"estimate": {"model"}, "evaluate": set()}.get(command, {"ref_model"})
+    optional = {"estimate": {"model"}, "evaluate": {"samples"}}.get(command, {"ref_model"})
     return {name: value for name, value in NEEDED.items() if name in paths and name not in optional.union(without)}
 
 
@@ -430,6 +434,8 @@ CHANGED = {
     "train-sft": "target: both\nlearning_rate: 1e-4\n",
     "estimate": "batch_size: 3\ndtype: bf16\n",
     "merge": "dtype: bf16\n",
+    "report": "runs: [a, b]\n",
+    "export": "name: mine\n",
     "inspect-weights": "transform: rank_based\nmax_scale: 1.5\nindex: 2\n",
     "train": "preset: aggressive\ntransform: binary\nL: null\neos_weight: zero\n",
     "run": "max_length: 100\nmax_prompt_length: 20\ntrain_sft: {target: both}\ntrain_dpo: {beta: 0.2}\nL: -0.25\n",
@@ -437,7 +443,14 @@ CHANGED = {
 
 
 # What is set beside the file.
-SET = {"estimate": ["max_length=300"], "merge": ["overwrite=true"]}
+SET = {
+    "estimate": ["max_length=300"],
+    "merge": ["overwrite=true"],
+    "report": ["output=p.html"],
+    "export": ["policy=baseline"],
+}
+# Those that truncate what they read.
+WITH_DATA = [name for name in WITH_SETTINGS if name not in ("inspect-weights", "merge", "report", "export")]
 
 
 @pytest.mark.parametrize("command", WITH_SETTINGS)
@@ -449,7 +462,7 @@ def test_printed_settings_read_back_to_the_same_settings(loads, command: str) ->
     assert to_yaml(again.settings) == to_yaml(first.settings)
 
 
-@pytest.mark.parametrize("command", [name for name in WITH_SETTINGS if name not in ("inspect-weights", "merge")])
+@pytest.mark.parametrize("command", WITH_DATA)
 def test_printed_settings_show_where_each_value_comes_from(loads, command: str) -> None:
     loaded = loads(command, sets=["max_length=300"], environ={"TISDPO_MAX_PROMPT_LENGTH": "30"})
     lines = to_yaml(loaded.settings, loaded.origins).splitlines()

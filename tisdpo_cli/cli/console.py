@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from tisdpo_cli.cli.sparkline import Sparkline
 from tisdpo_cli.errors import UserError
 from tisdpo_cli.text import visible
 
@@ -99,17 +100,41 @@ class _Figures(TextColumn):
         return Text(text, no_wrap=True)
 
 
+class _Bar(Progress):
+    """The bar, and beneath it the course of a few figures, as many as fit on the line."""
+
+    def __init__(self, courses: Mapping[str, Sparkline], *columns: ProgressColumn, **more: Any) -> None:
+        self._courses = courses
+        super().__init__(*columns, **more)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar and the curves."""
+        yield from super().get_renderables()
+        line = ""
+        for label, course in self._courses.items():
+            part = f"{label} {course}"
+            if len(str(course)) > 1 and len(line) + 2 + len(part) < self.console.width:
+                line += f"{'  ' if line else ''}{part}"
+        if line:
+            yield Text(line, style="dim", no_wrap=True)
+
+
 class LiveProgress:
-    """A bar with its title, count, time left and newest figures; when done, one plain line takes its place."""
+    """A bar with its title, count, time left, newest figures and curves; when done, one plain line takes its place."""
 
     _BAR = 12
+    _CURVE = 24
+    _CURVES = ("loss", "rewards/margins")
 
     def __init__(self, console: Console, title: str, total: int, done: int, unit: str) -> None:
         self._console, self._title, self._unit = console, title, unit
         count = f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"
         # Title, bar, count and time stay; separators and the widest count are part of what they take.
         used = self._BAR + 2 * len(str(total)) + 2 + len(unit) + len("0:00:00") + 6
-        self._bar = Progress(
+        self._courses = {label: Sparkline(self._CURVE) for key, label, _ in _FIGURES if key in self._CURVES}
+        self._bar = _Bar(
+            # Not every encoding has the characters.
+            {} if console.options.ascii_only else self._courses,
             TextColumn("{task.description}"),
             BarColumn(bar_width=self._BAR),
             TextColumn(count),
@@ -122,8 +147,11 @@ class LiveProgress:
         self._figures: dict[str, float] = {}
 
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Move the bar and update the figures; those of an evaluation stay until the next one."""
+        """Move the bar and update figures and curves; figures of an evaluation stay until the next one."""
         self._figures.update(figures)
+        for key, label, _ in _FIGURES:
+            if key in self._CURVES and key in figures:
+                self._courses[label].add(figures[key])
         self._bar.update(self._task, advance=units, figures=figure_texts(self._figures))
 
     def __enter__(self) -> LiveProgress:
@@ -147,7 +175,9 @@ class PlainProgress:
         self._started, self._at_start, self._last = time.monotonic(), done, 0.0
 
     def advance(self, units: int, figures: Mapping[str, float]) -> None:
-        """Count, and print a line when the last one is old enough."""
+        """Count, and print a line when the last one is old enough; what an earlier run did is no news."""
+        if not units and self._done:
+            return
         self._done += units
         now = time.monotonic()
         if self._done < self._total and now - self._last < _PLAIN_EVERY_SECONDS:

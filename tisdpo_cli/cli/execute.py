@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tisdpo_cli.cli.next_command import next_command, repeated_options
 from tisdpo_cli.cli.process import command_line, is_first_rank
+from tisdpo_cli.cli.sharing import share
 from tisdpo_cli.cli.signals import check_signals
 from tisdpo_cli.cli.streams import make_reporter, write_path, write_result
 from tisdpo_cli.errors import DataError
@@ -28,6 +29,7 @@ from tisdpo_cli.settings.schema import json_schema
 from tisdpo_cli.settings.sources import load, to_yaml
 
 if TYPE_CHECKING:
+    from tisdpo_cli.engine.curves.results import RunComparison
     from tisdpo_cli.engine.evaluation.results import Evaluation
     from tisdpo_cli.engine.inspection.results import Inspection
     from tisdpo_cli.engine.pipeline import PipelineResult
@@ -92,6 +94,7 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     with explaining_out_of_memory(loaded.settings):
         result = entry_point(**{name: value for name, value in offered.items() if name in taken})
         check_signals()
+        share(loaded.settings, reporter)
         _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
 
 
@@ -193,6 +196,19 @@ def _show_pipeline(
         write_path(result.path)
 
 
+def _show_curves(
+    result: RunComparison, _spec: CommandSpec, settings: Any, typed: Invocation, _reporter: Reporter
+) -> None:
+    from tisdpo_cli.engine.curves.page import page
+
+    path = Path(settings.output).expanduser()
+    write_text(path, page(result))
+    if typed.as_json:
+        write_result(json.dumps({"path": str(path), **result.as_dict()}))
+    else:
+        write_path(path)
+
+
 def _show_environment(
     result: dict[str, str], _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
 ) -> None:
@@ -207,5 +223,6 @@ _SHOW: dict[str, Callable[..., None]] = {
     "inspection": _show_inspection,
     "evaluation": _show_evaluation,
     "pipeline": _show_pipeline,
+    "curves": _show_curves,
     "environment": _show_environment,
 }

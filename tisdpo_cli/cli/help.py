@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.text import Text
 
-from tisdpo_cli.cli.options import COMMON_HELP, common_names, metavar, spellings
+from tisdpo_cli.cli.options import COMMON_HELP, common_names, is_on_by_default, metavar, spellings
 from tisdpo_cli.settings.base import leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS, CommandSpec
 from tisdpo_cli.settings.fields import PANELS, meta
@@ -58,6 +58,8 @@ def _width() -> int:
 def _command_help(spec: CommandSpec) -> list[Text]:
     name = spec.settings.command
     positional = f" [{spec.positional.upper()}]" if spec.positional else ""
+    if spec.positional and meta(spec.settings.model_fields[spec.positional])["many"]:
+        positional += "..."
     lines = [_usage(f"tisdpo {name} [OPTIONS]{positional}"), Text()]
     lines += _paragraphs(spec.settings.__doc__ or "")
     panels: dict[str, list[Row]] = {panel: [] for panel in (*PANELS, _CONFIGURATION)}
@@ -94,8 +96,8 @@ def _paragraphs(text: str) -> list[Text]:
 
 
 def _option(path: str, info: FieldInfo, positional: str | None) -> str:
-    long, *short = spellings(path, info)
-    name = f"{short[0]}, {long}" if short else long
+    long, *others = spellings(path, info)
+    name = ", ".join([long, *others] if is_on_by_default(info) else [*others, long])
     if path == positional:
         name = f"{path.upper()}, {name}"
     return f"{name} {metavar(info)}".rstrip()

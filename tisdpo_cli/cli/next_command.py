@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tisdpo_cli.settings.base import Command, leaf_paths
+from tisdpo_cli.settings.command_lines import option_words
 from tisdpo_cli.settings.commands import COMMANDS, CommandSpec
 from tisdpo_cli.settings.datasets import parts_of, words_of
 from tisdpo_cli.settings.fields import meta
@@ -64,6 +65,5 @@ def repeated_options(command: type[Command], flags: Mapping[str, Any], prefix: s
     words: list[str] = []
     for path, value in flags.items():
         if path.startswith(prefix) and meta(settings[path]).get("repeated", True):
-            option = "--" + path.rpartition(".")[2].replace("_", "-")
-            words += [option] if value is True else [option, str(value)]
+            words += option_words(path, value)
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -34,7 +34,7 @@ def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation]
     def function(**given: Any) -> None:
         common = {name: given.pop(name, default) for name, default in _COMMON_DEFAULTS.items()}
         common.pop("debug")
-        bare = given.pop("bare", None)
+        bare = given.pop("bare", None) or None
         flags = {names[name]: value for name, value in given.items() if value is not None and value != []}
         if bare is not None and positional is not None:
             if positional in flags:
@@ -45,7 +45,8 @@ def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation]
     parameters = [_parameter(name, paths[path]) for name, path in names.items()]
     if positional is not None:
         argument = typer.Argument(None, metavar=positional.upper())
-        parameters.insert(0, _keyword("bare", Optional[str], argument))  # noqa: UP045
+        kind = Optional[list[str]] if meta(paths[positional])["many"] else Optional[str]  # noqa: UP045
+        parameters.insert(0, _keyword("bare", kind, argument))
     parameters += [
         _keyword(name, kind, typer.Option(default, *flags))
         for name, (kind, default, flags) in _common(bool(paths)).items()
@@ -63,9 +64,11 @@ def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     is_flag, many = info.annotation is bool, meta(info)["many"]
     choices = choices_of(info.annotation)
+    off, *others = spellings(name, info)[1:] if is_on_by_default(info) else ("", *spellings(name, info)[1:])
     option = typer.Option(
         None,
-        *spellings(name, info),
+        f"{spellings(name, info)[0]}/{off}".rstrip("/"),
+        *others,
         metavar=metavar(info),
         autocompletion=(lambda: list(choices)) if choices else None,
     )
@@ -75,9 +78,15 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
 
 
 def spellings(name: str, info: FieldInfo) -> list[str]:
-    """The spellings of an option that help shows: the long one and the short one."""
-    long = "--" + name.replace("__", ".").rpartition(".")[2].replace("_", "-")
-    return [long, *(flag for flag in meta(info)["flags"] if not flag.startswith("--"))]
+    """The spellings of an option that help shows: the long one, the one that switches it off, and the short one."""
+    bare = name.replace("__", ".").rpartition(".")[2].replace("_", "-")
+    off = [f"--no-{bare}"] if is_on_by_default(info) else []
+    return [f"--{bare}", *off, *(flag for flag in meta(info)["flags"] if not flag.startswith("--"))]
+
+
+def is_on_by_default(info: FieldInfo) -> bool:
+    """Whether a setting is a flag that can only be switched off."""
+    return info.annotation is bool and info.default is True
 
 
 def metavar(info: FieldInfo) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tisdpo_cli.cli.sharing import check_sharing
 from tisdpo_cli.data.locate import find_splits, training_splits
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.runs.checkpoints import open_checkpoint
@@ -45,6 +46,7 @@ def check(settings: Command) -> None:
         open_checkpoint(Path(checkpoints.resume).expanduser())
     for name, model in models:
         locate_model(model, f"--{name.replace('_', '-')}", trust and name != "reward_model")
+    check_sharing(settings)
 
 
 def _training_data(settings: Command) -> TrainingData | None:

@@ -46,6 +46,15 @@ def dialogue_conversation(
     return _conversation(whole[0][:-1], [messages[-1] for messages in whole])
 
 
+def dialogue_messages(prompt: str) -> list[Message] | None:
+    r"""The turns of a prompt that is such a dialogue up to its last "\n\nAssistant:", or None for any other text."""
+    try:
+        messages = _turns(prompt, "prompt")
+    except DataError:
+        return None
+    return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else None
+
+
 def _conversation(prompt: list[Message], answers: list[Message]) -> Conversation:
     if any(emptiness(message["content"]) for message in prompt):
         raise DataError("a turn of the dialogue is empty")

@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tisdpo_cli.engine.curves.report import report
     from tisdpo_cli.engine.evaluation.evaluate import evaluate
+    from tisdpo_cli.engine.exporting import export
     from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
     from tisdpo_cli.engine.merging import merge
     from tisdpo_cli.engine.pipeline import run
@@ -23,11 +25,13 @@ _ENTRY_POINTS = {
     "estimate": "scoring.estimate",
     "inspect_weights": "inspection.inspect_weights",
     "evaluate": "evaluation.evaluate",
+    "export": "exporting",
     "merge": "merging",
+    "report": "curves.report",
     "run": "pipeline",
 }
 
-__all__ = ["estimate", "evaluate", "inspect_weights", "merge", "run", "train_pairs", "train_sft"]
+__all__ = ["estimate", "evaluate", "export", "inspect_weights", "merge", "report", "run", "train_pairs", "train_sft"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import torch
 
+from tisdpo_cli.engine.model_card import CARD_FILE, OUTPUT, CardFacts, card_metadata, code, model_card
 from tisdpo_cli.errors import ModelError, UsageError
-from tisdpo_cli.files import reporting_write_errors
+from tisdpo_cli.files import reporting_write_errors, write_text
 from tisdpo_cli.model.adapters import adapters_of, refuse_unfaithful_merge
 from tisdpo_cli.model.content_hashes import hash_model
-from tisdpo_cli.model.directory import base_of, is_adapter, is_quantized_adapter, locate_model
+from tisdpo_cli.model.directory import (
+    ADAPTER_CONFIG,
+    base_of,
+    is_adapter,
+    is_quantized_adapter,
+    locate_model,
+    read_json,
+)
 from tisdpo_cli.model.layout import probe_logps
 from tisdpo_cli.model.loading import load_model, save_model
 from tisdpo_cli.model.quantization import dequantized, is_quantized
@@ -19,6 +27,7 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import Output, apply_umask
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import OutputRequest, StageResult, claim_output, finished_result
+from tisdpo_cli.settings.command_lines import command_line, shown_path
 from tisdpo_cli.settings.merge import Merge
 from tisdpo_cli.settings.sources import to_yaml
 
@@ -61,15 +70,43 @@ def merge(settings: Merge, reporter: Reporter) -> StageResult:
         if output.state == "finished":
             return finished_result(runtime, output)
         dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-        _merge(path, settings.trust_remote_code, dtype, output, to_yaml(settings), reporter)
+        facts = _card_facts(settings, path)
+        _merge(path, settings.trust_remote_code, dtype, output, to_yaml(settings), facts, reporter)
         return StageResult(output.path, output.record(), fresh=True)
+
+
+def _card_facts(settings: Merge, adapter: Path) -> CardFacts:
+    """What the card of the merged model says; what the adapter's card says of the data holds for it too."""
+    base, of_adapter = str(read_json(adapter / ADAPTER_CONFIG, "")["base_model_name_or_path"]), card_metadata(adapter)
+    tags = [tag for tag in of_adapter.get("tags") or () if isinstance(tag, str) and tag not in ("tisdpo", "lora")]
+    datasets = [name for name in of_adapter.get("datasets") or () if isinstance(name, str)]
+    return CardFacts(
+        title="Merged adapter",
+        summary="An adapter merged into its base model: a whole model with the same log-probs.",
+        command_line=command_line(settings, OUTPUT),
+        base=base,
+        base_name=shown_path(base),
+        datasets=tuple(datasets),
+        tags=tuple(tags),
+        rows={
+            "base model": code(shown_path(base)),
+            "adapter": code(shown_path(settings.model)),
+            "precision of the weights": settings.dtype,
+        },
+    )
 
 
 # Below this line there are no settings ----------------------------------------------------------------------------
 
 
 def _merge(
-    path: Path, trust_remote_code: bool, dtype: torch.dtype, output: Output, config: str, reporter: Reporter
+    path: Path,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    output: Output,
+    config: str,
+    facts: CardFacts,
+    reporter: Reporter,
 ) -> None:
     tokenizer = load_tokenizer(path, trust_remote_code)
     model = load_model(path, trust_remote_code, trained=False)
@@ -91,9 +128,11 @@ def _merge(
         rounded = float((probe_logps(model) - expected).abs().max())
     reporter.note(f"log-probs differ by at most {rounded:.1e} nats from those of the adapter")
     output.start(config)
+    record = {"adapter": str(path), "base": str(base_of(path)), "largest_difference": rounded}
     with reporting_write_errors(output.path):
         staged = output.staging()
         save_model(model, tokenizer, staged)
+        write_text(staged / CARD_FILE, model_card(facts, output.made_from, record, base=None))
         apply_umask(list(staged.iterdir()))
         files = output.publish(staged)
-    output.finish({"adapter": str(path), "base": str(base_of(path)), "largest_difference": rounded}, files)
+    output.finish(record, files)

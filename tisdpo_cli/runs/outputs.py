@@ -247,7 +247,7 @@ def _has_progress(output: Output) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of tisdpo and of the packages its numbers depend on."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "flash-attn")
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "flash-attn")
     found = {name: _version(name) for name in packages}
     return {"tisdpo": __version__, "python": platform.python_version(), **found}
 

@@ -9,8 +9,10 @@ from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.env import Env
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.evaluate import Evaluate
+from tisdpo_cli.settings.export import Export
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.merge import Merge
+from tisdpo_cli.settings.report import Report
 from tisdpo_cli.settings.run import Run
 from tisdpo_cli.settings.train_pairs import Train, TrainDpo, TrainReverse
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -38,7 +40,7 @@ class CommandSpec:
     panel: str
     example: str
     next: str | None = None
-    shows: Literal["path", "inspection", "evaluation", "pipeline", "environment"] = "path"
+    shows: Literal["path", "inspection", "evaluation", "pipeline", "curves", "environment"] = "path"
     positional: str | None = None
 
 
@@ -102,6 +104,21 @@ COMMANDS: dict[str, CommandSpec] = {
             panel=TOOLS,
             example="tisdpo evaluate -m out/tisdpo --baseline out/dpo --ref-model SFT -d DATA --samples samples.jsonl",
             shows="evaluation",
+        ),
+        CommandSpec(
+            Export,
+            run="engine:export",
+            panel=TOOLS,
+            example="tisdpo export samples.jsonl --alpaca-eval outputs.json",
+            positional="samples",
+        ),
+        CommandSpec(
+            Report,
+            run="engine:report",
+            panel=TOOLS,
+            example="tisdpo report out/dpo out/tisdpo -o report.html",
+            shows="curves",
+            positional="runs",
         ),
         CommandSpec(
             Merge,

@@ -24,6 +24,7 @@ PANELS = (
     "View",
     "Checks",
     "Output",
+    "Sharing",
     "Run",
 )
 

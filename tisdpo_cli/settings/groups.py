@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,6 +21,8 @@ from tisdpo_cli.settings.fields import (
     setting,
 )
 
+# As the hub names repositories.
+_REPO = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII)
 Dtype = Literal["auto", "float32", "bf16"]
 Layout = Literal["auto", "shared-prefix", "separate"]
 
@@ -300,6 +303,25 @@ class Checkpoints(Group):
         2, "number of checkpoints to keep while training", "Output", "--save-total-limit", shapes_result=False
     )
     resume: str = resume_setting(paths=True)
+
+
+class Hub(Group):
+    """Sharing the trained model."""
+
+    push_to_hub: PathText | None = setting(
+        None, "upload the finished model to this repository of the Hugging Face hub, as the login of `hf auth login`",
+        "Sharing", shapes_result=False, repeated=False, metavar="REPO",
+    )  # fmt: skip
+    hub_private: bool = setting(
+        True, "make a new repository private (default), or public", "Sharing", shapes_result=False, repeated=False
+    )
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _is_a_repository(cls, value: str | None) -> str | None:
+        if value is not None and not (_REPO.fullmatch(value) and "--" not in value and ".." not in value):
+            raise ValueError("must be NAME or OWNER/NAME")
+        return value
 
 
 class Checks(Group):

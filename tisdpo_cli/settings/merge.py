@@ -12,6 +12,7 @@ from tisdpo_cli.settings.base import (
     remote_code_setting,
 )
 from tisdpo_cli.settings.fields import PathText, setting
+from tisdpo_cli.settings.groups import Hub
 
 
 class Merge(Command):
@@ -27,3 +28,4 @@ class Merge(Command):
     )
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
+    hub: Hub = Hub()

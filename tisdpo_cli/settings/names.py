@@ -20,8 +20,8 @@ _FOREIGN_OPTIONS = {
     "logging-steps": "every step is in metrics.jsonl in the output directory",
     "report-to": "there are no trackers; every step is in metrics.jsonl in the output directory",
     "run-name": "there are no trackers; every step is in metrics.jsonl in the output directory",
-    "push-to-hub": "use hf upload",
-    "hub-model-id": "use hf upload",
+    "hub-model-id": "use --push-to-hub, with the name of the repository",
+    "hub-private-repo": "use --hub-private, which is the default, or --no-hub-private",
     "save-strategy": "use --save-every, a number of steps",
     "eval-strategy": "use --eval-every, a number of steps",
     "evaluation-strategy": "use --eval-every, a number of steps",
@@ -41,8 +41,8 @@ _FOREIGN_OPTIONS = {
     "deepspeed": "use --shard full, which is FSDP2",
 }
 
-# Settings of stages that `run` sets itself, so that they are not accepted at its top level.
-_NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run")
+# Settings of stages that are not accepted at the top level of `run`: it sets them itself, or they are for one stage.
+_NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run", "push_to_hub")
 
 
 def resolve(command: type[Command], name: str) -> str | None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.settings.base import Command, leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.datasets import DatasetPart
 from tisdpo_cli.settings.fields import group_of
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.run import STAGES, Run, Stages
@@ -267,7 +268,7 @@ def _wiring_names(stage: str) -> Iterable[str]:
 
 def _yaml_scalar(value: Any) -> str:
     if isinstance(value, tuple):
-        value = [part.plain() for part in value]
+        value = [part.plain() if isinstance(part, DatasetPart) else part for part in value]
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6, allow_unicode=style is None)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -22,7 +22,7 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, Optim, TrainingData
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Hub, Memory, Optim, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
 
 
@@ -44,6 +44,7 @@ class TrainPairs(Command):
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
+    hub: Hub = Hub()
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     cache_dir: PathText | None = setting(

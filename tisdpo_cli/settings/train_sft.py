@@ -22,7 +22,7 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData, SftOptim
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Hub, Memory, SftData, SftOptim
 
 
 class TrainSft(Command):
@@ -52,6 +52,7 @@ class TrainSft(Command):
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
+    hub: Hub = Hub()
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     profile: PathText | None = profile_setting()

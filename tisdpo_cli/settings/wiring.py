@@ -31,6 +31,13 @@ _DIRECTORIES = {
     "estimate": "scored",
     "train": "tisdpo",
 }
+
+
+def stage_directories() -> tuple[str, ...]:
+    """The names of the stages' outputs in that of a pipeline, in order."""
+    return tuple(_DIRECTORIES.values())
+
+
 # The stages that train the contrastive models (positive, negative), for each method.
 _CONTRAST: dict[str, tuple[str, ...]] = {
     "dpo": ("train_dpo", "train_reverse"),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.card import card_facts
 from tisdpo_cli.engine.training.dry_run import AskedLaunch
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
@@ -90,6 +91,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         require_liger(runtime.device)
     return SessionConfig(
         config_yaml=to_yaml(settings.with_values(resolved)),
+        card=card_facts(settings, resolved),
         seed=settings.seed,
         batch_size=batch_size,
         microbatching=split,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tisdpo_cli.engine.model_card import CARD_FILE, CardFacts, model_card
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
@@ -20,8 +21,8 @@ from tisdpo_cli.engine.training.state import whole_tensors
 from tisdpo_cli.engine.training.task import Task
 from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
 from tisdpo_cli.errors import Interrupted
-from tisdpo_cli.files import remove, reporting_write_errors
-from tisdpo_cli.model.adapters import BaseModel, LoraShape
+from tisdpo_cli.files import remove, reporting_write_errors, write_text
+from tisdpo_cli.model.adapters import BaseModel, LoraShape, adapters_of
 from tisdpo_cli.model.end_tokens import end_ids
 from tisdpo_cli.model.fused_kernels import fuse_elementwise
 from tisdpo_cli.model.layout import make_scorer, recompute_activations, scorer_with
@@ -40,6 +41,7 @@ class SessionConfig:
 
     Attributes:
         config_yaml: the resolved settings, written to `config.yaml`.
+        card: what the model card says of them.
         batch_size: examples per update, over all processes.
         microbatching: how a batch is split into forward passes.
         epochs: passes over the data.
@@ -58,6 +60,7 @@ class SessionConfig:
     """
 
     config_yaml: str
+    card: CardFacts
     seed: int
     batch_size: int
     microbatching: Microbatching
@@ -215,7 +218,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             "final_metrics": metrics,
         }
         tensors = whole_tensors(runtime, trainer.model)
-        runtime.on_main(lambda: _publish(output, setup, record, tensors))
+        runtime.on_main(lambda: _publish(output, config.card, setup, record, tensors))
     result = StageResult(output.path, output.record(), fresh=True)
     runtime.wait()
     if stop.signal:
@@ -263,8 +266,16 @@ def _staged(output: Output, setup: TrainingSetup, tensors: Mapping[str, Tensor] 
 
 
 def _publish(
-    output: Output, setup: TrainingSetup, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None
+    output: Output,
+    card: CardFacts,
+    setup: TrainingSetup,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None,
 ) -> None:
+    adapted = adapters_of(setup.scorer.model) is not None
+    base = setup.base.name if adapted and setup.base is not None else None
     with reporting_write_errors(output.path):
-        files = output.publish(_staged(output, setup, tensors))
+        staged = _staged(output, setup, tensors)
+        write_text(staged / CARD_FILE, model_card(card, output.made_from, record, base))
+        files = output.publish(staged)
         output.finish(record, files)

@@ -27,7 +27,7 @@ from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.model.sharding import whole
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint
-from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
+from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics, read_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
 
 
@@ -120,6 +120,9 @@ class Trainer:
                 check_start(record)
                 _write(file, record)
                 progress.advance(0, record)
+            elif runtime.main:
+                for earlier in read_metrics(metrics_file):
+                    progress.advance(0, earlier)
             while self.step < self.plan.updates:
                 record = self._update()
                 profiled_update()
