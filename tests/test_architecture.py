@@ -191,6 +191,7 @@ DOORS = {
     "engine/arguments.py",
     "engine/merging.py",
     "engine/pipeline.py",
+    "engine/pipeline_plan.py",
     "engine/evaluation/evaluate.py",
     "engine/inspection/inspect_weights.py",
     "engine/scoring/estimate.py",

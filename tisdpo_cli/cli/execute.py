@@ -92,16 +92,14 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     with explaining_out_of_memory(loaded.settings):
         result = entry_point(**{name: value for name, value in offered.items() if name in taken})
         check_signals()
-        _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
+        show = _show_dry_run if getattr(loaded.settings, "dry_run", False) else _SHOW[spec.shows]
+        show(result, spec, loaded.settings, typed, reporter)
 
 
 def _show_path(
     result: StageResult, spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter
 ) -> None:
     if not is_first_rank():
-        return
-    if not result.record:
-        _show_dry_run(result, settings, typed, reporter)
         return
     if spec.next is not None:
         reporter.command("next", next_command(spec, settings, typed.flags, typed.config, typed.sets))
@@ -112,18 +110,16 @@ def _show_path(
         write_path(result.path)
 
 
-def _show_dry_run(result: StageResult, settings: Command, typed: Invocation, reporter: Reporter) -> None:
+def _show_dry_run(result: Any, _spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter) -> None:
     """What a dry run found; there is no output."""
-    from tisdpo_cli.cli.first_row_view import first_row_lines
-    from tisdpo_cli.cli.prediction_view import misfits, prediction_lines
+    from tisdpo_cli.cli.dry_run_view import as_json, show
 
-    for line in (*prediction_lines(result.prediction), *first_row_lines(result.first_row)):
-        reporter.note(line)
-    for line in misfits(result.prediction, settings):
-        reporter.warn(line)
+    if not is_first_rank():
+        return
+    found = result.dry_run if hasattr(result, "dry_run") else result
+    show(found, settings, reporter)
     if typed.as_json:
-        found = {"first_row": result.first_row.as_dict(), "prediction": result.prediction.as_dict()}
-        write_result(json.dumps({"dry_run": True, **found}))
+        write_result(json.dumps({"dry_run": True, "command": settings.command, **as_json(found)}))
 
 
 def _show_inspection(

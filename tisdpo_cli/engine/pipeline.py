@@ -8,11 +8,13 @@ from typing import Any
 
 from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
 from tisdpo_cli.engine.inspection.results import Inspection
+from tisdpo_cli.engine.pipeline_plan import PipelinePlan, shown
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.reporter import Reporter
-from tisdpo_cli.runs.stage import StageResult
+from tisdpo_cli.runs.runtime import Runtime
+from tisdpo_cli.runs.stage import StageResult, finished_stage
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.memory_advice import explaining_out_of_memory
@@ -48,7 +50,7 @@ class PipelineResult:
 
 
 def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineResult:
-    """Run the pipeline; finished stages are skipped, an interrupted one is resumed.
+    """Run the pipeline; finished stages are skipped, an interrupted one is resumed, what has changed is redone.
 
     Args:
         settings: of every stage.
@@ -58,15 +60,35 @@ def run(settings: Run, reporter: Reporter, command: str | None = None) -> Pipeli
     Raises:
         TisdpoError: raised by a stage.
     """
+    plan = PipelinePlan(settings)
+    runtime = Runtime(reporter, plan.sharding())
+    runtime.reporter.note("what is done with each stage:")
+    for name, planned in runtime.on_main(lambda: plan.all(runtime)).items():
+        runtime.reporter.note(f"  {shown(name)}: {planned}")
     stages: dict[str, StageResult] = {}
-    todo = settings.stages()
-    for number, (name, stage) in enumerate(todo.items(), start=1):
-        reporter.stage(f"{number}/{len(todo)} {name.replace('_', '-')}: {_TITLES[name]}")
+    for number, (name, stage) in enumerate(plan.stages.items(), start=1):
+        reporter.stage(f"{number}/{len(plan.stages)} {shown(name)}: {_TITLES[name]}")
         with explaining_out_of_memory(stage, name):
-            stages[name] = _stage(stage, reporter)
+            stages[name] = _made(plan, name, runtime, reporter)
     with explaining_out_of_memory(settings.inspect_weights, "inspect_weights"):
         inspection = inspect_weights(settings.inspect_weights, command)
     return PipelineResult(Path(settings.output_dir), stages, inspection)
+
+
+def _made(plan: PipelinePlan, name: str, runtime: Runtime, reporter: Reporter) -> StageResult:
+    """The result of a stage, made now unless it is finished; what it reads is there by now."""
+    stage = plan.stages[name]
+    planned = runtime.on_main(lambda: plan.of(name, runtime))
+    if planned.action == "skip":
+        runtime.on_main(lambda: plan.adopt(name))
+        return finished_stage(runtime, Path(stage.output_dir), stage.command)  # type: ignore[attr-defined]
+    if planned.action == "redo":
+        runtime.reporter.note(str(planned))
+        stage = stage.with_values({"overwrite": True})
+    runtime.on_main(lambda: plan.remember(name, finished=False))
+    result = _stage(stage, reporter)
+    runtime.on_main(lambda: plan.remember(name, finished=True))
+    return result
 
 
 def _stage(settings: Command, reporter: Reporter) -> StageResult:

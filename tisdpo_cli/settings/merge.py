@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from tisdpo_cli.settings.base import (
     Command,
+    dry_run_setting,
     model_setting,
     output_setting,
     overwrite_setting,
@@ -27,3 +28,4 @@ class Merge(Command):
     )
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
+    dry_run: bool = dry_run_setting()

@@ -40,7 +40,7 @@ class Stages(Command):
         shapes_result=False,
     )
     output_dir: PathText = output_setting()
-    overwrite: bool = overwrite_setting("rerun stages whose settings or inputs have changed")
+    overwrite: bool = overwrite_setting("also redo changed stages that run did not make itself")
     num_processes: PositiveInt = num_processes_setting()
 
 

@@ -27,7 +27,7 @@ from tisdpo_cli.engine.training.arguments import (
     sharding_of,
     with_token_budget,
 )
-from tisdpo_cli.engine.training.dry_run import predict_training
+from tisdpo_cli.engine.training.dry_run import dry_run_result
 from tisdpo_cli.engine.training.first_row import of_example
 from tisdpo_cli.engine.training.outlines import ModelOutline, outline_policy, planned_examples
 from tisdpo_cli.engine.training.policy import (
@@ -120,10 +120,10 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         plan = plan_training(runtime, session, task.pass_costs(session.layout), SftTask.unit)
         if output is None:
             trained = planned_examples(session, _outline(session, source, tokenizer), task, eval_task)
-            directory = Path(settings.output_dir)
-            prediction = predict_training(runtime, session, asked_launch(runtime, settings), plan, trained, directory)
-            runtime.reporter.note("dry run: nothing was trained")
-            return StageResult(directory, {}, False, of_example(task.examples[0], tokenizer), prediction)
+            row = of_example(task.examples[0], tokenizer)
+            sizes = [{} if of is None else of.sizes() for of in (task, eval_task)]
+            asked, directory = asked_launch(runtime, settings), Path(settings.output_dir)
+            return dry_run_result(runtime, session, asked, plan, trained, row, sizes, directory)
         model = _model(runtime, session, source, tokenizer)
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.data.tokens import percentiles
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.dry_run import ExampleSize
 from tisdpo_cli.model.batch import Batch
@@ -49,6 +51,16 @@ class SftTask:
     def size(self, example: int) -> ExampleSize:
         """The sizes of an example."""
         return ExampleSize(len(self.examples[example].given), (len(self.examples[example].learned),))
+
+    def sizes(self) -> dict[str, Any]:
+        """Counts and lengths as plain values; prompts are those after truncation."""
+        whole = [len(e.learned) + e.left_out - e.has_end for e in self.examples]
+        return {
+            "examples": len(self.examples),
+            "prompt_tokens": percentiles([len(e.given) for e in self.examples]),
+            "response_tokens": percentiles(whole),
+            "truncated_responses": sum(not e.has_end for e in self.examples),
+        }
 
     @property
     def longest(self) -> int:
