@@ -192,6 +192,7 @@ DOORS = {
     "engine/merging.py",
     "engine/pipeline.py",
     "engine/pipeline_plan.py",
+    "engine/stand_ins.py",
     "engine/evaluation/evaluate.py",
     "engine/inspection/inspect_weights.py",
     "engine/scoring/estimate.py",

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
+from conftest import Listener, Tisdpo, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine import pipeline
-from tisdpo_cli.engine.pipeline import PipelineResult
+from tisdpo_cli.engine.pipeline import PipelineDryRun, PipelineResult
 from tisdpo_cli.engine.scoring.estimate import estimate
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
@@ -319,6 +319,60 @@ def test_a_stage_that_is_gone_is_made_again_to_the_byte(world: Path, tmp_path: P
     assert plan_of(listener)["train_reverse"] == "make"
     assert plan_of(listener)["estimate"] == "redo: train-reverse is made first; skipped if that changes nothing"
     assert result(tmp_path / "out") == result(whole)
+
+
+# ---------------------------------------------------------------- a dry run
+
+
+def dry_run(config: Path, **settings: object) -> PipelineDryRun:
+    found = run(config, dry_run=True, **settings)
+    assert isinstance(found, PipelineDryRun)
+    return found
+
+
+def test_a_dry_run_tries_every_stage_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    config = write_config(world, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found = dry_run(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [plan.action for plan in found.plan.values()] == ["make"] * len(STAGES)
+    assert list(found.stages) == list(STAGES)
+    assert [stage.steps.get("steps") for stage in found.stages.values()] == [3, 4, 6, None, 4]
+    weights = {name: stage.prediction.memory["weights"] for name, stage in found.stages.items()}
+    assert weights["train_dpo"] == weights["train_reverse"] == weights["train"] == weights["train_sft"]
+    assert weights["estimate"] == 2 * weights["train_dpo"]
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize("method", ["sft", "prompt"])
+def test_a_dry_run_knows_every_method(world: Path, tmp_path: Path, method: str) -> None:
+    found = dry_run(write_config(world, tmp_path), method=method)
+    assert list(found.stages) == list(found.plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tries_only_what_would_be_made(world: Path, tmp_path: Path, whole: Path) -> None:
+    copied(whole, tmp_path)
+    config, before = write_config(world, tmp_path), files(tmp_path / "out")
+    assert list(dry_run(config).stages) == []
+    found = dry_run(config, train__transform="threshold")
+    assert list(found.stages) == ["train"]
+    assert found.stages["train"].first_row.responses[0].tokens[0].weight is not None, "the scores are there"
+    found = dry_run(config, train_reverse__beta=0.2)
+    assert list(found.stages) == ["train_reverse", "estimate", "train"]
+    assert files(tmp_path / "out") == before
+
+
+def test_a_dry_run_is_one_object_on_stdout(world: Path, tmp_path: Path) -> None:
+    done = run_here("run", "--config", write_config(world, tmp_path), "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["dry_run"], found["command"], list(found["stages"])) == (True, "run", list(STAGES))
+    assert found["plan"]["train"] == {"action": "make", "reasons": []}
+    assert found["stages"]["estimate"]["settings"]["forward"] == str(tmp_path / "out" / "dpo")
+    assert "tisdpo-dry-run" not in done.err + done.out.replace("first_row", "")
+    assert "all stages: about " in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- stopped

@@ -110,16 +110,21 @@ def _show_path(
         write_path(result.path)
 
 
-def _show_dry_run(result: Any, _spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter) -> None:
+def _show_dry_run(result: Any, spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter) -> None:
     """What a dry run found; there is no output."""
-    from tisdpo_cli.cli.dry_run_view import as_json, show
+    from tisdpo_cli.cli.dry_run_view import as_json, pipeline_as_json, show, show_pipeline
 
     if not is_first_rank():
         return
-    found = result.dry_run if hasattr(result, "dry_run") else result
-    show(found, settings, reporter)
+    if spec.shows == "pipeline":
+        show_pipeline(result, reporter)
+        found = pipeline_as_json(result)
+    else:
+        dry_run = result if spec.shows == "evaluation" else result.dry_run
+        show(dry_run, settings, reporter)
+        found = as_json(dry_run)
     if typed.as_json:
-        write_result(json.dumps({"dry_run": True, "command": settings.command, **as_json(found)}))
+        write_result(json.dumps({"dry_run": True, "command": settings.command, **found}))
 
 
 def _show_inspection(

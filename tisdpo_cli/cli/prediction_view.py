@@ -24,11 +24,11 @@ def prediction_lines(prediction: Prediction) -> list[str]:
         each, whose = " for each", f" of each of {prediction.processes} processes"
         whose += ", sharded" if prediction.sharded else ""
     stages = ", ".join(
-        f"{stage} {_flops(flops[stage])} in {_time(took)}" if stage in flops else f"{stage} {_time(took)}"
+        f"{stage} {_flops(flops[stage])} in {duration(took)}" if stage in flops else f"{stage} {duration(took)}"
         for stage, took in seconds.items()
     )
     what = f"peak memory{whose}" if prediction.when == "training" else f"peak memory{whose}, while {prediction.when}"
-    total = f"about {_time(sum(seconds.values()))}"
+    total = f"about {duration(sum(seconds.values()))}"
     if flops:
         total = f"{_flops(sum(flops.values()))}, {total}"
     wanted = f" ({_parts(disk)})" if disk else ""
@@ -72,7 +72,8 @@ def _flops(count: float) -> str:
     return f"{count / unit:.1f} {letter}FLOP"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """About how long something takes, in the unit that people would use."""
     for least, unit, name in _TIMES:
         if seconds >= least:
             return f"{seconds / unit:.1f} {name}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tisdpo_cli.engine.dry_run import DryRun
 from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
 from tisdpo_cli.engine.inspection.results import Inspection
-from tisdpo_cli.engine.pipeline_plan import PipelinePlan, shown
+from tisdpo_cli.engine.pipeline_plan import PipelinePlan, StagePlan, shown
 from tisdpo_cli.engine.scoring.estimate import estimate
+from tisdpo_cli.engine.stand_ins import StandIns
 from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
+from tisdpo_cli.files import temporary_directory
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, finished_stage
@@ -49,7 +53,27 @@ class PipelineResult:
         return {"path": str(self.path), "stages": stages}
 
 
-def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineResult:
+@dataclass(frozen=True)
+class PipelineDryRun:
+    """What a dry run of `run` found.
+
+    Attributes:
+        plan: what would be done with each stage.
+        settings: of the stages that would be made.
+        stages: what a dry run of each of them found.
+    """
+
+    plan: Mapping[str, StagePlan]
+    settings: Mapping[str, Command]
+    stages: Mapping[str, DryRun]
+
+    @property
+    def seconds(self) -> float:
+        """About how long all stages take."""
+        return sum(sum(found.prediction.seconds.values()) for found in self.stages.values())
+
+
+def run(settings: Run, reporter: Reporter, command: str | None = None) -> PipelineResult | PipelineDryRun:
     """Run the pipeline; finished stages are skipped, an interrupted one is resumed, what has changed is redone.
 
     Args:
@@ -63,8 +87,11 @@ def run(settings: Run, reporter: Reporter, command: str | None = None) -> Pipeli
     plan = PipelinePlan(settings)
     runtime = Runtime(reporter, plan.sharding())
     runtime.reporter.note("what is done with each stage:")
-    for name, planned in runtime.on_main(lambda: plan.all(runtime)).items():
-        runtime.reporter.note(f"  {shown(name)}: {planned}")
+    planned = runtime.on_main(lambda: plan.all(runtime))
+    for name, todo in planned.items():
+        runtime.reporter.note(f"  {shown(name)}: {todo}")
+    if settings.dry_run:
+        return _dry_run(settings, plan, planned, reporter)
     stages: dict[str, StageResult] = {}
     for number, (name, stage) in enumerate(plan.stages.items(), start=1):
         reporter.stage(f"{number}/{len(plan.stages)} {shown(name)}: {_TITLES[name]}")
@@ -73,6 +100,23 @@ def run(settings: Run, reporter: Reporter, command: str | None = None) -> Pipeli
     with explaining_out_of_memory(settings.inspect_weights, "inspect_weights"):
         inspection = inspect_weights(settings.inspect_weights, command)
     return PipelineResult(Path(settings.output_dir), stages, inspection)
+
+
+def _dry_run(settings: Run, plan: PipelinePlan, planned: Mapping[str, StagePlan], reporter: Reporter) -> PipelineDryRun:
+    """A dry run of every stage that would be made, with stand-ins for what the ones before it would make."""
+    missing = {name: todo.action != "skip" for name, todo in planned.items()}
+    used: dict[str, Command] = {}
+    found: dict[str, DryRun] = {}
+    with temporary_directory("tisdpo-dry-run-") as directory:
+        stand_ins = StandIns(plan.stages, Path(directory))
+        for name in (name for name in plan.stages if missing[name]):
+            reporter.stage(f"{shown(name)}: {_TITLES[name]}")
+            used[name] = plan.stages[name]
+            stage = stand_ins.settings(name, missing).with_values({"num_processes": settings.num_processes})
+            if name == "train" and missing["estimate"]:
+                reporter.note("there are no scores yet: the rows to be scored stand in, without weights")
+            found[name] = _stage(stage, reporter).dry_run
+    return PipelineDryRun(planned, used, found)
 
 
 def _made(plan: PipelinePlan, name: str, runtime: Runtime, reporter: Reporter) -> StageResult:

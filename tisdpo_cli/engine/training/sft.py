@@ -50,9 +50,9 @@ from tisdpo_cli.engine.training.sharded_model import place, shard_model
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel
 from tisdpo_cli.model.directory import locate_model
-from tisdpo_cli.model.loading import check_fit, make_model
+from tisdpo_cli.model.loading import check_fit, make_model, save_model
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.reporter import Reporter, Silent
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, finished_result
@@ -140,6 +140,19 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
             _base(model, path, settings.model or "", output),
         )
         return run_training(runtime, session, output, setup)
+
+
+def make_untrained(settings: TrainSft, directory: Path) -> None:
+    """Write the new model that a fine-tuning with --init would start from, with its tokenizer.
+
+    Raises:
+        TisdpoError: the dataset is unusable.
+    """
+    source = _source(settings, None, find_dataset(settings.dataset, settings.data, Silent()), Silent())
+    assert isinstance(source.model, NewModel)
+    tokenizer = _tokenizer(source, Silent())
+    directory.mkdir()
+    save_model(_new_model(source, source.model, tokenizer), tokenizer, directory)
 
 
 def _source(settings: TrainSft, path: Path | None, splits: Mapping[str, DatasetSplit], reporter: Reporter) -> _Source:
