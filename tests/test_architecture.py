@@ -193,6 +193,8 @@ DOORS = {
     "engine/merging.py",
     "engine/pipeline.py",
     "engine/curves/report.py",
+    "engine/pipeline_plan.py",
+    "engine/stand_ins.py",
     "engine/evaluation/evaluate.py",
     "engine/inspection/inspect_weights.py",
     "engine/scoring/estimate.py",

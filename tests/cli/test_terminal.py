@@ -10,12 +10,16 @@ import struct
 import subprocess
 import sys
 import termios
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from conftest import write_jsonl
 from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
 
+from tisdpo_cli.cli.console import TerminalReporter
 from tisdpo_cli.model.tokenizer import load_tokenizer
 
 WIDE = " 你好，世界。再见！ ok 👍🏽"
@@ -40,15 +44,32 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def clean_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+
+
+def in_a_pipe(columns: int, *arguments: str | Path, **env: str) -> str:
+    """What the program writes to a pipe while its other streams are on a terminal of so many columns."""
+    outer, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    done = subprocess.run(
+        [sys.executable, "-m", "tisdpo_cli", *map(str, arguments)],
+        stdin=inner, stdout=subprocess.PIPE, stderr=inner, env={**clean_environment(), **env}, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(inner)
+    os.close(outer)
+    assert done.returncode == 0
+    return done.stdout.decode("utf-8")
+
+
 def on_a_terminal(columns: int, *arguments: str | Path, **env: str) -> tuple[int, str]:
     """Run the program with stdout on a pseudo-terminal of so many columns; its exit code and what it wrote."""
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    clean = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
     child = subprocess.Popen(
         [sys.executable, "-m", "tisdpo_cli", *map(str, arguments)],
         stdin=inner, stdout=inner, stderr=subprocess.DEVNULL,
-        env={**clean, "TERM": "xterm-256color", "COLORTERM": "truecolor", **env},
+        env={**clean_environment(), "TERM": "xterm-256color", "COLORTERM": "truecolor", **env},
     )  # fmt: skip
     os.close(inner)
     written = b""
@@ -112,3 +133,24 @@ def test_three_pairs_and_a_comparison(scored: Path) -> None:
     assert plain.index("pair 0 (") < plain.index("pair 1 (")
     assert "rank correlation" in plain
     assert plain.count("underlined: above neutral") == 1, "one legend"
+
+
+def test_a_pipe_does_not_follow_the_terminal_beside_it(scored: Path) -> None:
+    view = ("inspect-weights", scored, "--index", "0", "--min-count", "1")
+    narrow, wide = (in_a_pipe(columns, *view) for columns in (60, 200))
+    assert narrow == wide
+    lines = narrow.splitlines()
+    boxes = [line for line in lines if line.startswith(("╭", "│", "╰"))]
+    assert {cell_len(line) for line in boxes} == {80}
+    (listed,) = (line for line in lines if line.startswith("highest"))
+    assert listed.count("(×") == 8, "one line, however long"
+    asked = in_a_pipe(60, *view, COLUMNS="100")
+    assert {cell_len(line) for line in asked.splitlines() if line.startswith("╭")} == {100}
+
+
+def test_tables_on_stderr_are_whole_in_a_pipe() -> None:
+    table, stream = Table("stage", "held-out accuracy"), StringIO()
+    table.add_row("a stage with a name that is longer than forty columns", "79.2%")
+    TerminalReporter(Console(file=stream, width=40)).show(table)
+    assert "a stage with a name that is longer than forty columns" in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 5

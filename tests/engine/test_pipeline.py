@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Listener, Tisdpo, read_jsonl, write_jsonl
+from conftest import Listener, Tisdpo, read_jsonl, run_here, write_jsonl
 
 from tisdpo_cli.cli.error_messages import explain
 from tisdpo_cli.engine import pipeline
-from tisdpo_cli.engine.pipeline import PipelineResult
+from tisdpo_cli.engine.pipeline import PipelineDryRun, PipelineResult
 from tisdpo_cli.engine.scoring.estimate import estimate
+from tisdpo_cli.engine.training.preference import train_pairs
 from tisdpo_cli.engine.training.sft import train_sft
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.reporter import Silent
@@ -195,8 +196,15 @@ def test_what_does_not_shape_the_result_may_change(world: Path, tmp_path: Path, 
     assert made_now(made) == []
 
 
+def plan_of(listener: Listener) -> dict[str, str]:
+    """What was said before the first stage: stage to what is done with it."""
+    begin = listener.said.index("what is done with each stage:") + 1
+    lines = [line.strip().partition(": ") for line in listener.said[begin : begin + len(STAGES)]]
+    return {name.replace("-", "_"): text for name, _, text in lines}
+
+
 AFTER = {
-    "train": ("train__beta", 0.2, ["train"]),
+    "train": ("train__transform", "threshold", ["train"]),
     "estimate": ("estimate__dtype", "bf16", ["estimate", "train"]),
     "train_reverse": ("train_reverse__learning_rate", 2e-3, ["train_reverse", "estimate", "train"]),
     "train_dpo": ("train_dpo__max_steps", 5, ["train_dpo", "estimate", "train"]),
@@ -205,25 +213,91 @@ AFTER = {
 
 
 @pytest.mark.parametrize("stage", AFTER)
-def test_another_setting_is_refused_by_name_and_overwritten_where_it_matters(
+def test_another_setting_is_named_and_redoes_exactly_what_depends_on_it(
     world: Path, tmp_path: Path, whole: Path, stage: str
 ) -> None:
     name, value, again = AFTER[stage]
     copied(whole, tmp_path)
     config = write_config(world, tmp_path)
     before = files(tmp_path / "out")
-    code, text = fault_of(config, **{name: value})
-    assert code == 2
-    assert name.split("__")[1] in text
-    assert str(tmp_path / "out" / STAGES[stage]) in text
-    assert files(tmp_path / "out") == before
-
-    assert made_now(run(config, overwrite=True, **{name: value})) == again
+    listener = Listener()
+    assert made_now(run(config, listener, **{name: value})) == again
+    planned = plan_of(listener)
+    for other in STAGES:
+        assert planned[other].split(":")[0] == ("redo" if other in again else "skip")
+    assert name.split("__")[1] in planned[stage]
+    assert f"→ {value}" in planned[stage]
+    assert all(f"{again[0].replace('_', '-')} is redone" in planned[other] for other in READERS[stage])
     now = files(tmp_path / "out")
     kept = {path for path in before if now.get(path) == before[path]}
     for other, folder in STAGES.items():
         inside = {path for path in before if path.startswith(f"{folder}/")}
         assert inside <= kept if other not in again else f"{folder}/run.json" not in kept
+
+
+# Which stages read the output of a stage.
+READERS = {
+    "train_sft": ["train_dpo", "train_reverse", "train"],
+    "train_dpo": ["estimate"],
+    "train_reverse": ["estimate"],
+    "estimate": ["train"],
+    "train": [],
+}
+
+
+def test_another_beta_of_the_contrast_redoes_it_and_what_reads_it(world: Path, tmp_path: Path, whole: Path) -> None:
+    copied(whole, tmp_path)
+    listener = Listener()
+    betas = {"train_dpo__beta": 0.2, "train_reverse__beta": 0.2}
+    made = run(write_config(world, tmp_path), listener, **betas)
+    assert made_now(made) == ["train_dpo", "train_reverse", "estimate", "train"]
+    assert plan_of(listener)["train_dpo"] == "redo: method.beta 0.1 → 0.2"
+    assert plan_of(listener)["estimate"] == "redo: train-dpo is redone; train-reverse is redone"
+    listener = Listener()
+    assert made_now(run(write_config(world, tmp_path), listener, **betas)) == []
+    assert set(plan_of(listener).values()) == {"skip"}
+
+
+def test_a_change_and_back_ends_in_the_same_bytes(world: Path, tmp_path: Path, whole: Path) -> None:
+    copied(whole, tmp_path)
+    config = write_config(world, tmp_path)
+    assert made_now(run(config, train__transform="threshold")) == ["train"]
+    assert made_now(run(config)) == ["train"]
+    assert result(tmp_path / "out") == result(whole)
+
+
+def test_what_run_did_not_make_is_never_overwritten_unasked(world: Path, tmp_path: Path, whole: Path) -> None:
+    """A stage that was made again by hand, and outputs whose maker is not known."""
+    copied(whole, tmp_path)
+    config, out = write_config(world, tmp_path), tmp_path / "out"
+    flags = {"model": out / "sft", "dataset": world / "data", "output_dir": out / "dpo", "max_steps": 2}
+    flags |= {"batch_size": 8, "warmup_steps": 0, "beta": 0.3}
+    by_hand = {name: str(value) for name, value in flags.items()}
+    train_pairs(load(COMMANDS["train-dpo"].settings, {**by_hand, "overwrite": True}).settings, Silent())
+    before = files(out)
+    code, text = fault_of(config)
+    assert (code, "method.beta 0.3 → 0.1" in text, str(out / "dpo") in text) == (2, True, True)
+    code, text = fault_of(config, train__transform="threshold")
+    assert files(out) == before
+    assert made_now(run(config, overwrite=True)) == ["train_dpo"], "which is the same again"
+
+    (out / ".stages.json").unlink()
+    before = files(out)
+    code, text = fault_of(config, train__transform="threshold")
+    assert (code, "transform rank_based → threshold" in text) == (2, True)
+    assert files(out) == before
+    assert made_now(run(config)) == []
+
+
+def test_a_stage_that_was_stopped_is_restarted_with_other_settings(world: Path, tmp_path: Path) -> None:
+    config = write_config(world, tmp_path, "save_every: 1\n")
+    fault_of(config, Listener(5))
+    listener = Listener()
+    made = run(config, listener, train_dpo__beta=0.2)
+    assert plan_of(listener)["train_dpo"] == "redo: method.beta 0.1 → 0.2"
+    assert plan_of(listener)["train_sft"] == "skip"
+    assert plan_of(listener)["train"] == "make"
+    assert made_now(made) == ["train_dpo", "train_reverse", "estimate", "train"]
 
 
 def test_other_data_make_everything_again(world: Path, tmp_path: Path, whole: Path) -> None:
@@ -232,16 +306,73 @@ def test_other_data_make_everything_again(world: Path, tmp_path: Path, whole: Pa
     rows[3]["rejected"] += " No."
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
     config = write_config(world, tmp_path, data=data)
-    code, text = fault_of(config)
-    assert (code, "dataset" in text) == (2, True)
-    assert made_now(run(config, overwrite=True)) == list(STAGES)
+    listener = Listener()
+    assert made_now(run(config, listener)) == list(STAGES)
+    assert plan_of(listener)["train_sft"] == "redo: the content of dataset has changed"
 
 
 def test_a_stage_that_is_gone_is_made_again_to_the_byte(world: Path, tmp_path: Path, whole: Path) -> None:
     copied(whole, tmp_path)
     subprocess.run(["rm", "-r", tmp_path / "out" / "reverse"], check=True)
-    assert made_now(run(write_config(world, tmp_path))) == ["train_reverse"]
+    listener = Listener()
+    assert made_now(run(write_config(world, tmp_path), listener)) == ["train_reverse"]
+    assert plan_of(listener)["train_reverse"] == "make"
+    assert plan_of(listener)["estimate"] == "redo: train-reverse is made first; skipped if that changes nothing"
     assert result(tmp_path / "out") == result(whole)
+
+
+# ---------------------------------------------------------------- a dry run
+
+
+def dry_run(config: Path, **settings: object) -> PipelineDryRun:
+    found = run(config, dry_run=True, **settings)
+    assert isinstance(found, PipelineDryRun)
+    return found
+
+
+def test_a_dry_run_tries_every_stage_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    config = write_config(world, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found = dry_run(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [plan.action for plan in found.plan.values()] == ["make"] * len(STAGES)
+    assert list(found.stages) == list(STAGES)
+    assert [stage.steps.get("steps") for stage in found.stages.values()] == [3, 4, 6, None, 4]
+    weights = {name: stage.prediction.memory["weights"] for name, stage in found.stages.items()}
+    assert weights["train_dpo"] == weights["train_reverse"] == weights["train"] == weights["train_sft"]
+    assert weights["estimate"] == 2 * weights["train_dpo"]
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize("method", ["sft", "prompt"])
+def test_a_dry_run_knows_every_method(world: Path, tmp_path: Path, method: str) -> None:
+    found = dry_run(write_config(world, tmp_path), method=method)
+    assert list(found.stages) == list(found.plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tries_only_what_would_be_made(world: Path, tmp_path: Path, whole: Path) -> None:
+    copied(whole, tmp_path)
+    config, before = write_config(world, tmp_path), files(tmp_path / "out")
+    assert list(dry_run(config).stages) == []
+    found = dry_run(config, train__transform="threshold")
+    assert list(found.stages) == ["train"]
+    assert found.stages["train"].first_row.responses[0].tokens[0].weight is not None, "the scores are there"
+    found = dry_run(config, train_reverse__beta=0.2)
+    assert list(found.stages) == ["train_reverse", "estimate", "train"]
+    assert files(tmp_path / "out") == before
+
+
+def test_a_dry_run_is_one_object_on_stdout(world: Path, tmp_path: Path) -> None:
+    done = run_here("run", "--config", write_config(world, tmp_path), "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["dry_run"], found["command"], list(found["stages"])) == (True, "run", list(STAGES))
+    assert found["plan"]["train"] == {"action": "make", "reasons": []}
+    assert found["stages"]["estimate"]["settings"]["forward"] == str(tmp_path / "out" / "dpo")
+    assert "tisdpo-dry-run" not in done.err + done.out.replace("first_row", "")
+    assert "all stages: about " in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- stopped
@@ -355,15 +486,12 @@ def test_templates_of_ones_own_reach_the_scores(world: Path, tmp_path: Path) -> 
     estimate(load(COMMANDS["estimate"].settings, {**flags, "batch_size": "8"}).settings, Silent())
     assert (tmp_path / "alone" / "train.jsonl").read_bytes() == (out / "scored" / "train.jsonl").read_bytes()
     assert made_now(run(config)) == []
-    code, text = fault_of(config, positive_template="harmless")
-    assert (code, "positive_template Be kind." in text) == (2, True)
+    listener = Listener()
+    assert made_now(run(config, listener, positive_template="harmless")) == ["estimate", "train"]
+    assert any("estimate: redo: positive_template Be kind." in line for line in listener.said)
 
 
-def test_another_method_in_the_same_place_must_be_asked_for(world: Path, tmp_path: Path) -> None:
+def test_another_method_in_the_same_place_redoes_the_scores(world: Path, tmp_path: Path) -> None:
     config = write_config(world, tmp_path)
     run(config)
-    code, told = fault_of(config, method="prompt")
-    assert code == 2
-    assert "scored" in told
-    assert "--overwrite" in told
-    assert made_now(run(config, method="prompt", overwrite=True)) == ["estimate", "train"]
+    assert made_now(run(config, method="prompt")) == ["estimate", "train"]

@@ -6,6 +6,7 @@ Needs Chromium, and playwright to drive it; skipped without, unless $CHROMIUM na
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from dataclasses import replace
@@ -22,6 +23,7 @@ from tisdpo_cli.cli.inspection_view import picture
 from tisdpo_cli.engine.inspection.inspect_weights import inspect_weights
 from tisdpo_cli.engine.inspection.report.page import page
 from tisdpo_cli.engine.inspection.results import Inspection
+from tisdpo_cli.method.transforms import TRANSFORMS
 from tisdpo_cli.model.tokenizer import load_tokenizer
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import load
@@ -206,6 +208,97 @@ def test_both_ways_colour_the_same(report: Path, opened) -> None:
     for at in range(0, count, 23):
         kept = [c for c in still.locator("span.t").nth(at).get_attribute("class").split() if c != "t"]
         assert " ".join(kept) == shown[at]
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
+def test_pairs_are_on_the_first_screen(report: Path, opened, scripts: bool) -> None:
+    tab = opened(report, java_script_enabled=scripts)
+    box = tab.locator("article .tokens").first.bounding_box()
+    assert box["y"] + box["height"] < 700
+    names = tab.locator("main h2").all_inner_texts()
+    assert names == ["Pairs", "Checks", "Summary", "Tokens", "Comparison"]
+    assert [text.split(" (")[0] for text in tab.locator("nav li").all_inner_texts()] == [*names, "Provenance"]
+
+
+def test_both_ways_say_the_same_figures(report: Path, opened) -> None:
+    still, alive = opened(report, java_script_enabled=False), opened(report)
+    heads = "article section > p"
+    assert still.locator(heads).all_inner_texts() == alive.locator(heads).all_inner_texts()
+    for at in range(0, still.locator("span.t").count(), 37):
+        alive.locator("span.t").nth(at).hover()
+        assert card_of(alive)["weight"] == still.locator("span.t").nth(at).get_attribute("title")
+
+
+def card_of(tab: Any) -> dict[str, str]:
+    names, values = (tab.locator(f"#card {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    return dict(zip(names, values, strict=True))
+
+
+def spelled_out(formula: str) -> tuple[float, float]:
+    """What the left side of a formula is, and what its right side says."""
+    left, _, right = formula.replace("−", "-").replace("·", "*").rpartition(" = ")
+
+    def clamp(value: float, low: float, high: float) -> float:
+        return min(max(value, low), high)
+
+    number = re.fullmatch(r"\[number (\d+) of \d+ by s, the first (\d+) get 1\]", left)
+    if number:
+        return float(int(number[1]) <= int(number[2])), float(right)
+    return eval(left, {"__builtins__": {}, "exp": math.exp, "clamp": clamp}), float(right)
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean"])
+def test_the_card_spells_out_the_formula_with_its_numbers(contrast: Path, tmp_path: Path, opened, normalize) -> None:
+    params = {
+        "exp": "exp:mu=2,k=1.5", "rank_based": "rank_based", "threshold_and_scale": "threshold_and_scale",
+        "threshold": "threshold", "binary": "binary:top_percent=40", "random": "random", "origin": "origin",
+    }  # fmt: skip
+    assert set(params) == set(TRANSFORMS)
+    if normalize == "mean":
+        params = {name: params[name] for name in ("exp", "rank_based")}
+    path = tmp_path / "r.html"
+    found = inspection_of(
+        contrast / "scored", path, sort="index", transform="exp", previews=" ".join(params.values()),
+        normalize=normalize,
+    )  # fmt: skip
+    path.write_text(page(found), encoding="utf-8")
+    tab = opened(path)
+    for mode, option in enumerate(tab.locator("#mode option").all_inner_texts()):
+        tab.select_option("#mode", str(mode))
+        for side in (0, 1):
+            tokens = tab.locator("#pair-1 .tokens").nth(side).locator("span.t")
+            for at in (0, 3, tokens.count() - 1):
+                tokens.nth(at).hover()
+                card = card_of(tab)
+                shown = option if option.startswith("weight") else "weight"
+                weight = float(card[shown].replace("−", "-"))
+                formula = card["formula"]
+                assert float(formula.rpartition(" = ")[2].replace("−", "-")) == pytest.approx(weight, abs=0.0051)
+                if normalize == "mean":
+                    assert (" / mean of the response = " in formula) == (shown == "weight")
+                elif "random" in formula:
+                    assert "random" in option
+                else:
+                    left, right = spelled_out(formula)
+                    assert left == pytest.approx(right, rel=0.03, abs=0.016), formula
+
+
+@pytest.mark.parametrize("height", [900, 420, 200])
+def test_the_card_never_covers_its_token(report: Path, opened, height: int) -> None:
+    tab = opened(report)
+    tab.set_viewport_size({"width": 1180, "height": height})
+    tokens = tab.locator("article span.t")
+    for at in range(0, tokens.count(), 41):
+        tokens.nth(at).hover()
+        card, token = tab.locator("#card").bounding_box(), tokens.nth(at).bounding_box()
+        apart = (
+            card["x"] >= token["x"] + token["width"]
+            or card["x"] + card["width"] <= token["x"]
+            or card["y"] >= token["y"] + token["height"]
+            or card["y"] + card["height"] <= token["y"]
+        )
+        assert apart, (card, token)
+        assert card["x"] >= 0
 
 
 def test_the_value_that_colours_can_be_switched(contrast: Path, report: Path, opened) -> None:

@@ -61,7 +61,7 @@ def attempt(world: Path, tmp_path: Path):
         listener = Listener()
         check(settings)
         result = train_pairs(settings, listener)
-        return "\n".join([*listener.said, *first_row_lines(result.first_row)])
+        return "\n".join([*listener.said, *first_row_lines(result.dry_run.first_row)])
 
     return run
 

@@ -13,7 +13,7 @@ from tisdpo_cli.cli.app import app
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.method.objectives import OBJECTIVES
 from tisdpo_cli.method.prompt_templates import TEMPLATES
-from tisdpo_cli.runs.outputs import differences
+from tisdpo_cli.runs.markers import differences
 from tisdpo_cli.settings.base import leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.sources import Loaded, load, to_yaml

@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from tisdpo_cli.cli.sparkline import Sparkline
+from tisdpo_cli.cli.widths import print_whole, steady
 from tisdpo_cli.errors import UserError
 from tisdpo_cli.text import visible
 
@@ -33,7 +35,7 @@ _FIGURES = (
 
 def stderr_console() -> Console:
     """A console on stderr; honours NO_COLOR and FORCE_COLOR."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return steady(Console(stderr=True, highlight=False, markup=False, emoji=False))
 
 
 class TerminalReporter:
@@ -56,7 +58,7 @@ class TerminalReporter:
 
     def show(self, view: Any) -> None:
         """A view for people."""
-        self.console.print(view)
+        print_whole(self.console, view) if isinstance(view, Table) else self.console.print(view)
 
     def command(self, label: str, command: str) -> None:
         """A command line to paste: never broken, whatever the width."""

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from tisdpo_cli.cli.widths import print_whole
 from tisdpo_cli.text import visible
 
 if TYPE_CHECKING:
@@ -23,19 +23,12 @@ if TYPE_CHECKING:
         WinRate,
     )
 
-# Wider than any content: asks how wide that is.
-_UNLIMITED = 100_000
-
 
 def render(evaluation: Evaluation) -> str:
     """Render the whole view as text for stdout, as wide as the terminal; without a terminal, as wide as its content."""
     console = Console(highlight=False, markup=False, emoji=False)
-    view = Group(_header(evaluation), _table(evaluation), *_comparisons(evaluation))
-    if not console.file.isatty():
-        options = console.options.update(max_width=_UNLIMITED)
-        console.width = max(console.width, Measurement.get(console, options, view).maximum)
     with console.capture() as captured:
-        console.print(view)
+        print_whole(console, Group(_header(evaluation), _table(evaluation), *_comparisons(evaluation)))
     return captured.get().rstrip("\n")
 
 

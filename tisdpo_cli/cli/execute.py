@@ -94,17 +94,17 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
     with explaining_out_of_memory(loaded.settings):
         result = entry_point(**{name: value for name, value in offered.items() if name in taken})
         check_signals()
-        share(loaded.settings, reporter)
-        _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
+        dry_run = getattr(loaded.settings, "dry_run", False)
+        if not dry_run:
+            share(loaded.settings, reporter)
+        show = _show_dry_run if dry_run else _SHOW[spec.shows]
+        show(result, spec, loaded.settings, typed, reporter)
 
 
 def _show_path(
     result: StageResult, spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter
 ) -> None:
     if not is_first_rank():
-        return
-    if not result.record:
-        _show_dry_run(result, settings, typed, reporter)
         return
     if spec.next is not None:
         reporter.command("next", next_command(spec, settings, typed.flags, typed.config, typed.sets))
@@ -115,18 +115,21 @@ def _show_path(
         write_path(result.path)
 
 
-def _show_dry_run(result: StageResult, settings: Command, typed: Invocation, reporter: Reporter) -> None:
+def _show_dry_run(result: Any, spec: CommandSpec, settings: Command, typed: Invocation, reporter: Reporter) -> None:
     """What a dry run found; there is no output."""
-    from tisdpo_cli.cli.first_row_view import first_row_lines
-    from tisdpo_cli.cli.prediction_view import misfits, prediction_lines
+    from tisdpo_cli.cli.dry_run_view import as_json, pipeline_as_json, show, show_pipeline
 
-    for line in (*prediction_lines(result.prediction), *first_row_lines(result.first_row)):
-        reporter.note(line)
-    for line in misfits(result.prediction, settings):
-        reporter.warn(line)
+    if not is_first_rank():
+        return
+    if spec.shows == "pipeline":
+        show_pipeline(result, reporter)
+        found = pipeline_as_json(result)
+    else:
+        dry_run = result if spec.shows == "evaluation" else result.dry_run
+        show(dry_run, settings, reporter)
+        found = as_json(dry_run)
     if typed.as_json:
-        found = {"first_row": result.first_row.as_dict(), "prediction": result.prediction.as_dict()}
-        write_result(json.dumps({"dry_run": True, **found}))
+        write_result(json.dumps({"dry_run": True, "command": settings.command, **found}))
 
 
 def _show_inspection(

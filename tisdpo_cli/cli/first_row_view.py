@@ -25,6 +25,8 @@ def first_row_lines(row: FirstRow) -> list[str]:
     lines += [f"the stop: {text!r} (id {token_id}), the last token of a response" for text, token_id in sorted(stops)]
     if any(not token.scored for response in row.responses for token in response.tokens):
         lines.append("in parentheses: weight 0, not scored")
+    if any(token.weight is not None for response in row.responses for token in response.tokens):
+        lines.append("in braces: the weight of a token in the loss")
     if row.swapped:
         lines.append("reverse training: 'chosen' is the dataset's rejected response")
     return lines
@@ -45,4 +47,10 @@ def _head_and_tail(tokens: Sequence[RowToken]) -> str:
 
 def _texts(tokens: Sequence[RowToken], of_prompt: bool = False) -> str:
     """Texts of tokens; those of a response that are not scored in parentheses."""
-    return " ".join(repr(token.text) if token.scored or of_prompt else f"({token.text!r})" for token in tokens)
+    return " ".join(_text(token, of_prompt) for token in tokens)
+
+
+def _text(token: RowToken, of_prompt: bool) -> str:
+    if not token.scored and not of_prompt:
+        return f"({token.text!r})"
+    return repr(token.text) if token.weight is None else f"{token.text!r}{{{token.weight:.2f}}}"

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tisdpo_cli.cli.prompt_view import prompt_view
+from tisdpo_cli.cli.widths import print_whole, steady
 from tisdpo_cli.text import glyphs, visible
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def render(inspection: Inspection, limit: int = 1) -> str:
         inspection: results to show.
         limit: maximum number of pairs to show.
     """
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = steady(Console(highlight=False, markup=False, emoji=False))
     with console.capture() as captured:
-        console.print(_overview(inspection))
+        print_whole(console, _overview(inspection))
         console.print(pair_view(inspection, coloured=_coloured(console), width=console.width, limit=limit))
     return captured.get().rstrip("\n")
 
@@ -226,7 +227,7 @@ def pair_view(
         width: in columns; default: that of stderr.
         limit: maximum number of pairs.
     """
-    console = Console(stderr=True)
+    console = steady(Console(stderr=True))
     coloured = _coloured(console) if coloured is None else coloured
     width = width or console.width
     views = [_one_pair(inspection, view, coloured, width) for view in inspection.views[:limit]]

@@ -23,14 +23,20 @@ def prediction_lines(prediction: Prediction) -> list[str]:
     if prediction.processes > 1:
         each, whose = " for each", f" of each of {prediction.processes} processes"
         whose += ", sharded" if prediction.sharded else ""
-    stages = ", ".join(f"{stage} {_flops(flops[stage])} in {_time(seconds[stage])}" for stage in flops)
+    stages = ", ".join(
+        f"{stage} {_flops(flops[stage])} in {duration(took)}" if stage in flops else f"{stage} {duration(took)}"
+        for stage, took in seconds.items()
+    )
     what = f"peak memory{whose}" if prediction.when == "training" else f"peak memory{whose}, while {prediction.when}"
-    total = f"{_flops(sum(flops.values()))}, about {_time(sum(seconds.values()))}"
+    total = f"about {duration(sum(seconds.values()))}"
+    if flops:
+        total = f"{_flops(sum(flops.values()))}, {total}"
+    wanted = f" ({_parts(disk)})" if disk else ""
     return [
         "a prediction from shapes alone, no weights were read:",
         f"  {what}: {_size(sum(memory.values()))} of {_size(prediction.device_memory)}{each}",
         *(f"    {_NAMES.get(name, name):18s} {_size(size):>10s}" for name, size in memory.items()),
-        f"  disk: {_size(sum(disk.values()))} of {_size(prediction.free_disk)} free ({_parts(disk)})",
+        f"  disk: {_size(sum(disk.values()))} of {_size(prediction.free_disk)} free{wanted}",
         f"  time: {total} ({stages})",
     ]
 
@@ -66,7 +72,8 @@ def _flops(count: float) -> str:
     return f"{count / unit:.1f} {letter}FLOP"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """About how long something takes, in the unit that people would use."""
     for least, unit, name in _TIMES:
         if seconds >= least:
             return f"{seconds / unit:.1f} {name}"

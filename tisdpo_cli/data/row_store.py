@@ -26,7 +26,7 @@ from tisdpo_cli.errors import DataError
 from tisdpo_cli.files import PARTIAL, replacing, temporary_directory
 
 # Anything that changes what a file of the same key holds changes this.
-REVISION = 1
+REVISION = 2
 # Seconds in which the first process of a machine begins what the others wait for.
 _GRACE = 5.0
 # Seconds of waiting for another run without a word.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Split:
         pairs: its pairs, which may be read from a file as they are asked for, again each time.
         encoded: likewise.
         stops: ids that end the answers of conversations.
+        sizes: counts and lengths; see `TruncationStats.sizes`.
     """
 
     source: DatasetSplit
@@ -36,6 +38,7 @@ class Split:
     notices: list[str] = field(default_factory=list)
     stops: set[int] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def read_split(source: DatasetSplit, options: ReadOptions, vocabulary: Vocabular
         pairs = pairs.select(tokens.encoded.column("row"))
     named = [f"{source.name}: {message}" for message in tokens.notices]
     warnings = [f"{source.name}: {tokens.warning}"] if tokens.warning else []
-    return Split(source, pairs, tokens.encoded, [*rows.notices, *tokens.skipped, *named], tokens.stops, warnings)
+    notices = [*rows.notices, *tokens.skipped, *named]
+    return Split(source, pairs, tokens.encoded, notices, tokens.stops, warnings, tokens.sizes)
 
 
 def pairs_behind(split: Split, encoded: Sequence[EncodedPair]) -> Sequence[Pair]:

@@ -213,9 +213,13 @@ class EncodedExamples(Sequence[EncodedExample]):
         )
         return EncodedExample(where, file.ids("given", row), file.ids("learned", row), bool(has_end), opening, left_out)
 
+    def column(self, name: str) -> IntArray:
+        """A column of integers, or the lengths of a column of tokens, [n]."""
+        return self._file.numbers(name)
+
     def lengths(self) -> IntArray:
         """Tokens given and tokens learned of each example, [n, 2]."""
-        return np.stack([self._file.numbers(name) for name in ("given", "learned")], axis=1)
+        return np.stack([self.column(name) for name in ("given", "learned")], axis=1)
 
 
 def example_lengths(examples: Sequence[EncodedExample]) -> IntArray:
@@ -223,3 +227,10 @@ def example_lengths(examples: Sequence[EncodedExample]) -> IntArray:
     if isinstance(examples, EncodedExamples):
         return examples.lengths()
     return np.array([[len(e.given), len(e.learned)] for e in examples], np.int64).reshape(-1, 2)
+
+
+def example_numbers(examples: Sequence[EncodedExample], name: str) -> IntArray:
+    """A number or truth value of each example, [n] int64."""
+    if isinstance(examples, EncodedExamples):
+        return examples.column(name)
+    return np.array([int(getattr(example, name)) for example in examples], np.int64)

@@ -90,6 +90,7 @@ class Tokenized:
         skipped: lines that report the rows that were left out.
         warning: what else the user should know, or None.
         stops: ids that end the answers of conversations.
+        sizes: counts and lengths; see `TruncationStats.sizes`.
     """
 
     encoded: EncodedPairs
@@ -97,6 +98,7 @@ class Tokenized:
     skipped: list[str]
     warning: str | None
     stops: set[int]
+    sizes: dict[str, Any]
 
 
 def tokenize(pairs: StoredPairs, options: TokenOptions, vocabulary: Vocabulary, store: RowStore) -> Tokenized:
@@ -122,7 +124,8 @@ def tokenize(pairs: StoredPairs, options: TokenOptions, vocabulary: Vocabulary, 
     about = file.about
     if pairs.chat:
         vocabulary.chat.observe(about["observed"])
-    return Tokenized(EncodedPairs(file), about["notices"], about["skipped"], about["warning"], set(about["stops"]))
+    messages = about["notices"], about["skipped"], about["warning"]
+    return Tokenized(EncodedPairs(file), *messages, set(about["stops"]), about["sizes"])
 
 
 def _depends_on(pairs: StoredPairs, options: TokenOptions, vocabulary: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,6 +171,7 @@ class _Total:
             "warning": None if chat else self._stats.marked.warning(self._stats.rows),
             "stops": sorted(self._chat.stops),
             "observed": self._observed,
+            "sizes": self._stats.sizes(),
         }
 
 

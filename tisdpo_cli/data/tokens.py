@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -194,12 +194,28 @@ class TruncationStats:
             )
         return messages
 
+    def sizes(self) -> dict[str, Any]:
+        """Plain values for JSON: counts, and the median, 95th percentile and maximum of the lengths."""
+        return {
+            "pairs": self.rows,
+            "prompt_tokens": percentiles(self.prompt_lengths),
+            "response_tokens": percentiles(self.response_lengths),
+            "truncated_prompts": self.cut_prompts,
+            "truncated_responses": self.cut_responses,
+        }
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Median, 95th percentile and maximum of some lengths; empty without any."""
+    if not len(lengths):
+        return {}
+    ordered = np.sort(np.asarray(lengths))
+    places = {"median": len(ordered) // 2, "p95": math.ceil(0.95 * len(ordered)) - 1, "max": -1}
+    return {name: int(ordered[place]) for name, place in places.items()}
+
 
 def _spread(lengths: Sequence[int]) -> str:
-    if not lengths:
-        return "none"
-    ordered = np.sort(np.asarray(lengths))
-    return f"{ordered[len(ordered) // 2]}/{ordered[math.ceil(0.95 * len(ordered)) - 1]}/{ordered[-1]}"
+    return "/".join(map(str, percentiles(lengths).values())) or "none"
 
 
 def cut(

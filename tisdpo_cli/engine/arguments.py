@@ -20,10 +20,12 @@ from tisdpo_cli.engine.chat import DEFAULT_DAY
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import RUN_FILE, sha256
 from tisdpo_cli.model.content_hashes import content_hashes
-from tisdpo_cli.model.directory import base_of
+from tisdpo_cli.model.directory import base_of, locate_model
 from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import OutputRequest
 from tisdpo_cli.settings.datasets import DatasetPart, parts_of
+from tisdpo_cli.settings.estimate import CONTRAST, Estimate
 from tisdpo_cli.settings.groups import ColumnOptions, Data, TrainingData
 from tisdpo_cli.settings.inspect_weights import InspectWeights
 from tisdpo_cli.settings.train_pairs import TrainPairs
@@ -167,6 +169,24 @@ def with_recorded_reading(settings: Scored, dataset: str) -> Scored:
     if isinstance(settings.data, Data):
         values["data.data_format"] = "pairs"
     return settings.with_values(values)  # type: ignore[return-value]
+
+
+def contrast_paths(settings: Estimate) -> dict[str, Path]:
+    """The directories of the models that `estimate` compares, by the name of their option.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    options = ["model"] if settings.model is not None else list(CONTRAST)
+    return {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
+
+
+def scoring_request(
+    runtime: Runtime, settings: Estimate, models: Mapping[str, Path | None], splits: Mapping[str, DatasetSplit]
+) -> OutputRequest:
+    """The output that `estimate` creates; see `output_request`."""
+    precision = runtime.precision(settings.dtype, scoring=True)
+    return output_request(settings, {"dtype": precision}, models, splits.values())
 
 
 def output_request(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from tisdpo_cli.engine.dry_run import DryRun, frozen_model, program_memory, rounded
 from tisdpo_cli.engine.model_card import CARD_FILE, OUTPUT, CardFacts, card_metadata, code, model_card
+from tisdpo_cli.engine.training.planning import Prediction
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import reporting_write_errors, write_text
 from tisdpo_cli.model.adapters import adapters_of, refuse_unfaithful_merge
@@ -18,12 +20,14 @@ from tisdpo_cli.model.directory import (
     is_quantized_adapter,
     locate_model,
     read_json,
+    weight_files,
 )
 from tisdpo_cli.model.layout import probe_logps
 from tisdpo_cli.model.loading import load_model, save_model
 from tisdpo_cli.model.quantization import dequantized, is_quantized
 from tisdpo_cli.model.tokenizer import load_tokenizer
 from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.runs.machine import device_memory, free_disk, read_rate
 from tisdpo_cli.runs.outputs import Output, apply_umask
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import OutputRequest, StageResult, claim_output, finished_result
@@ -57,6 +61,11 @@ def merge(settings: Merge, reporter: Reporter) -> StageResult:
     runtime = Runtime(reporter)
     if runtime.world > 1:
         raise UsageError("merge runs in a single process", fix="start it without a launcher")
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    if settings.dry_run:
+        prediction = _predict(runtime, path, settings.trust_remote_code, dtype, Path(settings.output_dir))
+        reporter.note("dry run: nothing was merged")
+        return StageResult(Path(settings.output_dir), {}, False, DryRun(to_yaml(settings), {}, None, prediction))
     request = OutputRequest(
         path=Path(settings.output_dir),
         command=settings.command,
@@ -69,7 +78,6 @@ def merge(settings: Merge, reporter: Reporter) -> StageResult:
     with claim_output(runtime, request) as output:
         if output.state == "finished":
             return finished_result(runtime, output)
-        dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
         facts = _card_facts(settings, path)
         _merge(path, settings.trust_remote_code, dtype, output, to_yaml(settings), facts, reporter)
         return StageResult(output.path, output.record(), fresh=True)
@@ -97,6 +105,34 @@ def _card_facts(settings: Merge, adapter: Path) -> CardFacts:
 
 
 # Below this line there are no settings ----------------------------------------------------------------------------
+
+
+def _predict(runtime: Runtime, path: Path, trust_remote_code: bool, dtype: torch.dtype, output: Path) -> Prediction:
+    """What merging needs, from shapes alone. Its time is that of files: read to hash and to load, and written."""
+    model = frozen_model(path, trust_remote_code)
+    expanded = 4 * model.shape.frozen
+    memory = {
+        "program": program_memory(runtime),
+        "weights": model.base_bytes + model.own_bytes,
+        "weight file": model.file,
+        # Beside the base model in 4 bits.
+        "expanded weights": expanded if model.base_bytes < expanded else 0,
+    }
+    written = dtype.itemsize * model.shape.frozen
+    rate = read_rate(weight_files(base_of(path)))
+    return Prediction(
+        processes=1,
+        device="cpu",
+        sharded=False,
+        memory=rounded(memory),
+        when="merging",
+        device_memory=device_memory(torch.device("cpu")),
+        disk={"model": written},
+        free_disk=free_disk(output),
+        flops={},
+        seconds={"reading": 2 * model.file / rate, "writing": written / rate},
+        change=None,
+    )
 
 
 def _merge(

@@ -79,6 +79,13 @@ class Recipe:
         params = describe_params(self.params)
         return f"{self.transform} ({params})" if params else self.transform
 
+    def formula(self) -> str | None:
+        """The weight of a token, for people; see `Transform.formula`. None where there is none."""
+        weight = self.entry.formula(self.params)
+        if not weight:
+            return None
+        return f"({weight}) / mean of the response" if self.normalize == "mean" else weight
+
     def describe(self) -> str:
         """Describe all of it: `center dataset → rank_based (min_scale 0.7, max_scale 1.3), EOS score`."""
         steps = [describe_params({name: self.steps[name]}) for name in STEPS if name in self.steps]

@@ -49,6 +49,9 @@ class Transform:
         clamp: names of the lower and upper clamp parameters, and whether they clamp r or the signed score; or None.
         positive: whether all weights are positive under given parameters, so that `normalize mean` is allowed.
         reads_scores: whether the weights depend on the scores under given parameters, so that steps have an effect.
+        formula: the weight of a token under given parameters, for people. In braces: `r` its score, `s` the signed one,
+            `sign` a minus for a rejected response, `rank` counted from 0, `last` the highest rank, `place` counted from
+            1 by the largest s, `n` the number of tokens, `top P` how many of them are P percent. Empty: none.
     """
 
     function: Function
@@ -57,6 +60,7 @@ class Transform:
     clamp: tuple[str, str, Literal["r", "signed"]] | None = None
     positive: Callable[[Mapping[str, Any]], bool] = lambda _params: False
     reads_scores: Callable[[Mapping[str, Any]], bool] = lambda _params: True
+    formula: Callable[[Mapping[str, Any]], str] = lambda _params: ""
 
 
 def signed(scores: Tensor, side: Side) -> Tensor:
@@ -102,6 +106,31 @@ def _signed_score(r: Tensor, side: Side, _p: Mapping[str, Any], _s: RandomStream
     return signed(r, side)
 
 
+def _figure(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
+
+
+def _exp_formula(p: Mapping[str, Any]) -> str:
+    factor = "" if p["k"] == 1 else f"{_figure(p['k'])} · "
+    slope = "" if p["mu"] == 1 else f"{_figure(p['mu'])} · "
+    return f"{factor}exp({{sign}}{slope}clamp({{r}}, {_figure(p['L'])}, {_figure(p['U'])}))"
+
+
+def _scaled_formula(p: Mapping[str, Any], fraction: str) -> str:
+    return f"{_figure(p['min_scale'])} + {_figure(round(p['max_scale'] - p['min_scale'], 9))} · {fraction}"
+
+
+def _between_formula(p: Mapping[str, Any]) -> str:
+    low, high = p["min_val"], p["max_val"]
+    shift = f"− {_figure(low)}" if low >= 0 else f"+ {_figure(-low)}"
+    clamped = f"clamp({{s}}, {_figure(low)}, {_figure(high)})"
+    return _scaled_formula(p, f"({clamped} {shift}) / {_figure(round(high - low, 9))}")
+
+
+def _threshold_formula(p: Mapping[str, Any]) -> str:
+    return f"clamp({{s}}, {_figure(p['lower_threshold'])}, {_figure(p['upper_threshold'])})"
+
+
 def _scales(low: float, high: float) -> dict[str, Param]:
     return {
         "min_scale": Param(low, "weight of the lowest token", below="max_scale"),
@@ -129,15 +158,21 @@ TRANSFORMS: dict[str, Transform] = {
         clamp=("L", "U", "r"),
         positive=lambda p: True,
         reads_scores=lambda p: p["mu"] != 0,
+        formula=_exp_formula,
     ),
     "rank_based": Transform(
-        _rank_based, "ranks scaled to a range", _scales(0.7, 1.3), positive=lambda p: p["min_scale"] > 0
+        _rank_based,
+        "ranks scaled to a range",
+        _scales(0.7, 1.3),
+        positive=lambda p: p["min_scale"] > 0,
+        formula=lambda p: _scaled_formula(p, "{rank} / {last}"),
     ),
     "threshold_and_scale": Transform(
         _threshold_and_scale,
         "clamped, then scaled to a range",
         _values(-1.5, 1.5) | _scales(0.7, 1.3),
         clamp=("min_val", "max_val", "signed"),
+        formula=_between_formula,
         positive=lambda p: p["min_scale"] > 0,
     ),
     "threshold": Transform(
@@ -148,6 +183,7 @@ TRANSFORMS: dict[str, Transform] = {
             "upper_threshold": Param(1.0, "upper clamp of the signed score"),
         },
         clamp=("lower_threshold", "upper_threshold", "signed"),
+        formula=_threshold_formula,
         positive=lambda p: p["lower_threshold"] > 0,
     ),
     "binary": Transform(
@@ -155,6 +191,7 @@ TRANSFORMS: dict[str, Transform] = {
         "1 for the top tokens, 0 for the rest",
         {"top_percent": Param(100.0, "share of tokens that get weight 1", above=0.0, at_most=100.0)},
         reads_scores=lambda p: p["top_percent"] < 100,
+        formula=lambda p: f"[number {{place}} of {{n}} by s, the first {{top {p['top_percent']:g}}} get 1]",
     ),
     "random": Transform(
         _random,
@@ -162,6 +199,7 @@ TRANSFORMS: dict[str, Transform] = {
         _values(0.7, 1.3),
         positive=lambda p: p["min_val"] > 0,
         reads_scores=lambda p: False,
+        formula=lambda p: f"[at random from {_figure(p['min_val'])} to {_figure(p['max_val'])}]",
     ),
-    "origin": Transform(_signed_score, "the signed score itself"),
+    "origin": Transform(_signed_score, "the signed score itself", formula=lambda _params: "{s}"),
 }

@@ -30,13 +30,18 @@ from tisdpo_cli.files import (
     write_json,
     write_text,
 )
-from tisdpo_cli.runs.markers import differences, read_marker
+from tisdpo_cli.runs.markers import (
+    CHECKPOINTS,
+    LOCK_FILE,
+    PARTS,
+    STARTED_FILE,
+    changes_since,
+    has_progress,
+    marker_in,
+    refuse_change,
+)
 
-STARTED_FILE = ".started.json"
 METRICS_FILE = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
-PARTS = ".parts"
-LOCK_FILE = ".lock"
 _WORKING = (RUN_FILE, STARTED_FILE, METRICS_FILE, CHECKPOINTS, PARTS, CONFIG_FILE)
 
 State = Literal["fresh", "started", "finished"]
@@ -204,45 +209,20 @@ def refuse_links(path: Path) -> None:
 
 
 def _state(output: Output, overwrite: bool) -> State:
-    where = f"--output-dir {output.path}"
-    here = {entry.name for entry in output.path.iterdir()} - {LOCK_FILE}
-    marker = RUN_FILE if RUN_FILE in here else STARTED_FILE if STARTED_FILE in here else None
+    marker = marker_in(output.path)
     if marker is None:
-        leftovers = {name for name in here if not name.startswith(PARTIAL)}
-        if leftovers:
-            raise UsageError(
-                f"not empty and not created by tisdpo (contains {sorted(leftovers)[0]})",
-                where=where,
-                fix="choose another directory",
-            )
         return "fresh"
-    found = read_marker(output.path / marker)
-    if found is None:
-        what = f"{marker} is damaged, or was not written by tisdpo; nothing was removed"
-        raise UsageError(what, where=where, fix="choose another directory")
-    changes = differences(found, {"command": output.command, "made_from": output.made_from})
-    missing = [name for name in found.get("files", []) if not (output.path / str(name)).exists()]
-    if marker == RUN_FILE and missing:
-        changes = [*changes, f"{missing[0]} is missing"]
+    changes = changes_since(marker, output.path, output.command, output.made_from)
     if not changes:
-        return "finished" if marker == RUN_FILE else "started"
-    if marker == STARTED_FILE and not _has_progress(output):
+        return "finished" if marker.finished else "started"
+    if not marker.finished and not has_progress(output.path):
         return "fresh"
     if not overwrite:
-        verb = "created" if marker == RUN_FILE else "started"
-        raise UsageError(
-            f"{verb} with different settings or inputs: {'; '.join(changes)}",
-            where=where,
-            fix="choose another directory, or use --overwrite",
-        )
-    named = [name for name in found.get("files", []) if isinstance(name, str)]
+        raise refuse_change(output.path, marker.finished, changes)
+    named = [name for name in marker.record.get("files", []) if isinstance(name, str)]
     inside = [name for name in named if Path(name).name == name and name not in (".", "..")]
     output._stale = (*inside, *_WORKING)
     return "fresh"
-
-
-def _has_progress(output: Output) -> bool:
-    return any(folder.is_dir() and any(folder.iterdir()) for folder in (output.checkpoints, output.parts))
 
 
 def versions() -> dict[str, str]:

@@ -20,15 +20,13 @@ class StageResult:
         path: the output directory.
         record: its `run.json`; empty after a dry run.
         fresh: whether this run created it, rather than finding it finished.
-        first_row: after a dry run, the first row as it would be trained: plain values with `as_dict`.
-        prediction: after a dry run, what the training is predicted to need: plain values with `as_dict`.
+        dry_run: what a dry run found, or None; see `engine/dry_run.py`.
     """
 
     path: Path
     record: dict[str, Any]
     fresh: bool
-    first_row: Any = None
-    prediction: Any = None
+    dry_run: Any = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,11 @@ def _refuse_own_input(output: Path, inputs: Sequence[Path]) -> None:
         if output.resolve() in (path.resolve(), *path.resolve().parents):
             what = f"would overwrite {path}, an input of this command"
             raise UsageError(what, where=f"--output-dir {output}", fix="choose another directory")
+
+
+def finished_stage(runtime: Runtime, path: Path, command: str) -> StageResult:
+    """The result of an output that is known to be finished, which nobody has to claim."""
+    return finished_result(runtime, Output(path, command, {}, "finished"))
 
 
 def finished_result(runtime: Runtime, output: Output) -> StageResult:

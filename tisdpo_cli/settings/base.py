@@ -143,9 +143,9 @@ def remote_code_setting() -> Any:
 
 
 def dry_run_setting() -> Any:
-    """`--dry-run`, the same for every training."""
+    """`--dry-run`, the same for every command that computes."""
     return setting(
-        False, "check everything, predict memory, disk and time, and show the first row, without training", "Run",
+        False, "check everything, predict memory, disk and time, and show the first row; writes nothing", "Run",
         shapes_result=False, repeated=False,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from tisdpo_cli.method.prompt_templates import TEMPLATES, template_text
 from tisdpo_cli.settings.base import (
     Command,
     Resume,
+    dry_run_setting,
     model_setting,
     num_processes_setting,
     output_setting,
@@ -66,6 +67,7 @@ class Estimate(Command):
     overwrite: bool = overwrite_setting()
     resume: Resume = resume_setting(paths=False)
     num_processes: PositiveInt = num_processes_setting()
+    dry_run: bool = dry_run_setting()
 
     def templates(self) -> dict[str, str]:
         """The template text of each side; without templates, prompts are unchanged where there are two models."""

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from tisdpo_cli.settings.base import (
     Command,
+    dry_run_setting,
     file_setting,
     model_setting,
     num_processes_setting,
@@ -64,6 +65,7 @@ class Evaluate(Command):
     )  # fmt: skip
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
+    dry_run: bool = dry_run_setting()
 
     def models(self) -> list[str]:
         """The models to evaluate, as given."""

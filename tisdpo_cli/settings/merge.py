@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from tisdpo_cli.settings.base import (
     Command,
+    dry_run_setting,
     model_setting,
     output_setting,
     overwrite_setting,
@@ -29,3 +30,4 @@ class Merge(Command):
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
     hub: Hub = Hub()
+    dry_run: bool = dry_run_setting()

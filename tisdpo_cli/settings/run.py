@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from tisdpo_cli.settings.base import (
     Command,
+    dry_run_setting,
     model_setting,
     num_processes_setting,
     output_setting,
@@ -40,8 +41,9 @@ class Stages(Command):
         shapes_result=False,
     )
     output_dir: PathText = output_setting()
-    overwrite: bool = overwrite_setting("rerun stages whose settings or inputs have changed")
+    overwrite: bool = overwrite_setting("also redo changed stages that run did not make itself")
     num_processes: PositiveInt = num_processes_setting()
+    dry_run: bool = dry_run_setting()
 
 
 class Run(Stages):

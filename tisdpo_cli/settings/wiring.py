@@ -57,9 +57,9 @@ def wiring(head: Stages, with_sft: bool) -> dict[str, dict[str, Any]]:
     at = {stage: str(Path(head.output_dir) / name) for stage, name in _DIRECTORIES.items()}
     start = at["train_sft"] if with_sft else head.model
     scored = {} if isinstance(head.dataset, str) else Data.of_mixture()
-    common = {"dataset": head.dataset, "overwrite": head.overwrite, "num_processes": 1}
-    # A dry run of one stage would leave the next without its input.
-    trained = {**common, "dry_run": False, "model": start}
+    # A dry run of one stage alone would leave the next without its input.
+    common = {"dataset": head.dataset, "overwrite": head.overwrite, "num_processes": 1, "dry_run": False}
+    trained = {**common, "model": start}
     # A contrastive model starts from an existing one: settings for the shape of a new one do not apply.
     tuned = {**trained, "init": False, **TrainSft.new_model_shape()}
     # A model that is made anew has nothing that an adapter could be put on.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.data.splits import drop_untrainable, read_split
 from tisdpo_cli.engine.arguments import evaluated_split, parses, read_options
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
+from tisdpo_cli.engine.dry_run import DryRun
 from tisdpo_cli.engine.evaluation.policies import EvaluationTask, PolicyRef, Prompt, evaluate_policies
+from tisdpo_cli.engine.evaluation.prediction import predict_evaluation
 from tisdpo_cli.engine.evaluation.results import Evaluation
 from tisdpo_cli.engine.evaluation.rewards import (
     RewardFunction,
@@ -24,6 +27,8 @@ from tisdpo_cli.engine.evaluation.rewards import (
 )
 from tisdpo_cli.engine.evaluation.samples import reward_at_baseline_kl, samples_jsonl, with_rewards
 from tisdpo_cli.engine.evaluation.sampling import Sampling, uniform_draws
+from tisdpo_cli.engine.training.first_row import of_pair
+from tisdpo_cli.engine.training.weighted_pairs import WeightedPair
 from tisdpo_cli.errors import ModelError, UsageError
 from tisdpo_cli.files import sha256, write_text
 from tisdpo_cli.model.content_hashes import hash_model
@@ -36,9 +41,10 @@ from tisdpo_cli.runs.outputs import versions
 from tisdpo_cli.runs.runtime import Runtime, autocast_dtype
 from tisdpo_cli.settings.datasets import text_of
 from tisdpo_cli.settings.evaluate import Evaluate
+from tisdpo_cli.settings.sources import to_yaml
 
 
-def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
+def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation | DryRun:
     """Evaluate policies on held-out pairs of a dataset and on responses that they generate.
 
     Args:
@@ -49,7 +55,8 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
 
     Returns:
-        The evaluation; of several processes only the first one has rewards and the hashes of models.
+        The evaluation; of several processes only the first one has rewards and the hashes of models. What was found
+        out instead, if it was a dry run.
     """
     samples_path = None if settings.samples is None else Path(settings.samples).expanduser()
     if samples_path is not None:
@@ -62,10 +69,16 @@ def evaluate(settings: Evaluate, reporter: Reporter) -> Evaluation:
     if settings.scorer is not None:
         scorer = settings.scorer
         runtime.on_main(lambda: functions.append(rewards_from_function(scorer)))
-    task = _task(settings, runtime, source, [*policies, reference])
+    task, sizes = _task(settings, runtime, source, [*policies, reference])
     reward_model = None if settings.reward_model is None else locate_model(settings.reward_model, "--reward-model")
     if reward_model is not None:
         check_renders(reward_model, [prompt.given for prompt in task.prompts])
+    if settings.dry_run:
+        processes = max(runtime.world, settings.num_processes)
+        prediction = predict_evaluation(task, processes, policies, reference, samples_path)
+        runtime.reporter.note("dry run: nothing was evaluated")
+        row = of_pair(WeightedPair(task.pairs[0]), task.tokenizer, swapped=False)
+        return DryRun(to_yaml(settings), {split: sizes}, row, prediction)
     results, perplexities = evaluate_policies(task, policies, reference)
     # The rest is for the first process. The others do not wait for it: a reward function may take longer than a
     # collective call may.
@@ -109,8 +122,10 @@ def _locate_models(settings: Evaluate) -> tuple[list[PolicyRef], PolicyRef]:
     return policies, locate("reference", "--ref-model", settings.ref_model)
 
 
-def _task(settings: Evaluate, runtime: Runtime, source: DatasetSplit, models: Sequence[PolicyRef]) -> EvaluationTask:
-    """The task, checked as far as possible without loading weights."""
+def _task(
+    settings: Evaluate, runtime: Runtime, source: DatasetSplit, models: Sequence[PolicyRef]
+) -> tuple[EvaluationTask, dict[str, Any]]:
+    """The task, checked as far as possible without loading weights; counts and lengths of the split."""
     trust, limit, per_prompt = settings.trust_remote_code, settings.max_new_tokens, settings.samples_per_prompt
     tokenizer = _shared_tokenizer(models, settings.data.max_length, trust, parses(settings.data))
     options = read_options(settings.data, runtime.reporter)
@@ -130,7 +145,7 @@ def _task(settings: Evaluate, runtime: Runtime, source: DatasetSplit, models: Se
     autocast = autocast_dtype(runtime.precision(settings.dtype, scoring=True))
     # The same for all models, which share a tokenizer.
     ends = {tokenizer.eos, *split.stops}.union(*(end_ids(model.path) for model in models))
-    return EvaluationTask(
+    task = EvaluationTask(
         runtime=runtime,
         tokenizer=tokenizer,
         pairs=kept,
@@ -144,6 +159,7 @@ def _task(settings: Evaluate, runtime: Runtime, source: DatasetSplit, models: Se
         sample_reference=settings.scorer is not None or settings.reward_model is not None,
         trust_remote_code=trust,
     )
+    return task, split.sizes
 
 
 # Checks before a model is loaded -------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ def inspect_weights(settings: InspectWeights, command: str | None = None) -> Ins
         notices=[*split.notices, *(f"{check.says}; {check.fix}" for check in checks if not check.passed)],
         views=PairViews(split, previews, positions),
         previews=previews,
+        formulas=_formulas(settings, recipe),
+        eos_weight=recipe.eos_weight,
         provenance=_provenance(settings.scored, split, command),
     )
 
@@ -129,6 +131,12 @@ def _previews(settings: InspectWeights, recipe: Recipe) -> dict[str, Recipe]:
         return {}
     others = [_other_recipe(settings, spec, recipe) for spec in settings.previews.split()]
     return {other.name(): other for other in others if other != recipe}
+
+
+def _formulas(settings: InspectWeights, recipe: Recipe) -> dict[str, str]:
+    """The formula of the weights in use, and of each transform that a report can switch to."""
+    every = {"weights": recipe.formula()} | {name: r.formula() for name, r in _previews(settings, recipe).items()}
+    return {name: formula for name, formula in every.items() if formula is not None}
 
 
 def _compared(settings: InspectWeights, recipe: Recipe) -> dict[str, Recipe]:

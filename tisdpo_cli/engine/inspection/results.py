@@ -293,6 +293,8 @@ class Inspection:
         notices: messages to show with the view, such as skipped rows.
         views: shown pairs, in the requested order; each is made when it is asked for.
         previews: names of the other transforms in the views.
+        formulas: of the `weights` and of each preview; see `Transform.formula`.
+        eos_weight: how the stop is weighted.
         provenance: models, data, tokenizer, transform, command, versions.
     """
 
@@ -317,6 +319,8 @@ class Inspection:
     notices: list[str]
     views: Sequence[PairView]
     previews: list[str]
+    formulas: dict[str, str]
+    eos_weight: str
     provenance: dict[str, Any]
 
     @property

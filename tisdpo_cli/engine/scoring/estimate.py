@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -19,15 +20,25 @@ from tisdpo_cli.data.rows import Row
 from tisdpo_cli.data.scored import scored_types
 from tisdpo_cli.data.splits import ReadOptions, Split, read_split
 from tisdpo_cli.data.tokens import TemplateTokens
-from tisdpo_cli.engine.arguments import find_dataset, output_request, read_options, reads_first, recorded_reading
+from tisdpo_cli.engine.arguments import (
+    contrast_paths,
+    find_dataset,
+    read_options,
+    reads_first,
+    recorded_reading,
+    scoring_request,
+)
 from tisdpo_cli.engine.chat import ChatEncoder, vocabulary_of
+from tisdpo_cli.engine.dry_run import DryRun
 from tisdpo_cli.engine.prepared import Prepared
 from tisdpo_cli.engine.scoring.agreement import Agreement, bf16_agreement
+from tisdpo_cli.engine.scoring.prediction import Scored, ScoringWork, predict_scoring
 from tisdpo_cli.engine.scoring.scored_output import ScoredOutput, write_scored_output
 from tisdpo_cli.engine.scoring.scorer import Extent, Part, PartScorer, ScoringConfig, Side, extent, split_into_parts
+from tisdpo_cli.engine.training.first_row import of_pair
+from tisdpo_cli.engine.training.weighted_pairs import WeightedPair
 from tisdpo_cli.errors import ModelError
 from tisdpo_cli.method.prompt_templates import split_template
-from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.model.loading import check_fit
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer
 from tisdpo_cli.reporter import Reporter, Silent
@@ -35,7 +46,7 @@ from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, claim_output, finished_result
 from tisdpo_cli.settings.datasets import text_of
-from tisdpo_cli.settings.estimate import CONTRAST, Estimate
+from tisdpo_cli.settings.estimate import Estimate
 from tisdpo_cli.settings.sources import to_yaml
 
 _ABOUT_NULLS = (
@@ -77,8 +88,7 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     Raises:
         TisdpoError: anything the user can fix; see the subclasses in `errors`.
     """
-    options = ["model"] if settings.model is not None else list(CONTRAST)
-    paths = {name: locate_model(getattr(settings, name), f"--{name}", settings.trust_remote_code) for name in options}
+    paths = contrast_paths(settings)
     sources = find_dataset(settings.dataset, settings.data, reporter)
     # Rows do not depend on the precision, which the devices decide.
     estimation = _Estimation(
@@ -103,10 +113,14 @@ def estimate(settings: Estimate, reporter: Reporter) -> StageResult:
     runtime = Runtime(reporter)
     precision = runtime.precision(settings.dtype, scoring=True)
     estimation = replace(estimation, scoring=replace(estimation.scoring, precision=precision))
-    with claim_output(runtime, output_request(settings, {"dtype": precision}, paths, sources.values())) as output:
-        if output.state == "finished":
+    request = scoring_request(runtime, settings, paths, sources)
+    with nullcontext() if settings.dry_run else claim_output(runtime, request) as output:
+        if output is not None and output.state == "finished":
             return finished_result(runtime, output)
-        return _estimate(estimation, runtime, output, known, rows)
+        work = _prepare(estimation, runtime, known, rows)
+        if output is None:
+            return _dry_run(estimation, runtime, work, max(runtime.world, settings.num_processes), request.path)
+        return _estimate(estimation, runtime, output, work)
 
 
 def _with_templates(options: ReadOptions, templates: Mapping[str, str]) -> ReadOptions:
@@ -128,16 +142,23 @@ def _rows(estimation: _Estimation, tokenizer: Tokenizer) -> _Rows:
     return chat, {name: read_split(split, estimation.options, vocabulary) for name, split in estimation.splits.items()}
 
 
-def _estimate(
-    estimation: _Estimation,
-    runtime: Runtime,
-    output: Output,
-    known: Prepared[tuple[Tokenizer, list[Side]]],
-    rows: Prepared[_Rows],
-) -> StageResult:
+@dataclass(frozen=True)
+class _Work:
+    """What is scored, and under what."""
+
+    tokenizer: Tokenizer
+    sides: list[Side]
+    chat: ChatEncoder
+    splits: dict[str, Split]
+    reach: Extent
+
+
+def _prepare(
+    estimation: _Estimation, runtime: Runtime, known: Prepared[tuple[Tokenizer, list[Side]]], rows: Prepared[_Rows]
+) -> _Work:
+    """Everything that needs no weights, checked and reported."""
     reporter = runtime.reporter
     tokenizer, sides = known.result(reporter)
-    _warn_if_equal(sides, estimation, output, reporter)
     chat, splits = rows.result(reporter)
     for notice in chat.notices():
         reporter.note(notice)
@@ -147,6 +168,25 @@ def _estimate(
         reporter.note(notice)
     reach = extent(chain.from_iterable(split.encoded for split in splits.values()), sides)
     _report_templates(estimation, tokenizer, sides, reach, reporter)
+    return _Work(tokenizer, sides, chat, splits, reach)
+
+
+def _dry_run(estimation: _Estimation, runtime: Runtime, work: _Work, processes: int, output: Path) -> StageResult:
+    """What scoring would need, and the first row of the first split as it would be scored."""
+    splits = {name: split.encoded for name, split in work.splits.items()}
+    size = sum(path.stat().st_size for split in estimation.splits.values() for path in split.paths if path.is_file())
+    scored = Scored(size, estimation.parquet, 3 if estimation.keep_logps else 1)
+    planned = ScoringWork(work.sides, splits, _parts(estimation, work.splits), work.tokenizer.bos)
+    prediction = predict_scoring(runtime, estimation.scoring, processes, planned, scored, output)
+    runtime.reporter.note("dry run: nothing was scored")
+    row = of_pair(WeightedPair(next(iter(splits.values()))[0]), work.tokenizer, swapped=False)
+    sizes = {name: split.sizes for name, split in work.splits.items()}
+    return StageResult(output, {}, False, DryRun(estimation.config_yaml, sizes, row, prediction))
+
+
+def _estimate(estimation: _Estimation, runtime: Runtime, output: Output, work: _Work) -> StageResult:
+    reporter, tokenizer, sides, splits = runtime.reporter, work.tokenizer, work.sides, work.splits
+    _warn_if_equal(sides, estimation, output, reporter)
     types = _parquet_types(estimation, splits) if estimation.parquet else None
     if estimation.scoring.precision == "bf16":
         _warn_of_bf16(estimation, runtime, tokenizer, sides, next(iter(splits.values())))
@@ -156,11 +196,11 @@ def _estimate(
         output.parts.mkdir(exist_ok=True)
     runtime.wait()
     parts = _parts(estimation, splits)
-    scorer = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits, reach)
+    scorer = PartScorer(runtime, estimation.scoring, tokenizer, output.parts, splits, work.reach)
     tokens = sum(runtime.on_all(lambda: [scorer.run(sides, parts)]))
     seconds = time.time() - started
     timing = {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
-    scored = _scored_output(estimation, output, tokenizer, chat, splits, timing, types)
+    scored = _scored_output(estimation, output, tokenizer, work.chat, splits, timing, types)
     runtime.on_main(lambda: write_scored_output(scored, output, tokenizer, splits, parts))
     result = StageResult(output.path, output.record(), fresh=True)
     _report_counts(result.record["counts"], reporter)

@@ -165,7 +165,7 @@ class PartScorer:
         """
         runtime = self.runtime
         mine = self._missing(sides, parts)
-        groups = _groups([side.path for side in sides], self.config.sequential)
+        groups = groups_of_models([side.path for side in sides], self.config.sequential)
         total = sum(len(part.rows) for _, part in mine)
         tokens = 0
         with StopRequest() as stop, runtime.reporter.progress("scoring", total, 0, "rows") as progress:
@@ -243,7 +243,7 @@ class PartScorer:
         return tokens
 
 
-def _groups(paths: Sequence[Path], sequential: bool) -> list[list[Path]]:
+def groups_of_models(paths: Sequence[Path], sequential: bool) -> list[list[Path]]:
     """Which models are in memory together; those that share a base model always are."""
     if not sequential:
         return [list(dict.fromkeys(paths))]

@@ -21,7 +21,7 @@ from tisdpo_cli.model.loading import shape_of
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import Sharding, requested_sharding
-from tisdpo_cli.runs.stage import claim_output
+from tisdpo_cli.runs.stage import OutputRequest, claim_output
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
 from tisdpo_cli.settings.sources import to_yaml
@@ -41,7 +41,7 @@ def with_token_budget(runtime: Runtime, settings: Settings, model: Path | None) 
     Args:
         runtime: this process.
         settings: of a training.
-        model: directory of the model, or None for a new one.
+        model: directory of the model, or None for one that is not there yet.
     """
     memory = settings.memory
     if memory.tokens_per_microbatch or memory.micro_batch_size or memory.gradient_accumulation:
@@ -50,9 +50,10 @@ def with_token_budget(runtime: Runtime, settings: Settings, model: Path | None) 
     if budget is None:
         if model is not None:
             layers, width = shape_of(model, settings.trust_remote_code)
-        else:
-            assert isinstance(settings, TrainSft)
+        elif isinstance(settings, TrainSft):
             layers, width = settings.layers, settings.hidden_size
+        else:
+            return settings
         budget = runtime.token_budget(layers, width)
     return settings.with_values({"memory.tokens_per_microbatch": budget})  # type: ignore[return-value]
 
@@ -74,7 +75,17 @@ def claim_training_output(
     splits: Mapping[str, DatasetSplit],
 ) -> Output:
     """Claim the output directory of a training; see `claim_output`."""
-    return claim_output(runtime, output_request(settings, _resolved(runtime, settings), models, splits.values()))
+    return claim_output(runtime, training_request(runtime, settings, models, splits))
+
+
+def training_request(
+    runtime: Runtime,
+    settings: TrainPairs | TrainSft,
+    models: Mapping[str, Path | None],
+    splits: Mapping[str, DatasetSplit],
+) -> OutputRequest:
+    """The output that a training creates; see `output_request`."""
+    return output_request(settings, _resolved(runtime, settings), models, splits.values())
 
 
 def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> SessionConfig:

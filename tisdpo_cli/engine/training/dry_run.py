@@ -6,28 +6,30 @@ Weights are not read. The only thing measured is the rate of matrix products, fo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from tisdpo_cli.engine.dry_run import DryRun, memory_per_process, program_memory
 from tisdpo_cli.engine.training import planning
 from tisdpo_cli.engine.training.batching import PaddedCosts, Plan
+from tisdpo_cli.engine.training.first_row import FirstRow
 from tisdpo_cli.engine.training.fitting import Choices, best_change
 from tisdpo_cli.engine.training.planning import Launch, OtherModel, PassSize, Prediction, Work
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.model.shapes import ModelShape, measure
-from tisdpo_cli.runs.machine import device_memory, free_disk, product_rate, resident_memory
+from tisdpo_cli.runs.machine import free_disk, product_rate
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import Sharding
+from tisdpo_cli.runs.stage import StageResult
 
 # Examples and updates that are looked at; all others are taken to be like them.
 _EXAMPLES, _UPDATES = 1000, 16
-# What else is in memory: on a CPU what a backward pass and threads need; on a GPU its driver, kernels and workspaces.
-_CPU_EXTRA, _GPU_EXTRA = 40_000_000, 700_000_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Examples:
     def packed(self) -> bool:
         """Whether each prompt is encoded once."""
         return not isinstance(self.costs, PaddedCosts)
+
+    def total(self) -> Work:
+        """What all of them take."""
+        return self.mean().times(len(self.costs))
 
     def mean(self) -> Work:
         """What an example takes on average."""
@@ -146,13 +152,14 @@ def predict_training(
         gradient_checkpointing=session.gradient_checkpointing,
         quantized=session.quantized,
     )
-    program = _GPU_EXTRA if on_gpu else resident_memory() + _CPU_EXTRA
+    program = program_memory(runtime)
     other = trained.reference.other if trained.reference is not None else None
 
     def memory(shape: ModelShape, launch: Launch, size: PassSize) -> planning.Memory:
         return planning.predict_memory(shape, launch, size, program, trained.file, other)
 
-    peak, limit = memory(shape, launch, size), _memory_per_process(runtime, asked.processes)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", asked.processes)) if runtime.world > 1 else asked.processes
+    peak, limit = memory(shape, launch, size), memory_per_process(runtime, here)
     choices = Choices(shape, launch, size, session.microbatching, max(trained.examples.costs), trained.adaptable)
     work = _work(session, plan, trained)
     rate = product_rate(runtime.device, torch.bfloat16 if session.precision == "bf16" else torch.float32)
@@ -174,13 +181,39 @@ def predict_training(
     )
 
 
-def _memory_per_process(runtime: Runtime, processes: int) -> int:
-    """Memory in bytes for each process; on CPUs those of a machine share it."""
-    memory = device_memory(runtime.device)
-    if runtime.device.type == "cuda":
-        return memory
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if runtime.world > 1 else processes
-    return memory // max(1, here)
+def dry_run_result(
+    runtime: Runtime,
+    session: SessionConfig,
+    asked: AskedLaunch,
+    plan: Plan,
+    trained: Trained,
+    row: FirstRow,
+    sizes: Sequence[Mapping[str, Any]],
+    output: Path,
+) -> StageResult:
+    """What a dry run of a training found.
+
+    Args:
+        runtime: this process.
+        session: how the training runs.
+        asked: on how many processes.
+        plan: its updates.
+        trained: the model and the examples.
+        row: the first row.
+        sizes: counts and lengths of the examples to train, and of those to evaluate.
+        output: the output directory.
+    """
+    prediction = predict_training(runtime, session, asked, plan, trained, output)
+    runtime.reporter.note("dry run: nothing was trained")
+    passes = session.microbatching.split(plan.batch(0), trained.examples.costs, asked.processes)[0]
+    steps = {
+        "steps": plan.updates,
+        "batch_size": min(plan.batch_size, plan.examples),
+        "forward_passes_per_step": len(passes),
+        "epochs": plan.updates / plan.batches_per_epoch,
+    }
+    splits = {name: of for name, of in zip(("train", "test"), sizes, strict=True) if of}
+    return StageResult(output, {}, False, DryRun(session.config_yaml, splits, row, prediction, steps))
 
 
 def _largest_pass(session: SessionConfig, plan: Plan, examples: Examples, processes: int) -> PassSize:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowToken:
-    """One token, and whether the loss includes it."""
+    """One token, whether the loss includes it, and its weight where tokens are weighted."""
 
     id: int
     text: str
     scored: bool
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def of_pair(pair: WeightedPair, tokenizer: Tokenizer, swapped: bool) -> FirstRow
         weights = None if pair.weights is None else pair.weights[k].tolist()
         shown = _tokens(response.ids, tokenizer, weights)
         responses.append(RowResponse(side, shown, response.uncut + 1, shown[-1] if response.has_eos else None))
-    prompt = _tokens(tokens.prompt, tokenizer, [0.0] * len(tokens.prompt))
-    return FirstRow(tokens.where, prompt, tokens.opening, responses, swapped)
+    return FirstRow(tokens.where, _context(tokens.prompt, tokenizer), tokens.opening, responses, swapped)
 
 
 def of_example(example: EncodedExample, tokenizer: Tokenizer) -> FirstRow:
@@ -85,11 +85,16 @@ def of_example(example: EncodedExample, tokenizer: Tokenizer) -> FirstRow:
     learned, given = example.learned, example.given
     shown = _tokens(learned, tokenizer, None)
     response = RowResponse("response", shown, len(learned) + example.left_out, shown[-1] if example.has_end else None)
-    return FirstRow(example.where, _tokens(given, tokenizer, [0.0] * len(given)), example.opening, [response])
+    return FirstRow(example.where, _context(given, tokenizer), example.opening, [response])
 
 
 def _tokens(ids: Sequence[int], tokenizer: Tokenizer, weights: Sequence[float] | None) -> list[RowToken]:
     """Tokens, scored unless their weight is 0."""
-    known = [1.0] * len(ids) if weights is None else weights
+    known = [None] * len(ids) if weights is None else weights
     pieces = tokenizer.labels(ids)
-    return [RowToken(i, text, weight != 0) for i, text, weight in zip(ids, pieces, known, strict=True)]
+    return [RowToken(i, text, weight != 0, weight) for i, text, weight in zip(ids, pieces, known, strict=True)]
+
+
+def _context(ids: Sequence[int], tokenizer: Tokenizer) -> list[RowToken]:
+    """Tokens of a prompt, none of them scored."""
+    return [RowToken(i, text, False) for i, text in zip(ids, tokenizer.labels(ids), strict=True)]

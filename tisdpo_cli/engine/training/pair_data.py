@@ -151,7 +151,7 @@ def _split_pairs(source: PairSource, split: Split, scored: _Scored | None, repor
     for notice in (*split.notices, *dropped):
         reporter.note(notice)
     if source.weighting is None or scored is None:
-        return WeightedPairs(swapped_pairs(kept) if source.swapped else kept)
+        return WeightedPairs(swapped_pairs(kept) if source.swapped else kept, sizes=split.sizes)
     _check_scored(source, source.weighting, split, scored, reporter)
     return _weighted_pairs(source, source.weighting, split, kept, scored, reporter)
 
@@ -186,7 +186,8 @@ def _weighted_pairs(
     for line in total.warnings(recipe.final):
         reporter.warn(f"{split.source.name}: {line}")
     tokens = select_pairs(kept, np.frombuffer(usable, np.int64)) if bad else kept
-    return WeightedPairs(tokens, FloatPairs(written.values(), pair_lengths(tokens)[:, 1:]))
+    floats = FloatPairs(written.values(), pair_lengths(tokens)[:, 1:])
+    return WeightedPairs(tokens, floats, sizes=split.sizes)
 
 
 def _with_contexts(

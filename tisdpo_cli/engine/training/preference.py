@@ -23,7 +23,7 @@ from tisdpo_cli.engine.training.arguments import (
     with_token_budget,
 )
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, longest_rows, pair_costs, planned_passes
-from tisdpo_cli.engine.training.dry_run import predict_training
+from tisdpo_cli.engine.training.dry_run import dry_run_result
 from tisdpo_cli.engine.training.first_row import of_pair
 from tisdpo_cli.engine.training.outlines import planned_pairs
 from tisdpo_cli.engine.training.pair_data import PairSource, Weighting, prepare_pairs
@@ -108,11 +108,9 @@ def train_pairs(settings: TrainPairs, reporter: Reporter) -> StageResult:
         plan = plan_training(runtime, training.session, _plan_costs(training, pairs[0]), PairTask.unit)
         if output is None:
             trained = planned_pairs(runtime, training.session, models, training.loss, bool(training.cache), pairs)
+            row, sizes = of_pair(pairs[0][0], tokenizer, training.swapped), [split.sizes for split in pairs]
             asked, directory = asked_launch(runtime, settings), Path(settings.output_dir)
-            prediction = predict_training(runtime, training.session, asked, plan, trained, directory)
-            runtime.reporter.note("dry run: nothing was trained")
-            row = of_pair(pairs[0][0], tokenizer, training.swapped)
-            return StageResult(directory, {}, False, row, prediction)
+            return dry_run_result(runtime, training.session, asked, plan, trained, row, sizes, directory)
         policy = load_scorer(runtime, models, training.session, _longest(pairs))
         setup = _set_up(runtime, training, output, tokenizer, pairs, plan, policy)
         # A model with an adapter is in a cycle, and would stay.

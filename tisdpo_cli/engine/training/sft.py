@@ -36,7 +36,7 @@ from tisdpo_cli.engine.training.arguments import (
     sharding_of,
     with_token_budget,
 )
-from tisdpo_cli.engine.training.dry_run import predict_training
+from tisdpo_cli.engine.training.dry_run import dry_run_result
 from tisdpo_cli.engine.training.first_row import of_example
 from tisdpo_cli.engine.training.outlines import ModelOutline, outline_policy, planned_examples
 from tisdpo_cli.engine.training.policy import (
@@ -59,9 +59,9 @@ from tisdpo_cli.engine.training.sharded_model import place, shard_model
 from tisdpo_cli.errors import DataError, naming_out_of_memory
 from tisdpo_cli.model.adapters import BaseModel
 from tisdpo_cli.model.directory import locate_model
-from tisdpo_cli.model.loading import check_fit, make_model
+from tisdpo_cli.model.loading import check_fit, make_model, save_model
 from tisdpo_cli.model.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from tisdpo_cli.reporter import Reporter
+from tisdpo_cli.reporter import Reporter, Silent
 from tisdpo_cli.runs.outputs import Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.stage import StageResult, finished_result
@@ -129,10 +129,10 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
         plan = plan_training(runtime, session, task.pass_costs(session.layout), SftTask.unit)
         if output is None:
             trained = planned_examples(session, _outline(session, source, tokenizer), task, eval_task)
-            directory = Path(settings.output_dir)
-            prediction = predict_training(runtime, session, asked_launch(runtime, settings), plan, trained, directory)
-            runtime.reporter.note("dry run: nothing was trained")
-            return StageResult(directory, {}, False, of_example(task.examples[0], tokenizer), prediction)
+            row = of_example(task.examples[0], tokenizer)
+            sizes = [{} if of is None else of.sizes() for of in (task, eval_task)]
+            asked, directory = asked_launch(runtime, settings), Path(settings.output_dir)
+            return dry_run_result(runtime, session, asked, plan, trained, row, sizes, directory)
         model = _model(runtime, session, source, tokenizer)
         longest = max(task.longest, eval_task.longest if eval_task is not None else 0)
         scorer = session_scorer(runtime, session, model, longest, settings.model or "the new model")
@@ -149,6 +149,19 @@ def train_sft(settings: TrainSft, reporter: Reporter) -> StageResult:
             _base(model, path, settings.model or "", output),
         )
         return run_training(runtime, session, output, setup)
+
+
+def make_untrained(settings: TrainSft, directory: Path) -> None:
+    """Write the new model that a fine-tuning with --init would start from, with its tokenizer.
+
+    Raises:
+        TisdpoError: the dataset is unusable.
+    """
+    source = _source(settings, None, find_dataset(settings.dataset, settings.data, Silent()), Silent())
+    assert isinstance(source.model, NewModel)
+    tokenizer = _tokenizer(source, Silent())
+    directory.mkdir()
+    save_model(_new_model(source, source.model, tokenizer), tokenizer, directory)
 
 
 def _source(settings: TrainSft, path: Path | None, splits: Mapping[str, DatasetSplit], reporter: Reporter) -> _Source:

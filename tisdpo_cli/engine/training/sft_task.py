@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tisdpo_cli.data.stored_examples import EncodedExample, example_lengths
+from tisdpo_cli.data.stored_examples import EncodedExample, example_lengths, example_numbers
+from tisdpo_cli.data.tokens import percentiles
 from tisdpo_cli.engine.training.batching import PaddedCosts
 from tisdpo_cli.engine.training.dry_run import ExampleSize
 from tisdpo_cli.model.batch import Batch
@@ -35,6 +37,17 @@ class SftTask:
         """The sizes of an example."""
         given, learned = self._lengths[example].tolist()
         return ExampleSize(given, (learned,))
+
+    def sizes(self) -> dict[str, Any]:
+        """Counts and lengths as plain values; prompts are those after truncation."""
+        left_out, has_end = (example_numbers(self.examples, name) for name in ("left_out", "has_end"))
+        whole = self._lengths[:, 1] + left_out - has_end
+        return {
+            "examples": len(self.examples),
+            "prompt_tokens": percentiles(self._lengths[:, 0].tolist()),
+            "response_tokens": percentiles(whole.tolist()),
+            "truncated_responses": int((has_end == 0).sum()),
+        }
 
     @property
     def longest(self) -> int:

@@ -27,7 +27,8 @@ from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.model.sharding import whole
 from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint
-from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics, read_metrics
+from tisdpo_cli.runs.markers import differences
+from tisdpo_cli.runs.outputs import MetricsFile, last_metrics, read_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
 
 

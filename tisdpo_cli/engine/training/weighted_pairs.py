@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class WeightedPairs(Sequence[WeightedPair]):
         weights: Sequence[Both] | None = None,
         reference: Sequence[Both] | None = None,
         needed: IntArray | None = None,
+        sizes: Mapping[str, Any] | None = None,
     ) -> None:
         """Put pairs together.
 
@@ -45,8 +46,9 @@ class WeightedPairs(Sequence[WeightedPair]):
             weights: of each pair, or None for unit weights.
             reference: log-probs of the pairs that are needed, if any are.
             needed: their indices, in order.
+            sizes: counts and lengths of the split that they come from; see `TruncationStats.sizes`.
         """
-        self.tokens, self.weights = tokens, weights
+        self.tokens, self.weights, self.sizes = tokens, weights, dict(sizes or {})
         self._reference, self._needed = reference, needed
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class WeightedPairs(Sequence[WeightedPair]):
 
     def with_reference(self, needed: IntArray, reference: Sequence[Both]) -> WeightedPairs:
         """The same pairs, those that are needed with log-probs under the reference."""
-        return WeightedPairs(self.tokens, self.weights, reference, needed)
+        return WeightedPairs(self.tokens, self.weights, reference, needed, self.sizes)
 
     def _logps(self, i: int) -> Both | None:
         if self._reference is None or self._needed is None:

@@ -13,7 +13,6 @@
   const number = (integer) => (integer === null || integer === undefined ? null : integer / 1e4);
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4);
   const formatted = (value, mode) => (mode.neutral ? value.toFixed(4).replace("-", "−") : signed(value));
-  const percent = (integer) => (number(integer) * 100).toFixed(1) + "%";
 
   function make(name, className, text) {
     const element = document.createElement(name);
@@ -67,6 +66,7 @@
     });
     box.cells = [...box.querySelectorAll("span.t")];
     box.side = side;
+    side.name = name;
     return box;
   }
 
@@ -110,12 +110,7 @@
     const columns = make("div", "pair");
     SIDES.forEach((name, k) => {
       const side = pair.s[k], section = make("section"), header = make("p");
-      const total = side.s[0] === null ? "" : `Σr ${signed(number(side.s[0])).slice(0, -2)}, `;
-      header.append(
-        make("span", `key-${name}`, name), " ",
-        make("span", "soft", `${total}mean weight ${number(side.s[1]).toFixed(3)}, clipped ${percent(side.s[2])}, ` +
-          `effective size ${percent(side.s[3])}`),
-      );
+      header.append(make("span", `key-${name}`, name), " ", make("span", "soft", side.h));
       section.append(header, tokens(side, pair, name));
       columns.append(section);
     });
@@ -192,6 +187,28 @@
 
   // Token card -------------------------------------------------------------------------------------------------
 
+  // The formula of the weight that colours, or else of the one in use, with the numbers of a token.
+  function formula(side, i) {
+    const k = data.modes[state.mode].formula ? state.mode : 0, template = data.modes[k].formula;
+    const weight = number(side.m[k][i]);
+    if (!template || weight === null) return null;
+    const result = ` = ${weight.toFixed(2).replace("-", "−")}`;
+    const isStop = data.vocab[side.t[i]][3] === "eos";
+    if (isStop && data.eos !== "score") return `stop token: ${data.eos}${result}`;
+    const short = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+    const sign = side.name === "rejected" ? -1 : 1, r = number(side.m[data.input][i]);
+    const others = side.m[data.input].filter((value, j) =>
+      value !== null && (isStop || data.vocab[side.t[j]][3] !== "eos"));
+    const place = 1 + others.filter((value) => sign * number(value) > sign * r).length;
+    const same = others.filter((value) => number(value) === r).length, n = others.length;
+    const known = { r: short(r), s: short(sign * r), sign: sign < 0 ? "−" : "", n, place, last: n - 1,
+      rank: n - place - (same - 1) / 2 };
+    if (n === 1 && template.includes("{rank}")) return `a single token${result}`;
+    const top = (percent) => Math.max(1, Math.floor(Number((n * percent / 100).toFixed(9))));
+    return template.replace(/\{top ([^}]+)\}/, (_, percent) => top(Number(percent)))
+      .replace(/\{(\w+)\}/g, (_, name) => known[name]) + result;
+  }
+
   function cardRows(side, i) {
     const [id, shown, bytes, kind] = data.vocab[side.t[i]], flags = side.f[i];
     const rows = [["token", shown], ["position, id", `${i}, ${id}`], ["bytes", bytes || "unknown"]];
@@ -201,9 +218,11 @@
     if (side.l) ["log π⁺", "log π⁻"].forEach((name, k) => {
       if (side.l[k][i] !== null) rows.push([name, number(side.l[k][i]).toFixed(4)]);
     });
+    const spelled = formula(side, i);
     data.modes.forEach((mode, k) => {
       const value = number(side.m[k][i]);
       if (value !== null) rows.push([mode.name, formatted(value, mode)]);
+      if (k === data.input && spelled) rows.push(["formula", spelled]);
     });
     if (flags & CLIPPED) rows.push(["weight without clamp", formatted(number(side.u[i]), data.modes[0])]);
     const notes = [flags & CLIPPED && "clipped", flags & MASKED && "weight 0", flags & TRUNCATED && "truncated"];
@@ -219,12 +238,25 @@
     rows.forEach(([name, value]) => body.append(make("dt", "", name), make("dd", "", value)));
     card.replaceChildren(body);
     card.hidden = false;
+    // Measured where the edge of the page does not narrow it.
+    card.style.left = card.style.top = "0px";
     const place = token.getBoundingClientRect(), size = card.getBoundingClientRect();
-    const left = Math.min(place.left, document.documentElement.clientWidth - size.width - 8);
-    const below = place.bottom + size.height + 12 < window.innerHeight;
-    card.style.left = `${Math.max(4, left) + window.scrollX}px`;
-    card.style.top = `${(below ? place.bottom + 6 : Math.max(4, place.top - size.height - 6)) + window.scrollY}px`;
+    const [left, top] = cardPlace(place, size);
+    card.style.left = `${left + window.scrollX}px`;
+    card.style.top = `${top + window.scrollY}px`;
     if (speak) byId("announcement").textContent = rows.map((row) => row.join(" ")).join("; ");
+  }
+
+  // Below the token, above it or beside it, wherever there is room; never on it.
+  function cardPlace(token, size) {
+    const gap = 6, width = document.documentElement.clientWidth, height = window.innerHeight;
+    const left = Math.max(4, Math.min(token.left, width - size.width - 8));
+    if (token.bottom + gap + size.height <= height) return [left, token.bottom + gap];
+    if (token.top - gap - size.height >= 0) return [left, token.top - gap - size.height];
+    const top = Math.max(4, Math.min(token.top, height - size.height - 4));
+    if (token.right + gap + size.width <= width) return [token.right + gap, top];
+    if (token.left - gap - size.width >= 0) return [token.left - gap - size.width, top];
+    return [left, token.bottom + gap];
   }
 
   function hideCard() {

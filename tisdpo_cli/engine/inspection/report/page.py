@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tisdpo_cli.engine.inspection.report.charts import curves_chart, histogram_chart, roc_chart
-from tisdpo_cli.engine.inspection.results import VALUE_NAMES, Inspection, PairView, Token
+from tisdpo_cli.engine.inspection.results import VALUE_NAMES, Inspection, PairView, ResponseFacts, Token
 from tisdpo_cli.text import glyphs, visible
 
 _PACKAGE = "tisdpo_cli.engine.inspection.report"
@@ -78,7 +78,14 @@ def _environment() -> Environment:
         "glyphs": _token_text,
         "percent": lambda share: f"{share:.1%}",
     }
-    environment.globals |= {"prompt_of": _prompt, "runs": _runs, "level": _level, "isnone": lambda value: value is None}
+    environment.globals |= {
+        "prompt_of": _prompt,
+        "runs": _runs,
+        "level": _level,
+        "side_text": _side_text,
+        "value_text": _value_text,
+        "isnone": lambda value: value is None,
+    }
     return environment
 
 
@@ -203,13 +210,20 @@ def _runs(tokens: Sequence[Token]) -> list[tuple[str, list[Token]]]:
 def _data(inspection: Inspection) -> dict[str, Any]:
     """Input of the script: every distinct token text once, and numbers as integers of 1/10000."""
     values = [show for show in VALUE_NAMES if show in inspection.scales]
-    modes = [{"name": VALUE_NAMES[show], **_scale(inspection, show)} for show in values]
-    modes += [{"name": f"weight by {name}", **_scale(inspection, name)} for name in inspection.previews]
+    named = {show: VALUE_NAMES[show] for show in values} | {name: f"weight by {name}" for name in inspection.previews}
+    formulas = inspection.formulas
+    modes = [
+        {"name": shown, "formula": formulas.get(name), **_scale(inspection, name)} for name, shown in named.items()
+    ]
+    scored = [show for show in ("adjusted", "scores") if show in values]
     vocabulary: dict[tuple[int, str, str, str], int] = {}
     pairs = [_pair(inspection, view, values, vocabulary) for view in inspection.views]
     return {
         "modes": modes,
         "mode": values.index(inspection.show),
+        # Which values the transform was given, and what became of the stop.
+        "input": values.index(scored[0]) if scored else None,
+        "eos": inspection.eos_weight,
         "page": _STATIC_PAIRS,
         "vocab": [[token_id, text, part, kind] for token_id, text, part, kind in vocabulary],
         "pairs": pairs,
@@ -227,7 +241,7 @@ def _pair(
     """One pair for the script.
 
     Keys: i index, w where, p prompt (see `_prompt`), s sides; of a side t tokens, m values by mode, f flags,
-    u unclipped weights, g groups, l log-probs, s statistics.
+    u unclipped weights, g groups, l log-probs, s statistics, h the same as text.
     """
     sides = []
     for name, tokens in (("chosen", view.chosen), ("rejected", view.rejected)):
@@ -242,6 +256,7 @@ def _pair(
                 "u": {str(t.position): _integer(t.unclipped) for t in tokens if t.clipped},
                 "g": [[run[0].position, run[-1].position + 1, text] for text, run in _runs(tokens) if text and run],
                 "l": _logps(tokens),
+                "h": _side_text(facts),
                 "s": [
                     _integer(facts.total_score),
                     _integer(facts.mean_weight),
@@ -251,6 +266,24 @@ def _pair(
             }
         )
     return {"i": view.index, "w": visible(view.where), "p": _prompt(view), "s": sides}
+
+
+def _side_text(facts: ResponseFacts) -> str:
+    """A response as a whole, in words."""
+    total = "" if facts.total_score is None else f"Σr {facts.total_score:+.2f}, ".replace("-", "−")
+    return (
+        f"{total}mean weight {facts.mean_weight:.3f}, clipped {facts.share_clipped:.1%}, "
+        f"effective size {facts.effective_sample_size:.1%}"
+    )
+
+
+def _value_text(inspection: Inspection, token: Token) -> str:
+    """The value of a token as the script writes it."""
+    rounded = _integer(token.value(inspection.show))
+    if rounded is None:
+        return "no score (truncated)"
+    form = ".4f" if inspection.scale.neutral else "+.4f"
+    return f"{rounded / 10**_DIGITS:{form}}".replace("-", "−")
 
 
 def _logps(tokens: Sequence[Token]) -> list[list[int | None]] | None:
