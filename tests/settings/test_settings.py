@@ -230,7 +230,7 @@ NUMBERS = {
     "max_grad_norm": NOT_POSITIVE,
     "weight_decay": ["-1", ".nan", ".inf", "true"],
     "batch_size": ["0", "-1", "1.5", ".nan", ".inf", "true", "many"],
-    "max_steps": ["0", "-1", "1.5", ".inf", "false"],
+    "max_steps": ["0", "-2", "1.5", ".inf", "false"],
     "warmup_steps": ["-1", "2.5", "true"],
     "micro_batch_size": ["0", "1.5", "true"],
     "gradient_accumulation": ["0", "-2"],

@@ -21,7 +21,6 @@ from tisdpo_cli.errors import (
     is_peer_ended,
 )
 from tisdpo_cli.runs.worker import is_worker, leave_error
-from tisdpo_cli.settings.names import foreign_option_hint
 from tisdpo_cli.text import visible
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -34,10 +33,6 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
     if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
         return Interrupted(signal.SIGINT, "interrupted", fix="rerun the same command")
     if isinstance(fault, typer.TyperException):
-        option = getattr(fault, "option_name", None)
-        hint = foreign_option_hint(option) if option else None
-        if hint is not None:
-            return UsageError(f"No such option: {option}", fix=hint)
         return UsageError(fault.format_message().rstrip("."), fix="see --help")
     if is_out_of_memory(fault):
         return OutOfMemory(fix="free memory")

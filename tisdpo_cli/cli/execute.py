@@ -8,8 +8,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ class Invocation:
         flags: the options, by dotted setting name.
         config: the config file, or None.
         sets: the values of `--set`.
+        further: options that the command has not, by name, with their values.
+        faults: what is wrong with the command line itself.
     """
 
     flags: Mapping[str, Any]
@@ -51,6 +53,8 @@ class Invocation:
     print_config: bool
     schema: bool
     as_json: bool
+    further: Sequence[tuple[str, Any]] = ()
+    faults: Sequence[str] = ()
 
 
 def execute(spec: CommandSpec, typed: Invocation) -> None:
@@ -65,8 +69,18 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
         return
     # `env` shows the variables, unknown ones too.
     environ = {} if spec.shows == "environment" else os.environ
-    loaded = load(spec.settings, typed.flags, config=typed.config, sets=typed.sets, environ=environ)
+    loaded = load(
+        spec.settings,
+        typed.flags,
+        config=typed.config,
+        sets=typed.sets,
+        environ=environ,
+        further=typed.further,
+        faults=typed.faults,
+    )
+    typed = replace(typed, flags=loaded.flags)
     if typed.print_config:
+        _tell(make_reporter(), loaded.notices)
         write_result(to_yaml(loaded.settings, loaded.origins).rstrip("\n"))
         return
     from tisdpo_cli.cli.preflight import check
@@ -81,8 +95,7 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
         launch(processes, sys.argv[1:])
         return
     reporter = make_reporter()
-    for notice in loaded.notices:
-        reporter.note(notice)
+    _tell(reporter, loaded.notices)
     module, _, function = spec.run.partition(":")
     entry_point = getattr(importlib.import_module(f"tisdpo_cli.{module}"), function)
     # An entry point takes what it needs, by name.
@@ -93,6 +106,11 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
         result = entry_point(**{name: value for name, value in offered.items() if name in taken})
         check_signals()
         _SHOW[spec.shows](result, spec, loaded.settings, typed, reporter)
+
+
+def _tell(reporter: Reporter, notices: Iterable[str]) -> None:
+    for notice in notices:
+        reporter.note(notice)
 
 
 def _show_path(

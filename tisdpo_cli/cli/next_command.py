@@ -63,7 +63,7 @@ def repeated_options(command: type[Command], flags: Mapping[str, Any], prefix: s
     settings = leaf_paths(command)
     words: list[str] = []
     for path, value in flags.items():
-        if path.startswith(prefix) and meta(settings[path]).get("repeated", True):
+        if path.startswith(prefix) and value is not None and meta(settings[path]).get("repeated", True):
             option = "--" + path.rpartition(".")[2].replace("_", "-")
-            words += [option] if value is True else [option, str(value)]
+            words += [option] if value is True else [option, str(value).lower() if value is False else str(value)]
     return "".join(f" {shlex.quote(word)}" for word in words)

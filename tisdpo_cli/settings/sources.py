@@ -7,7 +7,7 @@ same setting in every source.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,24 @@ from pydantic import ValidationError
 
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.settings.base import Command, leaf_paths
-from tisdpo_cli.settings.commands import COMMANDS
-from tisdpo_cli.settings.fields import group_of
-from tisdpo_cli.settings.names import case, did_you_mean, locate, names
+from tisdpo_cli.settings.layers import FLAGS, Findings, file_source, flatten, from_environment, from_sets, walk
 from tisdpo_cli.settings.run import STAGES, Run, Stages
 from tisdpo_cli.settings.wiring import Layer, planned, stage_layer, wiring
 from tisdpo_cli.settings.yaml_files import read_yaml
 
-ENV_PREFIX = "TISDPO_"
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings, the source of every value that is not a default, and notices for the user."""
+    """Settings, the source of every value that is not a default, and notices for the user.
+
+    Attributes:
+        flags: the values of the command line, by dotted name.
+    """
 
     settings: Command
     origins: dict[str, str]
     notices: tuple[str, ...] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(
@@ -42,26 +43,42 @@ def load(
     config: Path | None = None,
     sets: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
+    further: Sequence[tuple[str, Any]] = (),
+    faults: Sequence[str] = (),
 ) -> Loaded:
     """Resolve the settings of a command: flags over `--set` over environment over file over defaults.
+
+    Args:
+        command: whose settings.
+        flags: values of the command line, by dotted or bare name, nested or not.
+        config: a YAML file.
+        sets: `NAME=VALUE` each.
+        environ: variables, of which `TISDPO_*` count.
+        further: options of the command line that are none of this command, by bare name, with their values.
+        faults: what else is wrong with the command line.
 
     Raises:
         UsageError: an unknown key, a value out of range, an unreadable file; all problems are reported at once.
     """
-    faults: list[str] = []
+    found = Findings([*faults])
     layers = [
-        Layer("flag", _flatten(command, flags, "", faults)),
-        Layer("--set", _from_sets(command, sets, faults)),
-        Layer("environment", _from_environment(command, environ or {}, faults)),
+        Layer("flag", flatten(command, [*walk(command, flags), *further], FLAGS, found)),
+        Layer("--set", from_sets(command, sets, found)),
+        Layer("environment", from_environment(command, environ or {}, found)),
     ]
     if config is not None:
-        layers.append(Layer(str(config), _flatten(command, read_yaml(config), f"{config}: ", faults)))
+        try:
+            values = read_yaml(config)
+        except UsageError as fault:
+            # What the file would have given is unknown, and so is what is missing.
+            _stop_at([*found.faults, str(fault)] if found.faults else [], fault)
+        layers.append(Layer(str(config), flatten(command, walk(command, values), file_source(config), found)))
     try:
         loaded = _load_run(layers) if issubclass(command, Run) else _build(command, layers)
     except UsageError as fault:
-        faults += fault.details or (fault.what,)
-    _stop_at(faults)
-    return loaded
+        found.faults += fault.details or (fault.what,)
+    _stop_at(found.faults)
+    return Loaded(loaded.settings, loaded.origins, (*found.lines(), *loaded.notices), layers[0].values)
 
 
 def _build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
@@ -113,86 +130,6 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     return Loaded(settings, origins, (notice,) if unused else ())
 
 
-# One source at a time ---------------------------------------------------------------------------------------
-
-
-def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
-    """Nested values by dotted name; unknown and repeated names are added to the faults."""
-    flat: dict[str, Any] = {}
-    seen: set[str] = set()
-    for name, value in _walk(command, values, ""):
-        path = locate(command, name)
-        if name in STAGES:
-            faults.append(f"{where}{name} is a section, not a value")
-        elif path is None:
-            faults.append(f"{where}unknown setting {name!r}{did_you_mean(name, names(command))}")
-        elif (key := _once(command, path)) in seen:
-            faults.append(f"{where}{path} is given twice, once as {name!r}")
-        else:
-            seen.add(key)
-            flat[path] = value
-    return flat
-
-
-def _once(command: type[Command], path: str) -> str:
-    """The name under which a setting may be given once: the bare name for shared settings of `run`."""
-    shared = issubclass(command, Run) and path.partition(".")[0] not in STAGES
-    return path.rpartition(".")[2] if shared else path
-
-
-def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}{str(key).replace('-', '_')}"
-        if isinstance(value, Mapping) and value:
-            yield from _walk(command, value, f"{name}.")
-        elif value not in (None, {}) or not _is_section(command, name):
-            yield name, value
-        elif name in STAGES:
-            # An empty section still enables the stage.
-            yield f"{name}.", None
-
-
-def _is_section(command: type[Command], name: str) -> bool:
-    commands = [command, *(STAGES[stage] for stage in STAGES)] if issubclass(command, Run) else [command]
-    groups = {key for c in commands for key, info in c.model_fields.items() if group_of(info) is not None}
-    return name in STAGES or name.rpartition(".")[2] in groups
-
-
-def _from_sets(command: type[Command], sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in sets:
-        name, equals, text = item.partition("=")
-        if not equals or not name.strip():
-            faults.append(f"--set {item!r}: write --set name=value")
-            continue
-        values[name.strip()] = _scalar(text)
-    return _flatten(command, values, "--set ", faults)
-
-
-def _from_environment(command: type[Command], environ: Mapping[str, str], faults: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
-        known = [case(spec.settings, name) for spec in COMMANDS.values()]
-        if not any(known):
-            variables = {
-                f"{ENV_PREFIX}{n.upper().replace('.', '__')}"
-                for spec in COMMANDS.values()
-                for n in names(spec.settings)
-            }
-            faults.append(f"unknown environment variable {variable}{did_you_mean(variable, variables)}")
-        mine = case(command, name)
-        if mine is not None:
-            values[mine] = _scalar(text)
-    return _flatten(command, values, "environment: ", faults)
-
-
-def _scalar(text: str) -> Any:
-    return None if text.strip().lower() in ("null", "~") else text
-
-
 # Error messages --------------------------------------------------------------------------------------
 
 
@@ -213,7 +150,9 @@ def _sentences(command: type[Command], fault: ValidationError) -> list[str]:
     return sentences
 
 
-def _stop_at(faults: Sequence[str]) -> None:
+def _stop_at(faults: Sequence[str], otherwise: UsageError | None = None) -> None:
+    if not faults and otherwise is not None:
+        raise otherwise
     if not faults:
         return
     if len(faults) == 1:
