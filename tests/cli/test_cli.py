@@ -88,7 +88,7 @@ def test_the_two_panels_of_commands_are_shown() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"}).stdout
     method, around = shown.index("The method:"), shown.index("Tools:")
     positions = {command: shown.index(f"\n  {command} ") for command in COMMANDS}
-    others = ("train-sft", "evaluate", "merge", "env")
+    others = ("train-sft", "evaluate", "merge", "translate", "env")
     assert all(method < positions[c] < around for c in COMMANDS if c not in others)
     assert all(positions[c] > around for c in others)
 
@@ -222,6 +222,23 @@ def test_options_of_trl_can_be_pasted() -> None:
         "model: m", "dataset: d",
     ):  # fmt: skip
         assert f"{line}  # flag" in done.out
+
+
+def test_a_command_of_trl_is_translated_to_one_line() -> None:
+    trl = (
+        "accelerate launch --num_processes 2 trl dpo --model_name_or_path m --dataset_name d --output_dir o --bf16 true"
+    )
+    done = here("translate", "--", *trl.split())
+    assert done.code == 0, done.err
+    assert done.out.startswith("tisdpo train-dpo --model m --dataset d --output-dir o --num-processes 2 --dtype bf16 ")
+    assert done.out.count("\n") == 1
+    assert "defaults of TRL" in done.err
+    settings = yaml.safe_load(here("translate", "--yaml", "--", *trl.split()).out)
+    assert settings["num_processes"] == 2
+    assert json.loads(here("translate", "--json", "--", *trl.split()).out)["command_line"] == done.out.strip()
+    refused = here("translate", "--", *trl.split(), "--fp16", "--sync_ref_model")
+    assert_failed(refused, 2)
+    assert "2 invalid settings" in refused.error
 
 
 def test_a_very_long_message_is_cut_and_ends_the_error() -> None:

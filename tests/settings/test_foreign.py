@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -20,6 +21,7 @@ from tisdpo_cli.settings.names import names
 from tisdpo_cli.settings.sources import Loaded, load
 
 NEEDED = {"model": "m", "dataset": "d", "output_dir": "o"}
+VALUES = (None, True, False, 0, 1, 0.5, "x", [], ["x", "y"], {}, {"x": 1})
 SOURCES = ("flag", "--set", "file", "environment")
 
 
@@ -241,11 +243,22 @@ def test_no_entry_shadows_a_setting() -> None:
 def test_every_entry_answers_every_kind_of_value() -> None:
     known = names(COMMANDS["run"].settings)
     for name, rule in EVERY.items():
-        for value in (None, True, False, 0, 1, 0.5, "x", [], ["x", "y"], {}, {"x": 1}):
+        for value in VALUES:
             outcome = rule(value)
             assert "\n" not in outcome.notice + outcome.fault, name
             assert not (outcome.fault and outcome.values), name
             assert set(outcome.values) | set(outcome.soft) <= known, name
+
+
+def test_options_and_commands_that_are_recommended_exist() -> None:
+    options = {f"--{name.replace('_', '-')}" for spec in COMMANDS.values() for name in names(spec.settings)}
+    for name, rule in EVERY.items():
+        for value in VALUES:
+            outcome = rule(value)
+            said = outcome.notice + outcome.fault
+            spoken = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", said))
+            assert spoken <= options | {"--set", "--debug", "--revision"}, name
+            assert set(re.findall(r"`tisdpo ([\w-]+)", said)) <= set(COMMANDS), name
 
 
 @pytest.mark.parametrize(

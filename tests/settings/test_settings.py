@@ -430,6 +430,7 @@ CHANGED = {
     "train-sft": "target: both\nlearning_rate: 1e-4\n",
     "estimate": "batch_size: 3\ndtype: bf16\n",
     "merge": "dtype: bf16\n",
+    "translate": "words: [trl, dpo, a b]\nyaml: true\n",
     "inspect-weights": "transform: rank_based\nmax_scale: 1.5\nindex: 2\n",
     "train": "preset: aggressive\ntransform: binary\nL: null\neos_weight: zero\n",
     "run": "max_length: 100\nmax_prompt_length: 20\ntrain_sft: {target: both}\ntrain_dpo: {beta: 0.2}\nL: -0.25\n",
@@ -437,7 +438,8 @@ CHANGED = {
 
 
 # What is set beside the file.
-SET = {"estimate": ["max_length=300"], "merge": ["overwrite=true"]}
+SET = {"estimate": ["max_length=300"], "merge": ["overwrite=true"], "translate": ["dialect=trl"]}
+WITHOUT_LENGTH = ("inspect-weights", "merge", "translate")
 
 
 @pytest.mark.parametrize("command", WITH_SETTINGS)
@@ -449,7 +451,7 @@ def test_printed_settings_read_back_to_the_same_settings(loads, command: str) ->
     assert to_yaml(again.settings) == to_yaml(first.settings)
 
 
-@pytest.mark.parametrize("command", [name for name in WITH_SETTINGS if name not in ("inspect-weights", "merge")])
+@pytest.mark.parametrize("command", [name for name in WITH_SETTINGS if name not in WITHOUT_LENGTH])
 def test_printed_settings_show_where_each_value_comes_from(loads, command: str) -> None:
     loaded = loads(command, sets=["max_length=300"], environ={"TISDPO_MAX_PROMPT_LENGTH": "30"})
     lines = to_yaml(loaded.settings, loaded.origins).splitlines()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tisdpo_cli.engine.pipeline import PipelineResult
     from tisdpo_cli.reporter import Reporter
     from tisdpo_cli.runs.stage import StageResult
+    from tisdpo_cli.settings.translation import Translation
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,18 @@ def _show_pipeline(
         write_path(result.path)
 
 
+def _show_translation(
+    result: Translation, _spec: CommandSpec, settings: Any, typed: Invocation, reporter: Reporter
+) -> None:
+    command_line = "" if settings.yaml and not typed.as_json else result.command_line()
+    _tell(reporter, result.notices)
+    if typed.as_json:
+        values = {path: value for path, value in result.settings.items() if path != "dataset"}
+        write_result(json.dumps({"command_line": command_line, "settings": values, "notices": result.notices}))
+    else:
+        write_result(result.yaml() if settings.yaml else command_line)
+
+
 def _show_environment(
     result: dict[str, str], _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
 ) -> None:
@@ -225,5 +238,6 @@ _SHOW: dict[str, Callable[..., None]] = {
     "inspection": _show_inspection,
     "evaluation": _show_evaluation,
     "pipeline": _show_pipeline,
+    "translation": _show_translation,
     "environment": _show_environment,
 }

@@ -71,21 +71,26 @@ def load(
             values = read_yaml(config)
         except UsageError as fault:
             # What the file would have given is unknown, and so is what is missing.
-            _stop_at([*found.faults, str(fault)] if found.faults else [], fault)
+            stop_at([*found.faults, str(fault)] if found.faults else [], fault)
         layers.append(Layer(str(config), flatten(command, walk(command, values), file_source(config), found)))
     try:
-        loaded = _load_run(layers) if issubclass(command, Run) else _build(command, layers)
+        loaded = _load_run(layers) if issubclass(command, Run) else build(command, layers)
     except UsageError as fault:
         found.faults += fault.details or (fault.what,)
-    _stop_at(found.faults)
+    stop_at(found.faults)
     return Loaded(loaded.settings, loaded.origins, (*found.lines(), *loaded.notices), layers[0].values)
 
 
-def _build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
+def build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
+    """The settings of one command from layers of dotted names.
+
+    Raises:
+        UsageError: with all that is invalid.
+    """
     try:
         settings = command(value_layers=[_nest(layer.values) for layer in layers])  # type: ignore[call-arg]
     except ValidationError as fault:
-        _stop_at(_sentences(command, fault))
+        stop_at(_sentences(command, fault))
     return Loaded(settings, _origins(layers))
 
 
@@ -101,7 +106,7 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     """Build `Run` with the settings of each stage: its own section first, then the top level."""
     own = leaf_paths(Run)
     tops = [Layer(layer.origin, {k: v for k, v in layer.values.items() if k in own}) for layer in layers]
-    head = _build(
+    head = build(
         Stages, [Layer(t.origin, {k: v for k, v in t.values.items() if k in leaf_paths(Stages)}) for t in tops]
     )
     assert isinstance(head.settings, Stages)
@@ -114,17 +119,17 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     for stage in stages_planned:
         stage_layers = [Layer("run", wired[stage]), *(stage_layer(stage, la, wired[stage], faults) for la in layers)]
         try:
-            loaded = _build(STAGES[stage], stage_layers)
+            loaded = build(STAGES[stage], stage_layers)
         except UsageError as fault:
             faults += [f"{stage}: {line}" for line in (fault.details or (fault.what,))]
             continue
         stages[stage] = loaded.settings
         origins.update({f"{stage}.{name}": origin for name, origin in loaded.origins.items()})
-    _stop_at(faults)
+    stop_at(faults)
     try:
         settings = Run(value_layers=[*(_nest(t.values) for t in tops)], **stages)  # type: ignore[arg-type, call-arg]
     except ValidationError as fault:
-        _stop_at(_sentences(Run, fault))
+        stop_at(_sentences(Run, fault))
     unused = [stage for stage in STAGES if stage in sections and stage not in stages_planned]
     notice = f"ignoring the settings of {' and '.join(unused)}: method {head.settings.method} has no such stage"
     return Loaded(settings, origins, (notice,) if unused else ())
@@ -150,7 +155,12 @@ def _sentences(command: type[Command], fault: ValidationError) -> list[str]:
     return sentences
 
 
-def _stop_at(faults: Sequence[str], otherwise: UsageError | None = None) -> None:
+def stop_at(faults: Sequence[str], otherwise: UsageError | None = None) -> None:
+    """Stop with one message for all faults, if there are any.
+
+    Raises:
+        UsageError: the faults; `otherwise` if there are none.
+    """
     if not faults and otherwise is not None:
         raise otherwise
     if not faults:
@@ -194,7 +204,7 @@ def _write(lines: list[str], settings: Any, prefix: str, depth: int, origins: Ma
             _write(lines, value, f"{path}.", depth + 1, origins)
         elif not (value is None and path in STAGES):
             comment = f"  # {origins.get(path, 'default')}" if origins is not None else ""
-            lines.append(f"{indent}{name}: {_yaml_scalar(value)}{comment}")
+            lines.append(f"{indent}{name}: {yaml_scalar(value)}{comment}")
 
 
 def _wiring_names(stage: str) -> Iterable[str]:
@@ -204,7 +214,8 @@ def _wiring_names(stage: str) -> Iterable[str]:
     return wiring(head, with_sft=True)[stage]
 
 
-def _yaml_scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
+    """A value as YAML in one line."""
     if isinstance(value, tuple):
         value = [part.plain() for part in value]
     style = '"' if isinstance(value, str) and not value.isprintable() else None

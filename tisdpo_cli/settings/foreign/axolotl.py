@@ -82,6 +82,12 @@ def _excess(value: Any) -> Outcome:
     return Outcome(fault="rows beyond --max-length are truncated, never dropped")
 
 
+def _special_tokens(value: Any) -> Outcome:
+    if isinstance(value, dict) and set(value) <= {"pad_token"}:
+        return Outcome(notice="padding is masked by length")
+    return Outcome() if is_off(value) else Outcome(fault="special tokens are those of the tokenizer; set them there")
+
+
 def _per_epoch(setting: str) -> Rule:
     option = "--" + setting.replace("_", "-")
 
@@ -124,7 +130,7 @@ AXOLOTL: dict[str, Rule] = {
                      "is_falcon_derived_model"), idle(_AUTO)),
     **dict.fromkeys(("overrides_of_model_config", "overrides_of_model_kwargs", "plugins", "trainer_cls",
                      "unfrozen_parameters"), refused("models run as transformers defines them")),
-    "special_tokens": refused("the vocabulary stays as it is"),
+    "special_tokens": _special_tokens,
     "tokens": refused("the vocabulary stays as it is"),
     "eot_tokens": idle("the stop of a conversation follows from its template"),
     "adapter": _adapter,
