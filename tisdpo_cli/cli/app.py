@@ -10,14 +10,13 @@ import typer
 from tisdpo_cli import __version__
 from tisdpo_cli.cli.arguments import read_arguments
 from tisdpo_cli.cli.error_messages import report_error
-from tisdpo_cli.cli.execute import execute
 from tisdpo_cli.cli.help import CommandWithHelp, GroupWithHelp
-from tisdpo_cli.cli.options import command_function
+from tisdpo_cli.cli.options import Invocation, command_function
 from tisdpo_cli.cli.signals import SignalHandlers
 from tisdpo_cli.cli.start import main
 from tisdpo_cli.cli.streams import write_result
 from tisdpo_cli.errors import Interrupted
-from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.commands import COMMANDS, CommandSpec
 
 __all__ = ["app", "main", "run"]
 
@@ -46,8 +45,15 @@ def _main(
     """Nothing happens without a command."""
 
 
+def _execute(spec: CommandSpec, typed: Invocation) -> None:
+    # Help needs none of it.
+    from tisdpo_cli.cli.execute import execute
+
+    execute(spec, typed)
+
+
 for _name, _spec in COMMANDS.items():
-    app.command(_name, cls=CommandWithHelp, rich_help_panel=_spec.panel)(command_function(_spec, execute))
+    app.command(_name, cls=CommandWithHelp, rich_help_panel=_spec.panel)(command_function(_spec, _execute))
 
 
 def run(typed: Sequence[str], signals: SignalHandlers) -> int:

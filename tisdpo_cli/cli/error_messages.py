@@ -8,7 +8,6 @@ import traceback
 
 import typer
 
-from tisdpo_cli.cli.console import print_error
 from tisdpo_cli.cli.process import command_line, is_first_rank
 from tisdpo_cli.errors import (
     Interrupted,
@@ -67,6 +66,9 @@ def report_error(fault: BaseException, debug: bool) -> int:
     """
     if debug:
         print(visible("".join(traceback.format_exception(fault)), keep_lines=True), file=sys.stderr)
+    # Without an error there is no need for it.
+    from tisdpo_cli.cli.console import print_error
+
     error = explain(fault)
     if is_worker():
         leave_error(error)

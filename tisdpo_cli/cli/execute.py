@@ -8,12 +8,13 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tisdpo_cli.cli.next_command import next_command, repeated_options
+from tisdpo_cli.cli.options import Invocation
 from tisdpo_cli.cli.process import command_line, is_first_rank
 from tisdpo_cli.cli.signals import check_signals
 from tisdpo_cli.cli.streams import make_reporter, write_path, write_result
@@ -34,28 +35,6 @@ if TYPE_CHECKING:
     from tisdpo_cli.reporter import Reporter
     from tisdpo_cli.runs.stage import StageResult
     from tisdpo_cli.settings.translation import Translation
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """What the user typed.
-
-    Attributes:
-        flags: the options, by dotted setting name.
-        config: the config file, or None.
-        sets: the values of `--set`.
-        further: options that the command has not, by name, with their values.
-        faults: what is wrong with the command line itself.
-    """
-
-    flags: Mapping[str, Any]
-    config: Path | None
-    sets: list[str]
-    print_config: bool
-    schema: bool
-    as_json: bool
-    further: Sequence[tuple[str, Any]] = ()
-    faults: Sequence[str] = ()
 
 
 def execute(spec: CommandSpec, typed: Invocation) -> None:

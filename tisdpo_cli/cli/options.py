@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import typer
 from pydantic.fields import FieldInfo
 
-from tisdpo_cli.cli.execute import Invocation
 from tisdpo_cli.settings.base import leaf_paths
 from tisdpo_cli.settings.commands import CommandSpec
 from tisdpo_cli.settings.fields import meta
 
 _LONGEST_CHOICES = 48
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the user typed.
+
+    Attributes:
+        flags: the options, by dotted setting name.
+        config: the config file, or None.
+        sets: the values of `--set`.
+        further: options that the command has not, by name, with their values.
+        faults: what is wrong with the command line itself.
+    """
+
+    flags: Mapping[str, Any]
+    config: Path | None
+    sets: list[str]
+    print_config: bool
+    schema: bool
+    as_json: bool
+    further: Sequence[tuple[str, Any]] = ()
+    faults: Sequence[str] = ()
 
 
 def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation], None]) -> Callable[..., None]:
@@ -68,13 +90,7 @@ def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
 
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     is_flag, many = info.annotation is bool, meta(info)["many"]
-    choices = choices_of(info.annotation)
-    option = typer.Option(
-        None,
-        *spellings(name, info),
-        metavar=metavar(info),
-        autocompletion=(lambda: list(choices)) if choices else None,
-    )
+    option = typer.Option(None, *spellings(name, info), metavar=metavar(info))
     # Typer reads the annotation at run time.
     kind = Optional[bool] if is_flag else Optional[list[str]] if many else Optional[str]  # noqa: UP045
     return _keyword(name, kind, option)

@@ -88,7 +88,7 @@ def build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
         UsageError: with all that is invalid.
     """
     try:
-        settings = command(value_layers=[_nest(layer.values) for layer in layers])  # type: ignore[call-arg]
+        settings = command(value_layers=[_nest(layer.values) for layer in layers])
     except ValidationError as fault:
         stop_at(_sentences(command, fault))
     return Loaded(settings, _origins(layers))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -63,6 +61,9 @@ def number_of(value: Any) -> int | float | None:
 
 
 def _parsed(text: str) -> Any:
+    # It takes its time to import.
+    import yaml
+
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError:
