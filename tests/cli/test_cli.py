@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from tisdpo_cli import __version__
 from tisdpo_cli.cli.app import app, main
-from tisdpo_cli.cli.options import normalize_options
+from tisdpo_cli.cli.arguments import read_arguments
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.fields import PANELS
 
@@ -88,7 +88,7 @@ def test_the_two_panels_of_commands_are_shown() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"}).stdout
     method, around = shown.index("The method:"), shown.index("Tools:")
     positions = {command: shown.index(f"\n  {command} ") for command in COMMANDS}
-    others = ("train-sft", "evaluate", "export", "report", "merge", "env")
+    others = ("train-sft", "evaluate", "export", "report", "merge", "translate", "env")
     assert all(method < positions[c] < around for c in COMMANDS if c not in others)
     assert all(positions[c] > around for c in others)
 
@@ -142,11 +142,11 @@ def test_no_command_shows_the_help_and_no_empty_error() -> None:
         (["train-dpo", "-c", "/nowhere/c.yaml"], "/nowhere/c.yaml"),
         (["inspect-weights", "a", "--dataset", "b"], "twice"),
         (["inspect-weights"], "--scored is required"),
-        (["run", "--beta", "1"], "--beta"),
+        (["run", "--betta", "1"], "--beta"),
         # What other trainers have, and what to use in its place.
-        (["train-dpo", "--bf16"], "No such option: --bf16; use --dtype bf16"),
-        (["train", "--warmup_ratio=0.1"], "--warmup-steps"),
-        (["train-dpo", "--use-peft"], "use --lora-r"),
+        (["train-dpo", "--fp16"], "--fp16: fp16 is not supported; use --dtype bf16"),
+        (["train", "--warmup_ratio=2"], "--warmup-steps"),
+        (["train-dpo", "--sync_ref_model"], "the reference does not move"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -157,7 +157,7 @@ def test_what_is_typed_wrong_is_told_in_one_line(arguments: list[str], said: str
 
 
 def test_a_usage_error_looks_the_same_in_a_process_of_its_own(tisdpo: Tisdpo) -> None:
-    done = tisdpo("train-dpo", "--bata", "3")
+    done = tisdpo("train-dpo", "-m", "m", "-d", "d", "-o", "o", "--bata", "3")
     assert_failed(done, 2)
     assert done.err.count("\n") == 1
     assert "--beta" in done.error
@@ -207,7 +207,7 @@ def test_a_value_may_look_like_an_option(option: str, value: str) -> None:
     ],
 )
 def test_only_names_of_options_are_normalized(typed: list[str], normalized: str) -> None:
-    assert "|".join(normalize_options(typed, COMMANDS)).endswith(normalized)
+    assert "|".join(read_arguments(typed, COMMANDS).words).endswith(normalized)
 
 
 def test_options_of_trl_can_be_pasted() -> None:
@@ -222,6 +222,23 @@ def test_options_of_trl_can_be_pasted() -> None:
         "model: m", "dataset: d",
     ):  # fmt: skip
         assert f"{line}  # flag" in done.out
+
+
+def test_a_command_of_trl_is_translated_to_one_line() -> None:
+    trl = (
+        "accelerate launch --num_processes 2 trl dpo --model_name_or_path m --dataset_name d --output_dir o --bf16 true"
+    )
+    done = here("translate", "--", *trl.split())
+    assert done.code == 0, done.err
+    assert done.out.startswith("tisdpo train-dpo --model m --dataset d --output-dir o --num-processes 2 --dtype bf16 ")
+    assert done.out.count("\n") == 1
+    assert "defaults of TRL" in done.err
+    settings = yaml.safe_load(here("translate", "--yaml", "--", *trl.split()).out)
+    assert settings["num_processes"] == 2
+    assert json.loads(here("translate", "--json", "--", *trl.split()).out)["command_line"] == done.out.strip()
+    refused = here("translate", "--", *trl.split(), "--fp16", "--sync_ref_model")
+    assert_failed(refused, 2)
+    assert "2 invalid settings" in refused.error
 
 
 def test_a_very_long_message_is_cut_and_ends_the_error() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -72,16 +71,3 @@ def test_panels_come_in_the_order_in_which_a_user_thinks(command: str) -> None:
 
 def test_help_is_plain_without_a_terminal_and_coloured_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in help_of("train", 80)
-
-
-@pytest.mark.parametrize("text", ["exp", "tdpo2", "shared-prefix"])
-def test_choices_complete(text: str) -> None:
-    found: list[Any] = []
-    for path, info in leaf_paths(COMMANDS["train"].settings).items():
-        choices = getattr(info.annotation, "__args__", ())
-        found += [path for choice in choices if choice == text or text in getattr(choice, "__args__", ())]
-    (path,) = found
-    option = "--" + path.rpartition(".")[2].replace("_", "-")
-    env = {"_TISDPO_COMPLETE": "complete_bash", "COMP_WORDS": f"tisdpo train {option} {text[:2]}", "COMP_CWORD": "3"}
-    done = CliRunner().invoke(app, [], env=env, prog_name="tisdpo")
-    assert text in done.stdout.split()

@@ -396,6 +396,23 @@ def test_in_bf16_rounding_is_no_fault_and_more_than_rounding_is():
 # ---------------------------------------------------------------- learning rate and clipping
 
 
+@pytest.mark.parametrize(
+    ("given", "updates", "steps"),
+    [
+        (150, 10, 150),
+        (1, 10, 1),
+        (0, 10, 0),
+        (0.1, 30, 3),
+        (0.07, 100, 7),
+        (0.1, 31, 4),
+        (0.001, 10, 1),
+        (0.29, 100, 29),
+    ],
+)
+def test_a_share_of_warm_up_steps_is_rounded_up_exactly(given: float, updates: int, steps: int) -> None:
+    assert Schedule("sgd", 1.0, "constant", given, 0.0, 1.0).warmup(updates) == steps
+
+
 def test_warm_up_then_constant():
     """Over 3 updates: 1/4, 2/4, 3/4, then all of it."""
     rates = [learning_rate(step, 8.0, 3, 10, "constant") for step in range(6)]

@@ -262,7 +262,12 @@ def test_a_warm_up_longer_than_the_run_is_told(world: Path, tmp_path: Path) -> N
     listener = Listener()
     run("train-dpo", world, tmp_path / "short", listener, warmup_steps=4)
     assert listener.warned == []
-    assert column(tmp_path / "short", "learning_rate") == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    rates = column(tmp_path / "short", "learning_rate")
+    assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    listener = Listener()
+    run("train-dpo", world, tmp_path / "share", listener, warmup_steps=0.75)
+    assert column(tmp_path / "share", "learning_rate") == rates
+    assert f"warm-up: 4 of {len(rates)} steps" in listener.said
 
 
 def test_reverse_says_once_what_chosen_means(world: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ NUMBERS = {
     "max_grad_norm": NOT_POSITIVE,
     "weight_decay": ["-1", ".nan", ".inf", "true"],
     "batch_size": ["0", "-1", "1.5", ".nan", ".inf", "true", "many"],
-    "max_steps": ["0", "-1", "1.5", ".inf", "false"],
+    "max_steps": ["0", "-2", "1.5", ".inf", "false"],
     "warmup_steps": ["-1", "2.5", "true"],
     "micro_batch_size": ["0", "1.5", "true"],
     "gradient_accumulation": ["0", "-2"],
@@ -436,6 +436,7 @@ CHANGED = {
     "merge": "dtype: bf16\n",
     "report": "runs: [a, b]\n",
     "export": "name: mine\n",
+    "translate": "words: [trl, dpo, a b]\nyaml: true\n",
     "inspect-weights": "transform: rank_based\nmax_scale: 1.5\nindex: 2\n",
     "train": "preset: aggressive\ntransform: binary\nL: null\neos_weight: zero\n",
     "run": "max_length: 100\nmax_prompt_length: 20\ntrain_sft: {target: both}\ntrain_dpo: {beta: 0.2}\nL: -0.25\n",
@@ -448,9 +449,12 @@ SET = {
     "merge": ["overwrite=true"],
     "report": ["output=p.html"],
     "export": ["policy=baseline"],
+    "translate": ["dialect=trl"],
 }
 # Those that truncate what they read.
-WITH_DATA = [name for name in WITH_SETTINGS if name not in ("inspect-weights", "merge", "report", "export")]
+WITH_DATA = [
+    name for name in WITH_SETTINGS if name not in ("inspect-weights", "merge", "report", "export", "translate")
+]
 
 
 @pytest.mark.parametrize("command", WITH_SETTINGS)

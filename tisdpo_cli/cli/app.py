@@ -8,15 +8,15 @@ from typing import Optional
 import typer
 
 from tisdpo_cli import __version__
+from tisdpo_cli.cli.arguments import read_arguments
 from tisdpo_cli.cli.error_messages import report_error
-from tisdpo_cli.cli.execute import execute
 from tisdpo_cli.cli.help import CommandWithHelp, GroupWithHelp
-from tisdpo_cli.cli.options import command_function, normalize_options
+from tisdpo_cli.cli.options import Invocation, command_function
 from tisdpo_cli.cli.signals import SignalHandlers
 from tisdpo_cli.cli.start import main
 from tisdpo_cli.cli.streams import write_result
 from tisdpo_cli.errors import Interrupted
-from tisdpo_cli.settings.commands import COMMANDS
+from tisdpo_cli.settings.commands import COMMANDS, CommandSpec
 
 __all__ = ["app", "main", "run"]
 
@@ -45,8 +45,15 @@ def _main(
     """Nothing happens without a command."""
 
 
+def _execute(spec: CommandSpec, typed: Invocation) -> None:
+    # Help needs none of it.
+    from tisdpo_cli.cli.execute import execute
+
+    execute(spec, typed)
+
+
 for _name, _spec in COMMANDS.items():
-    app.command(_name, cls=CommandWithHelp, rich_help_panel=_spec.panel)(command_function(_spec, execute))
+    app.command(_name, cls=CommandWithHelp, rich_help_panel=_spec.panel)(command_function(_spec, _execute))
 
 
 def run(typed: Sequence[str], signals: SignalHandlers) -> int:
@@ -59,11 +66,11 @@ def run(typed: Sequence[str], signals: SignalHandlers) -> int:
     Returns:
         The exit code.
     """
-    arguments = normalize_options(typed, COMMANDS)
+    arguments = read_arguments(typed, COMMANDS)
     try:
-        code = app(args=arguments or ["--help"], prog_name="tisdpo", standalone_mode=False)
+        code = app(args=arguments.words or ["--help"], prog_name="tisdpo", standalone_mode=False, obj=arguments)
         if not signals.received:
-            return (code if isinstance(code, int) else 0) if arguments else 2
+            return (code if isinstance(code, int) else 0) if arguments.words else 2
         # A library swallowed the interruption.
         fault: BaseException = signals.error()
     except SystemExit:
@@ -71,4 +78,4 @@ def run(typed: Sequence[str], signals: SignalHandlers) -> int:
     except BaseException as caught:
         # A library may turn an interruption into an error of its own.
         fault = signals.error() if signals.received and not isinstance(caught, Interrupted) else caught
-    return report_error(fault, "--debug" in arguments)
+    return report_error(fault, "--debug" in arguments.words)

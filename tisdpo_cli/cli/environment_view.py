@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tisdpo_cli.settings.commands import COMMANDS
-from tisdpo_cli.settings.names import case
-from tisdpo_cli.settings.sources import ENV_PREFIX
+from tisdpo_cli.settings.layers import ENV_PREFIX, is_variable
 from tisdpo_cli.text import visible
 
 _SECRET_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "AUTH", "CREDENTIAL", "CREDENTIALS"}
@@ -27,7 +25,7 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _shown(variable: str, value: str) -> str:
     name = variable[len(ENV_PREFIX) :]
-    if not any(case(spec.settings, name.lower().replace("__", ".")) for spec in COMMANDS.values()):
+    if not is_variable(name.lower().replace("__", ".")):
         return _UNKNOWN
     secret = _SECRET_WORDS & set(name.upper().split("_")) or _SECRET_VALUE.search(value)
     return _HIDDEN if secret else value

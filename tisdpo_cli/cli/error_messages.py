@@ -8,7 +8,6 @@ import traceback
 
 import typer
 
-from tisdpo_cli.cli.console import print_error
 from tisdpo_cli.cli.process import command_line, is_first_rank
 from tisdpo_cli.errors import (
     Interrupted,
@@ -21,7 +20,6 @@ from tisdpo_cli.errors import (
     is_peer_ended,
 )
 from tisdpo_cli.runs.worker import is_worker, leave_error
-from tisdpo_cli.settings.names import foreign_option_hint
 from tisdpo_cli.text import visible
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -34,10 +32,6 @@ def explain(fault: BaseException) -> TisdpoError | Interrupted:
     if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
         return Interrupted(signal.SIGINT, "interrupted", fix="rerun the same command")
     if isinstance(fault, typer.TyperException):
-        option = getattr(fault, "option_name", None)
-        hint = foreign_option_hint(option) if option else None
-        if hint is not None:
-            return UsageError(f"No such option: {option}", fix=hint)
         return UsageError(fault.format_message().rstrip("."), fix="see --help")
     if is_out_of_memory(fault):
         return OutOfMemory(fix="free memory")
@@ -72,6 +66,9 @@ def report_error(fault: BaseException, debug: bool) -> int:
     """
     if debug:
         print(visible("".join(traceback.format_exception(fault)), keep_lines=True), file=sys.stderr)
+    # Without an error there is no need for it.
+    from tisdpo_cli.cli.console import print_error
+
     error = explain(fault)
     if is_worker():
         leave_error(error)

@@ -8,12 +8,13 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tisdpo_cli.cli.next_command import next_command, repeated_options
+from tisdpo_cli.cli.options import Invocation
 from tisdpo_cli.cli.process import command_line, is_first_rank
 from tisdpo_cli.cli.sharing import share
 from tisdpo_cli.cli.signals import check_signals
@@ -35,24 +36,7 @@ if TYPE_CHECKING:
     from tisdpo_cli.engine.pipeline import PipelineResult
     from tisdpo_cli.reporter import Reporter
     from tisdpo_cli.runs.stage import StageResult
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """What the user typed.
-
-    Attributes:
-        flags: the options, by dotted setting name.
-        config: the config file, or None.
-        sets: the values of `--set`.
-    """
-
-    flags: Mapping[str, Any]
-    config: Path | None
-    sets: list[str]
-    print_config: bool
-    schema: bool
-    as_json: bool
+    from tisdpo_cli.settings.translation import Translation
 
 
 def execute(spec: CommandSpec, typed: Invocation) -> None:
@@ -67,8 +51,18 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
         return
     # `env` shows the variables, unknown ones too.
     environ = {} if spec.shows == "environment" else os.environ
-    loaded = load(spec.settings, typed.flags, config=typed.config, sets=typed.sets, environ=environ)
+    loaded = load(
+        spec.settings,
+        typed.flags,
+        config=typed.config,
+        sets=typed.sets,
+        environ=environ,
+        further=typed.further,
+        faults=typed.faults,
+    )
+    typed = replace(typed, flags=loaded.flags)
     if typed.print_config:
+        _tell(make_reporter(), loaded.notices)
         write_result(to_yaml(loaded.settings, loaded.origins).rstrip("\n"))
         return
     from tisdpo_cli.cli.preflight import check
@@ -83,8 +77,7 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
         launch(processes, sys.argv[1:])
         return
     reporter = make_reporter()
-    for notice in loaded.notices:
-        reporter.note(notice)
+    _tell(reporter, loaded.notices)
     module, _, function = spec.run.partition(":")
     entry_point = getattr(importlib.import_module(f"tisdpo_cli.{module}"), function)
     # An entry point takes what it needs, by name.
@@ -99,6 +92,11 @@ def execute(spec: CommandSpec, typed: Invocation) -> None:
             share(loaded.settings, reporter)
         show = _show_dry_run if dry_run else _SHOW[spec.shows]
         show(result, spec, loaded.settings, typed, reporter)
+
+
+def _tell(reporter: Reporter, notices: Iterable[str]) -> None:
+    for notice in notices:
+        reporter.note(notice)
 
 
 def _show_path(
@@ -212,6 +210,18 @@ def _show_curves(
         write_path(path)
 
 
+def _show_translation(
+    result: Translation, _spec: CommandSpec, settings: Any, typed: Invocation, reporter: Reporter
+) -> None:
+    command_line = "" if settings.yaml and not typed.as_json else result.command_line()
+    _tell(reporter, result.notices)
+    if typed.as_json:
+        values = {path: value for path, value in result.settings.items() if path != "dataset"}
+        write_result(json.dumps({"command_line": command_line, "settings": values, "notices": result.notices}))
+    else:
+        write_result(result.yaml() if settings.yaml else command_line)
+
+
 def _show_environment(
     result: dict[str, str], _spec: CommandSpec, _settings: Command, typed: Invocation, _reporter: Reporter
 ) -> None:
@@ -227,5 +237,6 @@ _SHOW: dict[str, Callable[..., None]] = {
     "evaluation": _show_evaluation,
     "pipeline": _show_pipeline,
     "curves": _show_curves,
+    "translation": _show_translation,
     "environment": _show_environment,
 }

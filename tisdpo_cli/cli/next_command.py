@@ -64,6 +64,6 @@ def repeated_options(command: type[Command], flags: Mapping[str, Any], prefix: s
     settings = leaf_paths(command)
     words: list[str] = []
     for path, value in flags.items():
-        if path.startswith(prefix) and meta(settings[path]).get("repeated", True):
+        if path.startswith(prefix) and value is not None and meta(settings[path]).get("repeated", True):
             words += option_words(path, value)
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -5,19 +5,41 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import typer
 from pydantic.fields import FieldInfo
 
-from tisdpo_cli.cli.execute import Invocation
 from tisdpo_cli.settings.base import leaf_paths
 from tisdpo_cli.settings.commands import CommandSpec
 from tisdpo_cli.settings.fields import meta
-from tisdpo_cli.settings.names import second_names
 
 _LONGEST_CHOICES = 48
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the user typed.
+
+    Attributes:
+        flags: the options, by dotted setting name.
+        config: the config file, or None.
+        sets: the values of `--set`.
+        further: options that the command has not, by name, with their values.
+        faults: what is wrong with the command line itself.
+    """
+
+    flags: Mapping[str, Any]
+    config: Path | None
+    sets: list[str]
+    print_config: bool
+    schema: bool
+    as_json: bool
+    further: Sequence[tuple[str, Any]] = ()
+    faults: Sequence[str] = ()
 
 
 def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation], None]) -> Callable[..., None]:
@@ -31,22 +53,27 @@ def command_function(spec: CommandSpec, body: Callable[[CommandSpec, Invocation]
     names = {path.replace(".", "__"): path for path in paths}
     positional = spec.positional
 
-    def function(**given: Any) -> None:
+    def function(context: typer.Context, **given: Any) -> None:
         common = {name: given.pop(name, default) for name, default in _COMMON_DEFAULTS.items()}
         common.pop("debug")
         bare = given.pop("bare", None) or None
         flags = {names[name]: value for name, value in given.items() if value is not None and value != []}
-        if bare is not None and positional is not None:
+        if bare not in (None, []) and positional is not None:
             if positional in flags:
                 raise typer.BadParameter(f"{positional} is given twice")
             flags[positional] = bare
-        body(spec, Invocation(flags, common.pop("config"), common.pop("sets") or [], **common))
+        # What was typed beside the options of the command, if it comes from a command line.
+        beside = context.obj
+        further, faults = ((), ()) if beside is None else (tuple(beside.further), tuple(beside.faults))
+        config, sets = common.pop("config"), common.pop("sets") or []
+        body(spec, Invocation(flags, config, sets, **common, further=further, faults=faults))
 
     parameters = [_parameter(name, paths[path]) for name, path in names.items()]
     if positional is not None:
-        argument = typer.Argument(None, metavar=positional.upper())
         kind = Optional[list[str]] if meta(paths[positional])["many"] else Optional[str]  # noqa: UP045
+        argument = typer.Argument(None, metavar=positional.upper())
         parameters.insert(0, _keyword("bare", kind, argument))
+    parameters.insert(0, inspect.Parameter("context", _POSITIONAL, annotation=typer.Context))
     parameters += [
         _keyword(name, kind, typer.Option(default, *flags))
         for name, (kind, default, flags) in _common(bool(paths)).items()
@@ -63,15 +90,10 @@ def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
 
 def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     is_flag, many = info.annotation is bool, meta(info)["many"]
-    choices = choices_of(info.annotation)
-    off, *others = spellings(name, info)[1:] if is_on_by_default(info) else ("", *spellings(name, info)[1:])
-    option = typer.Option(
-        None,
-        f"{spellings(name, info)[0]}/{off}".rstrip("/"),
-        *others,
-        metavar=metavar(info),
-        autocompletion=(lambda: list(choices)) if choices else None,
-    )
+    first, *others = spellings(name, info)
+    if is_on_by_default(info):
+        first, *others = f"{first}/{others[0]}", *others[1:]
+    option = typer.Option(None, first, *others, metavar=metavar(info))
     # Typer reads the annotation at run time.
     kind = Optional[bool] if is_flag else Optional[list[str]] if many else Optional[str]  # noqa: UP045
     return _keyword(name, kind, option)
@@ -113,46 +135,6 @@ def _type_name(annotation: Any) -> str:
     return _type_name(inner[0]) if inner else {int: "INT", float: "NUMBER"}.get(annotation, "TEXT")
 
 
-def normalize_options(arguments: Sequence[str], commands: Mapping[str, CommandSpec]) -> list[str]:
-    """Replace underscores and second names in options, so that commands of other trainers can be pasted.
-
-    These are no options in their own right: help would show three names for each. Values are left alone, also those
-    that begin like an option.
-    """
-    spec = commands.get(arguments[0]) if arguments else None
-    names = {
-        f"--{name.replace('_', '-')}": "--" + path.rpartition(".")[2].replace("_", "-")
-        for name, path in (second_names(spec.settings).items() if spec is not None else ())
-    }
-    with_value = _options_with_value(spec)
-    normalized: list[str] = []
-    is_value = False
-    for number, argument in enumerate(arguments):
-        if argument == "--" and not is_value:
-            return normalized + list(arguments[number:])
-        name, equals, value = argument.partition("=")
-        if is_value or not name.startswith("-"):
-            is_value = False
-        else:
-            if name.startswith("--"):
-                name = name.replace("_", "-")
-                name = names.get(name, name)
-            argument = name + equals + value
-            is_value = name in with_value and not equals
-        normalized.append(argument)
-    return normalized
-
-
-def _options_with_value(spec: CommandSpec | None) -> set[str]:
-    """The options of a command that take the next argument as their value."""
-    paths = leaf_paths(spec.settings) if spec is not None else {}
-    common = _common(bool(paths)).values()
-    return {
-        *(flag for path, info in paths.items() if info.annotation is not bool for flag in spellings(path, info)),
-        *(flag for kind, _, flags in common if kind is not bool for flag in flags),
-    }
-
-
 # Options that every command has and that are no settings: name to type, default and flags.
 _Common = dict[str, tuple[Any, Any, tuple[str, ...]]]
 _FOR_SETTINGS: _Common = {
@@ -179,6 +161,11 @@ COMMON_HELP = {
 
 def _common(has_settings: bool) -> _Common:
     return _FOR_SETTINGS | _FOR_ALL if has_settings else _FOR_ALL
+
+
+def common_kinds(has_settings: bool) -> list[tuple[Any, tuple[str, ...]]]:
+    """Type and spellings of the options that every command has."""
+    return [(kind, flags) for kind, _, flags in _common(has_settings).values()]
 
 
 def common_names(has_settings: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -19,7 +20,9 @@ def main() -> NoReturn:
         prepare_streams()
         configure_openmp()
         try:
-            app = importlib.import_module("tisdpo_cli.cli.app")
+            # A shell asks for completions by a variable of Typer's.
+            name = "completion" if "_TISDPO_COMPLETE" in os.environ else "app"
+            app = importlib.import_module(f"tisdpo_cli.cli.{name}")
         except BaseException:
             if not signals.received:
                 raise

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tisdpo_cli.formats import FORMAT_NAMES
 from tisdpo_cli.settings.fields import Group, group_of, meta, setting, shapes_result
@@ -14,8 +14,8 @@ from tisdpo_cli.settings.fields import Group, group_of, meta, setting, shapes_re
 PREFERENCE_PAIRS = f"preference pairs: {FORMAT_NAMES} file, directory, or hub id"
 
 
-class Command(BaseSettings):
-    """Settings of a command. Values come from layers (see `sources`); the first layer that has a value wins.
+class Command(BaseModel):
+    """Settings of a command. Values come from layers (see `sources`), highest priority first.
 
     Attributes:
         command: the name of the command, in the terminal and in its outputs.
@@ -23,17 +23,21 @@ class Command(BaseSettings):
 
     command: ClassVar[str]
 
-    model_config = SettingsConfigDict(
+    model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, hide_input_in_errors=True
     )
 
-    @classmethod
-    def settings_customise_sources(  # type: ignore[override]
-        cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take `value_layers=[{...}, ...]` as the sources, highest priority first, after plain keyword arguments."""
-        layers = init_settings.init_kwargs.pop("value_layers", ())
-        return (init_settings, *(_Layer(settings_cls, layer) for layer in layers))
+    def __init__(self, value_layers: Sequence[Mapping[str, Any]] = (), **values: Any) -> None:
+        """From layers of values, groups as mappings, the highest priority first, after plain keyword arguments."""
+        merged: dict[str, Any] = {}
+        for layer in (*reversed(value_layers), values):
+            for name, value in layer.items():
+                before = merged.get(name)
+                if isinstance(before, Mapping) and isinstance(value, Mapping):
+                    merged[name] = {**before, **value}
+                else:
+                    merged[name] = value
+        super().__init__(**merged)
 
     def leaves(self) -> Iterator[tuple[str, FieldInfo, Any]]:
         """(dotted name, field, value) of every single setting."""
@@ -67,20 +71,6 @@ class Command(BaseSettings):
             group = updates.get(first, getattr(self, first))
             updates[first] = group.model_copy(update={name: value}) if dot else value
         return self.model_copy(update=updates)
-
-
-class _Layer(PydanticBaseSettingsSource):
-    """One source of values, as a nested dict."""
-
-    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
-        super().__init__(settings_cls)
-        self._values = values
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return self._values
 
 
 def leaf_paths(command: type[Command]) -> dict[str, FieldInfo]:

@@ -23,7 +23,7 @@ def option_words(path: str, value: Any) -> list[str]:
     """
     option = "--" + path.rpartition(".")[2].replace("_", "-")
     if isinstance(value, bool):
-        return [option if value else f"--no-{option[2:]}"]
+        return [option] if value else [option, "false"]
     return [option, str(value)]
 
 

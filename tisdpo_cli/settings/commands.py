@@ -16,6 +16,7 @@ from tisdpo_cli.settings.report import Report
 from tisdpo_cli.settings.run import Run
 from tisdpo_cli.settings.train_pairs import Train, TrainDpo, TrainReverse
 from tisdpo_cli.settings.train_sft import TrainSft
+from tisdpo_cli.settings.translate import Translate
 
 METHOD, TOOLS = "The method", "Tools"
 
@@ -40,7 +41,7 @@ class CommandSpec:
     panel: str
     example: str
     next: str | None = None
-    shows: Literal["path", "inspection", "evaluation", "pipeline", "curves", "environment"] = "path"
+    shows: Literal["path", "inspection", "evaluation", "pipeline", "curves", "translation", "environment"] = "path"
     positional: str | None = None
 
 
@@ -126,6 +127,14 @@ COMMANDS: dict[str, CommandSpec] = {
             panel=TOOLS,
             example="tisdpo merge out/tisdpo -o out/merged",
             positional="model",
+        ),
+        CommandSpec(
+            Translate,
+            run="settings.translation:translate",
+            panel=TOOLS,
+            example="tisdpo translate -- trl dpo --model_name_or_path MODEL --dataset_name DATA --output_dir out/dpo",
+            shows="translation",
+            positional="words",
         ),
         CommandSpec(Env, run="runs.env:environment", panel=TOOLS, example="tisdpo env --json", shows="environment"),
     )

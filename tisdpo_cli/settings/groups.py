@@ -179,6 +179,12 @@ class SftData(TrainingData):
         return self
 
 
+def _steps_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("must be a number of steps, or a share below 1")
+    return int(value) if value >= 1 or value == 0 else value
+
+
 # The batch size if neither it nor its factors are given.
 DEFAULT_BATCH_SIZE = 32
 
@@ -203,7 +209,10 @@ class Optim(Group):
     lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
         "constant", "learning-rate schedule after warm-up", "Optimization", "--lr-scheduler-type"
     )
-    warmup_steps: NonNegativeInt = setting(150, "number of linear warm-up steps", "Optimization")
+    warmup_steps: Annotated[NonNegativeFloat, AfterValidator(_steps_or_share)] = setting(
+        150, "number of linear warm-up steps, or a share of all steps (below 1, rounded up)", "Optimization",
+        metavar="N|SHARE",
+    )  # fmt: skip
     weight_decay: NonNegativeFloat = setting(0.0, "weight decay", "Optimization")
     max_grad_norm: PositiveFloat = setting(10.0, "clip the gradient norm to this value", "Optimization")
     epochs: PositiveFloat = setting(1.0, "passes over the data", "Optimization", "--num-train-epochs")

@@ -9,37 +9,8 @@ from tisdpo_cli.settings.base import Command, leaf_paths
 from tisdpo_cli.settings.fields import meta
 from tisdpo_cli.settings.run import STAGES, Run
 
-# Options of other trainers without an equivalent of the same form, and what to do instead.
-_FOREIGN_OPTIONS = {
-    "bf16": "use --dtype bf16",
-    "fp16": "fp16 is not supported; use --dtype bf16",
-    "tf32": "use --dtype",
-    "torch-dtype": "use --dtype",
-    "loss-type": "use --loss; sigmoid is called dpo",
-    "warmup-ratio": "use --warmup-steps, a number of steps",
-    "logging-steps": "every step is in metrics.jsonl in the output directory",
-    "report-to": "there are no trackers; every step is in metrics.jsonl in the output directory",
-    "run-name": "there are no trackers; every step is in metrics.jsonl in the output directory",
-    "hub-model-id": "use --push-to-hub, with the name of the repository",
-    "hub-private-repo": "use --hub-private, which is the default, or --no-hub-private",
-    "save-strategy": "use --save-every, a number of steps",
-    "eval-strategy": "use --eval-every, a number of steps",
-    "evaluation-strategy": "use --eval-every, a number of steps",
-    "resume-from-checkpoint": "use --resume",
-    "dataset-config": "use --dataset NAME:CONFIG",
-    "precompute-ref-log-probs": "reference log-probs are always precomputed; see --no-ref-cache",
-    "padding-free": "rows are packed by default; see --layout",
-    "attn-implementation": "use --layout",
-    "torch-compile": "torch.compile is not supported",
-    "disable-dropout": "dropout is always off",
-    "use-peft": "use --lora-r, the rank of the adapter",
-    "lora-task-type": "an adapter is always one of a causal language model",
-    "load-in-8bit": "use --load-in-4bit",
-    "bnb-4bit-quant-type": "nf4 is the only type; see --load-in-4bit",
-    "use-bnb-nested-quant": "double quantization is always on; see --load-in-4bit",
-    "fsdp": "use --shard full, which is FSDP2",
-    "deepspeed": "use --shard full, which is FSDP2",
-}
+# A suggestion must share this much with what was typed: `betta` is beta, `logging_step` is not eval_steps.
+_CLOSE = 0.72
 
 # Settings of stages that are not accepted at the top level of `run`: it sets them itself, or they are for one stage.
 _NOT_SHARED = ("init", "forward", "reverse", "scored", "dry_run", "push_to_hub")
@@ -95,10 +66,5 @@ def names(command: type[Command]) -> set[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean …?` with the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_CLOSE)
     return f", did you mean {close[0]}?" if close else ""
-
-
-def foreign_option_hint(option: str) -> str | None:
-    """What to use instead of an option of another trainer, given as typed; None if it is unknown."""
-    return _FOREIGN_OPTIONS.get(option.lstrip("-").partition("=")[0].replace("_", "-"))

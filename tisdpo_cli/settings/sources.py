@@ -7,7 +7,7 @@ same setting in every source.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,25 @@ from pydantic import ValidationError
 
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.settings.base import Command, leaf_paths
-from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.datasets import DatasetPart
-from tisdpo_cli.settings.fields import group_of
-from tisdpo_cli.settings.names import case, did_you_mean, locate, names
+from tisdpo_cli.settings.layers import FLAGS, Findings, file_source, flatten, from_environment, from_sets, walk
 from tisdpo_cli.settings.run import STAGES, Run, Stages
 from tisdpo_cli.settings.wiring import Layer, planned, stage_layer, wiring
 from tisdpo_cli.settings.yaml_files import read_yaml
 
-ENV_PREFIX = "TISDPO_"
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings, the source of every value that is not a default, and notices for the user."""
+    """Settings, the source of every value that is not a default, and notices for the user.
+
+    Attributes:
+        flags: the values of the command line, by dotted name.
+    """
 
     settings: Command
     origins: dict[str, str]
     notices: tuple[str, ...] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(
@@ -43,33 +44,54 @@ def load(
     config: Path | None = None,
     sets: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
+    further: Sequence[tuple[str, Any]] = (),
+    faults: Sequence[str] = (),
 ) -> Loaded:
     """Resolve the settings of a command: flags over `--set` over environment over file over defaults.
+
+    Args:
+        command: whose settings.
+        flags: values of the command line, by dotted or bare name, nested or not.
+        config: a YAML file.
+        sets: `NAME=VALUE` each.
+        environ: variables, of which `TISDPO_*` count.
+        further: options of the command line that are none of this command, by bare name, with their values.
+        faults: what else is wrong with the command line.
 
     Raises:
         UsageError: an unknown key, a value out of range, an unreadable file; all problems are reported at once.
     """
-    faults: list[str] = []
+    found = Findings([*faults])
     layers = [
-        Layer("flag", _flatten(command, flags, "", faults)),
-        Layer("--set", _from_sets(command, sets, faults)),
-        Layer("environment", _from_environment(command, environ or {}, faults)),
+        Layer("flag", flatten(command, [*walk(command, flags), *further], FLAGS, found)),
+        Layer("--set", from_sets(command, sets, found)),
+        Layer("environment", from_environment(command, environ or {}, found)),
     ]
     if config is not None:
-        layers.append(Layer(str(config), _flatten(command, read_yaml(config), f"{config}: ", faults)))
+        try:
+            values = read_yaml(config)
+        except UsageError as fault:
+            # What the file would have given is unknown, and so is what is missing.
+            stop_at([*found.faults, str(fault)] if found.faults else [], fault)
+        layers.append(Layer(str(config), flatten(command, walk(command, values), file_source(config), found)))
     try:
-        loaded = _load_run(layers) if issubclass(command, Run) else _build(command, layers)
+        loaded = _load_run(layers) if issubclass(command, Run) else build(command, layers)
     except UsageError as fault:
-        faults += fault.details or (fault.what,)
-    _stop_at(faults)
-    return loaded
+        found.faults += fault.details or (fault.what,)
+    stop_at(found.faults)
+    return Loaded(loaded.settings, loaded.origins, (*found.lines(), *loaded.notices), layers[0].values)
 
 
-def _build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
+def build(command: type[Command], layers: Sequence[Layer]) -> Loaded:
+    """The settings of one command from layers of dotted names.
+
+    Raises:
+        UsageError: with all that is invalid.
+    """
     try:
-        settings = command(value_layers=[_nest(layer.values) for layer in layers])  # type: ignore[call-arg]
+        settings = command(value_layers=[_nest(layer.values) for layer in layers])
     except ValidationError as fault:
-        _stop_at(_sentences(command, fault))
+        stop_at(_sentences(command, fault))
     return Loaded(settings, _origins(layers))
 
 
@@ -85,7 +107,7 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     """Build `Run` with the settings of each stage: its own section first, then the top level."""
     own = leaf_paths(Run)
     tops = [Layer(layer.origin, {k: v for k, v in layer.values.items() if k in own}) for layer in layers]
-    head = _build(
+    head = build(
         Stages, [Layer(t.origin, {k: v for k, v in t.values.items() if k in leaf_paths(Stages)}) for t in tops]
     )
     assert isinstance(head.settings, Stages)
@@ -98,100 +120,20 @@ def _load_run(layers: Sequence[Layer]) -> Loaded:
     for stage in stages_planned:
         stage_layers = [Layer("run", wired[stage]), *(stage_layer(stage, la, wired[stage], faults) for la in layers)]
         try:
-            loaded = _build(STAGES[stage], stage_layers)
+            loaded = build(STAGES[stage], stage_layers)
         except UsageError as fault:
             faults += [f"{stage}: {line}" for line in (fault.details or (fault.what,))]
             continue
         stages[stage] = loaded.settings
         origins.update({f"{stage}.{name}": origin for name, origin in loaded.origins.items()})
-    _stop_at(faults)
+    stop_at(faults)
     try:
         settings = Run(value_layers=[*(_nest(t.values) for t in tops)], **stages)  # type: ignore[arg-type, call-arg]
     except ValidationError as fault:
-        _stop_at(_sentences(Run, fault))
+        stop_at(_sentences(Run, fault))
     unused = [stage for stage in STAGES if stage in sections and stage not in stages_planned]
     notice = f"ignoring the settings of {' and '.join(unused)}: method {head.settings.method} has no such stage"
     return Loaded(settings, origins, (notice,) if unused else ())
-
-
-# One source at a time ---------------------------------------------------------------------------------------
-
-
-def _flatten(command: type[Command], values: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
-    """Nested values by dotted name; unknown and repeated names are added to the faults."""
-    flat: dict[str, Any] = {}
-    seen: set[str] = set()
-    for name, value in _walk(command, values, ""):
-        path = locate(command, name)
-        if name in STAGES:
-            faults.append(f"{where}{name} is a section, not a value")
-        elif path is None:
-            faults.append(f"{where}unknown setting {name!r}{did_you_mean(name, names(command))}")
-        elif (key := _once(command, path)) in seen:
-            faults.append(f"{where}{path} is given twice, once as {name!r}")
-        else:
-            seen.add(key)
-            flat[path] = value
-    return flat
-
-
-def _once(command: type[Command], path: str) -> str:
-    """The name under which a setting may be given once: the bare name for shared settings of `run`."""
-    shared = issubclass(command, Run) and path.partition(".")[0] not in STAGES
-    return path.rpartition(".")[2] if shared else path
-
-
-def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}{str(key).replace('-', '_')}"
-        if isinstance(value, Mapping) and value:
-            yield from _walk(command, value, f"{name}.")
-        elif value not in (None, {}) or not _is_section(command, name):
-            yield name, value
-        elif name in STAGES:
-            # An empty section still enables the stage.
-            yield f"{name}.", None
-
-
-def _is_section(command: type[Command], name: str) -> bool:
-    commands = [command, *(STAGES[stage] for stage in STAGES)] if issubclass(command, Run) else [command]
-    groups = {key for c in commands for key, info in c.model_fields.items() if group_of(info) is not None}
-    return name in STAGES or name.rpartition(".")[2] in groups
-
-
-def _from_sets(command: type[Command], sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in sets:
-        name, equals, text = item.partition("=")
-        if not equals or not name.strip():
-            faults.append(f"--set {item!r}: write --set name=value")
-            continue
-        values[name.strip()] = _scalar(text)
-    return _flatten(command, values, "--set ", faults)
-
-
-def _from_environment(command: type[Command], environ: Mapping[str, str], faults: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
-        known = [case(spec.settings, name) for spec in COMMANDS.values()]
-        if not any(known):
-            variables = {
-                f"{ENV_PREFIX}{n.upper().replace('.', '__')}"
-                for spec in COMMANDS.values()
-                for n in names(spec.settings)
-            }
-            faults.append(f"unknown environment variable {variable}{did_you_mean(variable, variables)}")
-        mine = case(command, name)
-        if mine is not None:
-            values[mine] = _scalar(text)
-    return _flatten(command, values, "environment: ", faults)
-
-
-def _scalar(text: str) -> Any:
-    return None if text.strip().lower() in ("null", "~") else text
 
 
 # Error messages --------------------------------------------------------------------------------------
@@ -214,7 +156,14 @@ def _sentences(command: type[Command], fault: ValidationError) -> list[str]:
     return sentences
 
 
-def _stop_at(faults: Sequence[str]) -> None:
+def stop_at(faults: Sequence[str], otherwise: UsageError | None = None) -> None:
+    """Stop with one message for all faults, if there are any.
+
+    Raises:
+        UsageError: the faults; `otherwise` if there are none.
+    """
+    if not faults and otherwise is not None:
+        raise otherwise
     if not faults:
         return
     if len(faults) == 1:
@@ -256,7 +205,7 @@ def _write(lines: list[str], settings: Any, prefix: str, depth: int, origins: Ma
             _write(lines, value, f"{path}.", depth + 1, origins)
         elif not (value is None and path in STAGES):
             comment = f"  # {origins.get(path, 'default')}" if origins is not None else ""
-            lines.append(f"{indent}{name}: {_yaml_scalar(value)}{comment}")
+            lines.append(f"{indent}{name}: {yaml_scalar(value)}{comment}")
 
 
 def _wiring_names(stage: str) -> Iterable[str]:
@@ -266,7 +215,8 @@ def _wiring_names(stage: str) -> Iterable[str]:
     return wiring(head, with_sft=True)[stage]
 
 
-def _yaml_scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
+    """A value as YAML in one line."""
     if isinstance(value, tuple):
         value = [part.plain() if isinstance(part, DatasetPart) else part for part in value]
     style = '"' if isinstance(value, str) and not value.isprintable() else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -25,14 +27,25 @@ _FUSED = ("adamw", "adam", "sgd")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer and learning-rate schedule."""
+    """Optimizer and learning-rate schedule.
+
+    Attributes:
+        warmup_steps: their number, or below 1 their share of all steps.
+    """
 
     optimizer: str
     learning_rate: float
     lr_scheduler: Literal["constant", "linear", "cosine"]
-    warmup_steps: int
+    warmup_steps: float
     weight_decay: float
     max_grad_norm: float
+
+    def warmup(self, updates: int) -> int:
+        """The number of warm-up steps of a training with so many; a share is rounded up."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        # 7 % of 100 are 7, which a product of floats exceeds.
+        return math.ceil(Fraction(str(self.warmup_steps)) * updates)
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:

@@ -147,7 +147,9 @@ def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int],
         f"({passes} forward pass{'es' if passes != 1 else ''} each{processes}), "
         f"{plan.updates / plan.batches_per_epoch:.2f} epochs of {plan.examples} {unit}"
     )
-    warmup = config.schedule.warmup_steps
+    warmup = config.schedule.warmup(plan.updates)
+    if 0 < config.schedule.warmup_steps < 1:
+        runtime.reporter.note(f"warm-up: {warmup} of {plan.updates} steps")
     if warmup >= plan.updates:
         runtime.reporter.warn(
             f"the run ({plan.updates} steps) is not longer than its warm-up ({warmup} steps): the learning rate only "

@@ -184,7 +184,8 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         s = self.schedule
-        return learning_rate(self.step, s.learning_rate, s.warmup_steps, self.plan.updates, s.lr_scheduler)
+        updates = self.plan.updates
+        return learning_rate(self.step, s.learning_rate, s.warmup(updates), updates, s.lr_scheduler)
 
     def _backward(self, batch: Sequence[int]) -> Tensor:
         """Compute the gradients of a batch, every example counting once; returns the metrics summed over all ranks."""
