@@ -183,7 +183,7 @@ def test_a_hub_that_is_not_there(world: Path, tmp_path: Path, hub: Hub, monkeypa
     assert "the hub cannot be reached: ConnectError" in refused(world, tmp_path / "out", "x")
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "a b", "-x", "x--y", "x.git", "../x", "", "x" * 97])
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "-x", "x.git", "../x", "", "x" * 97, "True", "--hub-model-id"])
 def test_names_that_the_hub_does_not_take(world: Path, tmp_path: Path, name: str) -> None:
     done = train(world, tmp_path / "out", f"--push-to-hub={name}")
     assert (done.code, "--push-to-hub" in done.error) == (2, True), done.err

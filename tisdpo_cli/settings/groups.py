@@ -328,8 +328,10 @@ class Hub(Group):
     @field_validator("push_to_hub")
     @classmethod
     def _is_a_repository(cls, value: str | None) -> str | None:
-        if value is not None and not (_REPO.fullmatch(value) and "--" not in value and ".." not in value):
-            raise ValueError("must be NAME or OWNER/NAME")
+        named = value is None or (_REPO.fullmatch(value) and "--" not in value and ".." not in value)
+        # In other trainers it is a flag, which must not name a repository.
+        if not named or str(value).lower() in ("true", "false"):
+            raise ValueError("must be the repository: NAME or OWNER/NAME")
         return value
 
 

@@ -93,6 +93,7 @@ def _draw(
 ) -> str:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     settings = {
         **matplotlib.rcParamsDefault,
@@ -118,7 +119,7 @@ def _draw(
             axes.set_xlabel("step")
             axes.grid(visible=True, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             if sum(bool(curves[number] or points[number]) for number in curves) > 1:
                 axes.legend(frameon=False, title="run", ncols=2 if len(curves) > 4 else 1)
         written = io.StringIO()
