@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tisdpo_cli.errors import TrainingError
 
@@ -72,8 +72,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines, with their ends, as they are made; the file is complete or absent."""
-    with reporting_write_errors(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
+    with reporting_write_errors(path), replacing(path) as partial, _text(partial) as stream:
         stream.writelines(lines)
+
+
+def _text(path: Path) -> TextIO:
+    # The same bytes on every system.
+    return path.open("w", encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -177,9 +182,12 @@ def reporting_write_errors(
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Flush files or directories to the disk."""
+    """Flush files or directories to the disk; Windows flushes no directory, and a file only where it may be written."""
+    windows = not hasattr(os, "O_DIRECTORY")
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+        if windows and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -127,6 +127,8 @@ def test_every_command_that_computes_says_in_one_object_what_it_would_do(
     for module in ("training.policy", "training.reference_model"):
         monkeypatch.setattr(f"tisdpo_cli.engine.{module}.load_model", no_weights)
     monkeypatch.setattr("tisdpo_cli.model.shared_models.load_model", no_weights)
+    # As if the models were large.
+    monkeypatch.setattr("tisdpo_cli.engine.scoring.prediction._SOON_LOADED", 0)
     found, said = dry(command, contrast, tmp_path)
     assert (found["dry_run"], found["command"]) == (True, command)
     assert found["columns"] == {name: name for name in ("prompt", "chosen", "rejected")}
@@ -139,6 +141,8 @@ def test_every_command_that_computes_says_in_one_object_what_it_would_do(
     assert found["prediction"]["memory_total"] > 0
     assert all(value > 0 for value in found["prediction"]["seconds"].values())
     assert bool(found["steps"]) == command.startswith("train")
+    assert found["prediction"]["timed_by"] == "matrix products"
+    assert "a prediction from shapes alone, no weights were read:" in said
     assert "nothing was " in said
     assert "columns: prompt = 'prompt'" in said
 
@@ -169,6 +173,16 @@ def test_the_sides_of_an_estimation_cost_what_they_compute(contrast: Path, tmp_p
     assert memory["weights"] == 2 * size
     alone, _ = dry("estimate", contrast, tmp_path, "--sequential")
     assert alone["prediction"]["memory"]["weights"] == size
+
+
+def test_a_small_model_is_timed_by_a_pass(contrast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tisdpo_cli.engine.scoring.scorer.PartScorer.seconds_of_pass", lambda *_: 2.0)
+    found, said = dry("estimate", contrast, tmp_path, "--batch-size", "8")
+    prediction = found["prediction"]
+    assert prediction["timed_by"] == "forward pass"
+    assert "a prediction from shapes, and the time from a measured forward pass:" in said
+    # 32 pairs of similar lengths in batches of 8, of which one takes 2 seconds.
+    assert prediction["seconds"]["forward"] == pytest.approx(4 * 2.0, rel=0.4)
 
 
 def test_without_samples_an_evaluation_only_reads_pairs(contrast: Path, tmp_path: Path) -> None:

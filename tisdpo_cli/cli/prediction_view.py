@@ -32,8 +32,11 @@ def prediction_lines(prediction: Prediction) -> list[str]:
     if flops:
         total = f"{_flops(sum(flops.values()))}, {total}"
     wanted = f" ({_parts(disk)})" if disk else ""
+    measured = prediction.timed_by == "forward pass"
     return [
-        "a prediction from shapes alone, no weights were read:",
+        "a prediction from shapes, and the time from a measured forward pass:"
+        if measured
+        else "a prediction from shapes alone, no weights were read:",
         f"  {what}: {_size(sum(memory.values()))} of {_size(prediction.device_memory)}{each}",
         *(f"    {_NAMES.get(name, name):18s} {_size(size):>10s}" for name, size in memory.items()),
         f"  disk: {_size(sum(disk.values()))} of {_size(prediction.free_disk)} free{wanted}",

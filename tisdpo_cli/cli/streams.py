@@ -74,7 +74,7 @@ class _Expendable:
 
 
 def _nowhere() -> Any:
-    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+    return open(os.devnull, "w", encoding="utf-8", newline="\n")  # noqa: PTH123
 
 
 def make_reporter() -> Reporter:

@@ -162,5 +162,5 @@ def _recorded_names(folder: Path) -> list[str] | None:
 def _write(lines: Iterable[str], path: Path) -> None:
     """Write a file of the cache. Several processes may do it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, f"{os.getpid()}-") as partial, partial.open("w", encoding="utf-8") as stream:
+    with replacing(path, f"{os.getpid()}-") as partial, partial.open("w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(f"{line}\n" for line in lines)

@@ -265,7 +265,7 @@ def _sharing_fault(path: Path, asked: float) -> Iterator[None]:
         if "LOCAL_RANK" in os.environ:
             told = {"at": time.time(), "what": fault.what, "where": fault.where, "fix": fault.fix}
             with suppress(OSError), replacing(record, mode=_FILE_MODE) as partial:
-                partial.write_text(json.dumps({**told, "details": fault.details}), encoding="utf-8")
+                partial.write_text(json.dumps({**told, "details": fault.details}), encoding="utf-8", newline="\n")
         raise
 
 

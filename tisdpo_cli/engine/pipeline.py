@@ -96,7 +96,7 @@ def run(settings: Run, reporter: Reporter, command: str | None = None) -> Pipeli
     for number, (name, stage) in enumerate(plan.stages.items(), start=1):
         reporter.stage(f"{number}/{len(plan.stages)} {shown(name)}: {_TITLES[name]}")
         with explaining_out_of_memory(stage, name):
-            stages[name] = _made(plan, name, runtime, reporter)
+            stages[name] = _made(plan, name, planned[name], runtime, reporter)
     with explaining_out_of_memory(settings.inspect_weights, "inspect_weights"):
         inspection = inspect_weights(settings.inspect_weights, command)
     return PipelineResult(Path(settings.output_dir), stages, inspection)
@@ -119,10 +119,11 @@ def _dry_run(settings: Run, plan: PipelinePlan, planned: Mapping[str, StagePlan]
     return PipelineDryRun(planned, used, found)
 
 
-def _made(plan: PipelinePlan, name: str, runtime: Runtime, reporter: Reporter) -> StageResult:
+def _made(plan: PipelinePlan, name: str, planned: StagePlan, runtime: Runtime, reporter: Reporter) -> StageResult:
     """The result of a stage, made now unless it is finished; what it reads is there by now."""
     stage = plan.stages[name]
-    planned = runtime.on_main(lambda: plan.of(name, runtime))
+    if planned.depends:
+        planned = runtime.on_main(lambda: plan.of(name, runtime))
     if planned.action == "skip":
         runtime.on_main(lambda: plan.adopt(name))
         return finished_stage(runtime, Path(stage.output_dir), stage.command)  # type: ignore[attr-defined]

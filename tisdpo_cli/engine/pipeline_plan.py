@@ -45,10 +45,12 @@ class StagePlan:
         action: `make` what is not there, `resume` what was started, `redo` what has changed, or `skip` what is
             finished.
         reasons: why, one phrase each.
+        depends: whether it depends on what stages before it will make.
     """
 
     action: Action
     reasons: Sequence[str] = ()
+    depends: bool = False
 
     def __str__(self) -> str:
         return self.action + (f": {'; '.join(self.reasons)}" if self.reasons else "")
@@ -118,7 +120,7 @@ class PipelinePlan:
             return StagePlan("make")
         if (changes or redone) and not self._overwrite and not self._is_own(name, marker):
             raise refuse_change(path, marker.finished, [*changes, *after])
-        return StagePlan("redo", [*changes, *after])
+        return StagePlan("redo", [*changes, *after], depends=bool(pending))
 
     def remember(self, name: str, finished: bool) -> None:
         """Remember that `run` starts a stage, or has finished it. Call it on one process."""

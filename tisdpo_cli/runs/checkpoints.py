@@ -145,7 +145,7 @@ def _prepare(directory: Path, partial: Path) -> None:
 def _finish(partial: Path, directory: Path, step: int, manifest: str) -> None:
     """Let a checkpoint appear, whose tensor files are written."""
     with replacing(partial / MANIFEST) as new:
-        new.write_text(manifest, encoding="utf-8")
+        new.write_text(manifest, encoding="utf-8", newline="\n")
     final = directory / _name(step)
     remove(final)
     partial.rename(final)

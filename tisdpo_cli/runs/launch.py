@@ -24,6 +24,8 @@ from tisdpo_cli.runs.launch_checks import asked_for
 from tisdpo_cli.runs.worker import read_error, worker_environment
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Windows ends processes in one way only.
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 _POLL_SECONDS = 0.05
 # After one process has failed the others may report the same error; they are told to end, and then ended.
 _FAILED_SECONDS, _ENDING_SECONDS = 3.0, 30.0
@@ -119,7 +121,7 @@ class Processes:
                 os.close(reading)
                 self._wait()
             finally:
-                self._end_all(signal.SIGKILL)
+                self._end_all(_KILL)
                 os.close(writing)
         self._raise_error()
 
@@ -155,8 +157,10 @@ class Processes:
         self._signals.append(number)
         if len(self._signals) > 1:
             self._kill_at = min(self._kill_at, time.monotonic() + _SECOND_SIGNAL_SECONDS)
-        for worker in self._workers:
-            worker.send_signal(number)
+        # On Windows Ctrl-C has reached all processes of the console already, and no other signal can be sent.
+        if os.name == "posix" or number != signal.SIGINT:
+            for worker in self._workers:
+                worker.send_signal(number)
 
     def _wait(self) -> None:
         while len(self._ended) < self._count:
@@ -168,7 +172,7 @@ class Processes:
                 self._terminate_at = math.inf
                 self._end_all(signal.SIGTERM)
             if time.monotonic() > self._kill_at:
-                self._end_all(signal.SIGKILL)
+                self._end_all(_KILL)
             time.sleep(_POLL_SECONDS)
 
     def _note_end(self, code: int) -> None:

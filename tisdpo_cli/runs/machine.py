@@ -31,7 +31,10 @@ def device_memory(device: torch.device) -> int:
     """Memory of a device in bytes: that of a GPU, or what this machine or container has."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    sizes = []
+    # Windows has no such call, and macOS not in every version such a name.
+    with suppress(AttributeError, OSError, ValueError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit in _LIMITS:
         # Not there, or "max".
         with suppress(OSError, ValueError):

@@ -137,7 +137,9 @@ class Output:
             if self._started:
                 with suppress(OSError):
                     self._remove_partials()
-            (self.path / LOCK_FILE).unlink(missing_ok=True)
+            # Windows keeps a file that is open; the lock removes its own there.
+            with suppress(PermissionError):
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
             with suppress(OSError):
@@ -256,7 +258,7 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        with reporting_write_errors(self._path), self._path.open("a", encoding="utf-8") as stream:
+        with reporting_write_errors(self._path), self._path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(json.dumps(record) + "\n")
 
 

@@ -41,7 +41,10 @@ def _wait_for_end_of_stdin() -> None:
     with suppress(OSError):
         while os.read(0, 1):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        if os.name == "posix":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:  # where that ends a process without a word
+            signal.raise_signal(signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def leave_error(error: TisdpoError | Interrupted) -> None:
     }
     path = _file(Path(os.environ[_VARIABLE]), int(os.environ["RANK"]))
     with suppress(OSError):
-        path.write_text(json.dumps(fields), encoding="utf-8")
+        path.write_text(json.dumps(fields), encoding="utf-8", newline="\n")
 
 
 def read_error(folder: Path, rank: int) -> WorkerError | None:

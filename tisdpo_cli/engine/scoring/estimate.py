@@ -177,7 +177,8 @@ def _dry_run(estimation: _Estimation, runtime: Runtime, work: _Work, processes: 
     size = sum(path.stat().st_size for split in estimation.splits.values() for path in split.paths if path.is_file())
     scored = Scored(size, estimation.parquet, 3 if estimation.keep_logps else 1)
     planned = ScoringWork(work.sides, splits, _parts(estimation, work.splits), work.tokenizer.bos)
-    prediction = predict_scoring(runtime, estimation.scoring, processes, planned, scored, output)
+    scorer = PartScorer(runtime, estimation.scoring, work.tokenizer, output, work.splits, work.reach)
+    prediction = predict_scoring(runtime, scorer, processes, planned, scored, output)
     runtime.reporter.note("dry run: nothing was scored")
     row = of_pair(WeightedPair(next(iter(splits.values()))[0]), work.tokenizer, swapped=False)
     sizes = {name: split.sizes for name, split in work.splits.items()}

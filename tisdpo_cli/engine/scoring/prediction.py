@@ -1,4 +1,4 @@
-"""What `estimate` is predicted to need, from the shapes of models and the sizes of rows: no weights are read."""
+"""What `estimate` is predicted to need: from the shapes of models and the sizes of rows, and a measured pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tisdpo_cli.engine.dry_run import (
     program_memory,
     rounded,
 )
-from tisdpo_cli.engine.scoring.scorer import Part, ScoringConfig, Side, groups_of_models
+from tisdpo_cli.engine.scoring.scorer import Part, PartScorer, ScoringConfig, Side, groups_of_models
 from tisdpo_cli.engine.training import planning
 from tisdpo_cli.engine.training.batching import pair_costs
 from tisdpo_cli.engine.training.dry_run import Examples, ExampleSize
@@ -27,6 +27,8 @@ from tisdpo_cli.runs.runtime import Runtime
 
 # Bytes of a score in a text file and in a column of a Parquet file, and of a log-prob while parts are kept.
 _TEXT_BYTES, _COLUMN_BYTES, _PART_BYTES = 22, 8, 4
+# Models whose weight files are not larger are loaded for a pass that tells how fast this machine is.
+_SOON_LOADED = 2**30
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class ScoringWork:
 
 
 def predict_scoring(
-    runtime: Runtime, config: ScoringConfig, processes: int, work: ScoringWork, scored: Scored, output: Path
+    runtime: Runtime, scorer: PartScorer, processes: int, work: ScoringWork, scored: Scored, output: Path
 ) -> Prediction:
     """What scoring needs.
 
     Args:
         runtime: this process.
-        config: how models score.
+        scorer: does a forward pass that tells how fast this machine is, if the model is soon loaded.
         processes: how many are asked for.
         work: what is scored.
         scored: what is written.
@@ -77,7 +79,8 @@ def predict_scoring(
     Raises:
         ModelError: a model is damaged.
     """
-    on_gpu, sides, splits, bos = runtime.device.type == "cuda", work.sides, work.splits, work.bos
+    config, on_gpu = scorer.config, runtime.device.type == "cuda"
+    sides, splits, bos = work.sides, work.splits, work.bos
     models = {side.path: frozen_model(side.path, config.trust_remote_code) for side in sides}
     together = [
         [models[path] for path in group] for group in groups_of_models(list(models), sequential=config.sequential)
@@ -98,7 +101,17 @@ def predict_scoring(
         )
         for side in sides
     }
-    rate = product_rate(runtime.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    measured = models[sides[0].path].file <= _SOON_LOADED and runtime.world == 1
+    if measured:
+        middle = work.parts[len(work.parts) // 2]
+        batch = [splits[middle.split][i] for i in middle.batches[len(middle.batches) // 2]]
+        done = planning.forward_flops(models[sides[0].path].shape, _examples(sides[0], batch, config, bos).total())
+        rate = done / scorer.seconds_of_pass(sides[0], batch)
+    else:
+        rate = planning.share_of_rate(
+            config.precision,
+            product_rate(runtime.device, torch.bfloat16 if config.precision == "bf16" else torch.float32),
+        )
     devices = processes if on_gpu else runtime.world
     tokens = sum(len(pair.chosen.ids) + len(pair.rejected.ids) for pairs in splits.values() for pair in pairs)
     each = _COLUMN_BYTES if scored.parquet else _TEXT_BYTES
@@ -115,8 +128,9 @@ def predict_scoring(
         },
         free_disk=free_disk(output),
         flops=flops,
-        seconds={name: planning.seconds_of(count, rate, config.precision, devices) for name, count in flops.items()},
+        seconds={name: count / (rate * devices) for name, count in flops.items()},
         change=None,
+        timed_by="forward pass" if measured else "matrix products",
     )
 
 

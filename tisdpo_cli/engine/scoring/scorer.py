@@ -183,6 +183,16 @@ class PartScorer:
             _stop_if_asked(stop)
         return tokens
 
+    def seconds_of_pass(self, side: Side, pairs: Sequence[EncodedPair]) -> float:
+        """Seconds of a forward pass over some pairs, for which the model of a side is loaded."""
+        scorer, took = self._load_all([side.path], [side])[side.path], []
+        # The first one starts threads and finds kernels.
+        for _ in range(2):
+            started = time.perf_counter()
+            score_pairs(scorer, side, pairs, self.tokenizer)
+            took.append(time.perf_counter() - started)
+        return min(took)
+
     def _missing(self, sides: Sequence[Side], parts: Sequence[Part]) -> list[tuple[Side, Part]]:
         """This process's share of the parts that are not there yet."""
         runtime = self.runtime

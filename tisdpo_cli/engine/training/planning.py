@@ -140,6 +140,7 @@ class Prediction:
         flops: floating-point operations, over all processes.
         seconds: about how long they take.
         change: the setting to change if memory does not suffice, or None.
+        timed_by: what told how fast this machine is: `matrix products`, or a `forward pass` of the model.
     """
 
     processes: int
@@ -153,6 +154,7 @@ class Prediction:
     flops: Mapping[str, float]
     seconds: Mapping[str, float]
     change: Change | None
+    timed_by: str = "matrix products"
 
     @property
     def fits(self) -> bool:
@@ -318,4 +320,9 @@ def seconds_of(flops: float, rate: float, precision: str, devices: int) -> float
         precision: `bf16` or `float32`.
         devices: number of them.
     """
-    return flops / (rate * _SHARE_OF_RATE[precision] * devices)
+    return flops / (share_of_rate(precision, rate) * devices)
+
+
+def share_of_rate(precision: str, rate: float) -> float:
+    """What a model reaches of the rate of matrix products."""
+    return rate * _SHARE_OF_RATE[precision]
