@@ -338,6 +338,7 @@ ABOUT_OTHERS = ("coming-from-trl.md", "coming-from-the-authors-code.md", "own-tr
 def known_options() -> set[str]:
     """Every option of every command."""
     names = {"config", "set", "print-config", "json", "debug", "help", "version", "schema"}
+    names |= {"install-completion", "show-completion"}
     for spec in COMMANDS.values():
         names |= {path.rpartition(".")[2] for path in leaf_paths(spec.settings)} | set(second_names(spec.settings))
     return {f"--{name.replace('_', '-')}" for name in names}

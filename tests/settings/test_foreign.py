@@ -308,3 +308,13 @@ def test_trl_commands_with_every_option_have_no_unknown_one(loads) -> None:
     assert [fault for fault in faults if "No such option" in fault] == []
     # Options of adapters without an adapter, which TRL ignores.
     assert all("lora" in fault for fault in faults), faults
+
+
+def test_the_options_that_the_guide_names_are_known() -> None:
+    guide = Path(__file__).parents[2] / "examples" / "guides" / "coming-from-trl.md"
+    if not guide.is_file():
+        pytest.skip("not in a checkout")
+    own = {name for spec in COMMANDS.values() for name in names(spec.settings)} | {"config", "set"}
+    launchers = {"num_processes", "revision", "config_file", "loss_weights"}
+    spoken = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", guide.read_text("utf-8"))}
+    assert spoken - own - set(foreign_options()) - launchers == set()
