@@ -158,6 +158,15 @@ def test_an_option_of_a_stage_stays_in_its_stage(loads) -> None:
     assert (at(done, "train_dpo.memory.dtype"), at(done, "train.memory.dtype")) == ("bf16", "float32")
 
 
+def test_bf16_of_a_pipeline_is_that_of_its_trainings() -> None:
+    done = load(COMMANDS["run"].settings, NEEDED, further=[("bf16", "True"), ("learning_rate", "1e-4")])
+    assert (at(done, "train_dpo.memory.dtype"), at(done, "train.memory.dtype")) == ("bf16", "bf16")
+    assert at(done, "estimate.dtype") == "auto"
+    assert at(done, "train_dpo.optim.learning_rate") == 1e-4
+    needed = {"forward": "f", "reverse": "r", "dataset": "d", "output_dir": "o"}
+    assert load(COMMANDS["estimate"].settings, needed, sets=["bf16=true"]).settings.dtype == "bf16"
+
+
 def test_an_option_that_another_command_lacks_is_refused_but_left_alone_in_the_environment() -> None:
     needed = {"scored": "s"}
     with pytest.raises(UsageError, match="inspect-weights has no --warmup-steps"):
@@ -170,6 +179,13 @@ def test_a_setting_and_its_translation_must_not_differ(loads) -> None:
         loads("file", {"dtype": "float32", "bf16": True})
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_steps_are_no_share(loads, source: str) -> None:
+    with pytest.raises(UsageError, match=r"(?i)eval.(steps|every): must be a number of steps, not a share"):
+        loads(source, {"eval_steps": "0.1"})
+    assert at(loads("file", {"save_total_limit": None}), "checkpoints.keep_checkpoints") == 2
+
+
 def test_lists_and_mappings_of_yaml_are_taken(loads) -> None:
     datasets = [{"path": "a", "split": "train", "type": "chatml.ultra"}, {"path": "b", "split": "test", "name": "c"}]
     done = loads("file", {"datasets": datasets}, needed={"model": "m", "output_dir": "o"})
@@ -177,6 +193,11 @@ def test_lists_and_mappings_of_yaml_are_taken(loads) -> None:
     one = {"path": "a", "type": {"field_chosen": "good"}}
     done = loads("file", {"datasets": [one]}, needed={"model": "m", "output_dir": "o"})
     assert (at(done, "dataset"), at(done, "data.chosen_column")) == ("a", "good")
+    turns = {"field_messages": "talk", "roles": {"user": ["user"]}, "message_property_mappings": {"role": "role"}}
+    done = loads("file", {"datasets": [{"path": "a", **turns}]}, needed={"model": "m", "output_dir": "o"})
+    assert at(done, "data.prompt_column") == "talk"
+    with pytest.raises(UsageError, match="data_files, roles: no such setting"):
+        loads("file", {"datasets": [{"path": "a", "data_files": "x", "roles": {"user": ["human"]}}]}, needed={})
     done = loads("file", {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "trl": {"beta": 0.4}})
     assert (at(done, "adapter.lora_target"), at(done, "method.beta")) == ("q_proj,v_proj", 0.4)
     done = loads("file", {"fsdp_version": 2, "fsdp_config": {"offload_params": True, "reshard_after_forward": True}})

@@ -72,12 +72,11 @@ def option(name: str) -> str:
 
 FLAGS = Source("", option, _unknown_option)
 _SETS = Source("--set ", lambda name: f"--set {name}", _unknown_setting)
-_ENVIRONMENT = Source(
-    "environment: ",
-    lambda name: f"{ENV_PREFIX}{name.upper().replace('.', '__')}",
-    _unknown_setting,
-    shared=True,
-)
+
+
+def variable_of(name: str) -> str:
+    """The variable of a bare or dotted name."""
+    return f"{ENV_PREFIX}{name.upper().replace('.', '__')}"
 
 
 def file_source(path: Any) -> Source:
@@ -100,6 +99,7 @@ def from_sets(command: type[Command], sets: Sequence[str], found: Findings) -> d
 def from_environment(command: type[Command], environ: Mapping[str, str], found: Findings) -> dict[str, Any]:
     """The values of `TISDPO_*` variables that this command has; unknown to all commands is a fault."""
     values: list[tuple[str, Any]] = []
+    spelled: dict[str, str] = {}
     for variable, text in sorted(environ.items()):
         if not variable.startswith(ENV_PREFIX):
             continue
@@ -107,10 +107,12 @@ def from_environment(command: type[Command], environ: Mapping[str, str], found: 
         mine = case(command, name)
         if mine is not None or _is_foreign(command, name):
             values.append((mine or name, _scalar(text)))
+            spelled[mine or name] = variable
         elif not is_variable(name):
-            variables = {_ENVIRONMENT.spell(n) for spec in COMMANDS.values() for n in names(spec.settings)}
+            variables = {variable_of(n) for spec in COMMANDS.values() for n in names(spec.settings)}
             found.faults.append(f"unknown environment variable {variable}{did_you_mean(variable, variables)}")
-    return flatten(command, values, _ENVIRONMENT, found)
+    source = Source("environment: ", lambda name: spelled[name], _unknown_setting, shared=True)
+    return flatten(command, values, source, found)
 
 
 def is_variable(name: str) -> bool:
@@ -208,7 +210,7 @@ class _LayerOfSource:
             return
         if not (outcome.values or outcome.soft or outcome.notice):
             self._found.off.append(spelled)
-        paths = {setting: locate(self._command, stage + setting) for setting in (*outcome.values, *outcome.soft)}
+        paths = {setting: self._path_of(stage, setting) for setting in (*outcome.values, *outcome.soft)}
         missing = [setting for setting in outcome.values if paths[setting] is None]
         if missing and not self._source.shared:
             self._found.faults.append(f"{spelled}: {self._command.command} has no {option(missing[0])}")
@@ -219,6 +221,9 @@ class _LayerOfSource:
             if (path := paths[setting]) is not None:
                 self.put(path, value, name, translated=True)
         self._soft |= {path: value for setting, value in outcome.soft.items() if (path := paths[setting]) is not None}
+
+    def _path_of(self, stage: str, setting: str) -> str | None:
+        return locate(self._command, stage + setting) or locate(self._command, stage + setting.rpartition(".")[2])
 
     def finished(self) -> dict[str, Any]:
         """All values."""
