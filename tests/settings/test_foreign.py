@@ -164,7 +164,9 @@ def test_bf16_of_a_pipeline_is_that_of_its_trainings() -> None:
     assert at(done, "estimate.dtype") == "auto"
     assert at(done, "train_dpo.optim.learning_rate") == 1e-4
     needed = {"forward": "f", "reverse": "r", "dataset": "d", "output_dir": "o"}
-    assert load(COMMANDS["estimate"].settings, needed, sets=["bf16=true"]).settings.dtype == "bf16"
+    assert at(load(COMMANDS["estimate"].settings, needed, sets=["bf16=true"]), "dtype") == "bf16"
+    # A variable is for all commands.
+    assert at(load(COMMANDS["estimate"].settings, needed, environ={"TISDPO_BF16": "1"}), "dtype") == "auto"
 
 
 def test_an_option_that_another_command_lacks_is_refused_but_left_alone_in_the_environment() -> None:

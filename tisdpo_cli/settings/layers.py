@@ -223,7 +223,10 @@ class _LayerOfSource:
         self._soft |= {path: value for setting, value in outcome.soft.items() if (path := paths[setting]) is not None}
 
     def _path_of(self, stage: str, setting: str) -> str | None:
-        return locate(self._command, stage + setting) or locate(self._command, stage + setting.rpartition(".")[2])
+        path = locate(self._command, stage + setting)
+        # A variable is for all commands: it means those with such a group.
+        elsewhere = not self._source.shared
+        return path or (locate(self._command, stage + setting.rpartition(".")[2]) if elsewhere else None)
 
     def finished(self) -> dict[str, Any]:
         """All values."""
