@@ -139,8 +139,9 @@ def test_what_is_not_done_is_refused_with_what_to_use(loads, source: str, name: 
     [
         ("logging_steps", "10"), ("padding_free", "true"), ("disable_dropout", "true"),
         ("precompute_ref_log_probs", "true"), ("attn_implementation", "flash_attention_2"),
-        ("dataloader_num_workers", "4"), ("report_to", "none"), ("fp16", "false"), ("f_divergence_type", "reverse_kl"),
-        ("template", "qwen3"), ("sample_packing", "false"), ("gradient_checkpointing_kwargs", "{use_reentrant: true}"),
+        ("dataloader_num_workers", "4"), ("torch_compile", "none"), ("fp16", "false"),
+        ("f_divergence_type", "reverse_kl"), ("template", "qwen3"), ("sample_packing", "false"),
+        ("gradient_checkpointing_kwargs", "{use_reentrant: true}"),
     ],
 )  # fmt: skip
 def test_what_changes_nothing_is_taken_in_one_line(loads, source: str, name: str, value: str) -> None:
@@ -181,6 +182,17 @@ def test_a_setting_and_its_translation_must_not_differ(loads) -> None:
         loads("file", {"dtype": "float32", "bf16": True})
 
 
+def test_what_is_on_by_default_elsewhere_is_switched_off_as_there(loads) -> None:
+    read = read_arguments(["train-dpo", "--no_gradient_checkpointing", "--no_remove_unused_columns"], COMMANDS)
+    done = load(COMMANDS["train-dpo"].settings, NEEDED, further=read.further, config=None)
+    assert done.origins["memory.gradient_checkpointing"] == "flag"
+    assert at(done, "memory.gradient_checkpointing") is False
+    read = read_arguments(["train-dpo", "--no_disable_dropout", "--no_bata", "--no-ref-cache"], COMMANDS)
+    with pytest.raises(UsageError, match=r"--disable-dropout: dropout is always off; .*No such option: --no-bata"):
+        load(COMMANDS["train-dpo"].settings, NEEDED, further=read.further)
+    assert read.words == ["train-dpo", "--no-ref-cache"]
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_steps_are_no_share(loads, source: str) -> None:
     with pytest.raises(UsageError, match=r"(?i)eval.(steps|every): must be a number of steps, not a share"):
@@ -216,14 +228,14 @@ def test_all_faults_of_all_sources_are_one_message(tmp_path: Path) -> None:
             COMMANDS["train-dpo"].settings,
             {"beta": "0"},
             config=config,
-            sets=["report_to=wandb", "foo=1"],
+            sets=["neftune_noise_alpha=5", "foo=1"],
             environ={"TISDPO_LOAD_IN_8BIT": "1", "TISDPO_BETTA": "1"},
             further=read.further,
             faults=read.faults,
         )
     said = "\n".join(caught.value.details)
     for name in (
-        "--deepspeed", "--bata", "--sync-ref-model", "--max-steps needs a value", "report_to", "foo",
+        "--deepspeed", "--bata", "--sync-ref-model", "--max-steps needs a value", "neftune_noise_alpha", "foo",
         "TISDPO_LOAD_IN_8BIT", "TISDPO_BETTA", "c.yaml: fp16", "lerning_rate", "--beta (method.beta)",
         "--model is required",
     ):  # fmt: skip

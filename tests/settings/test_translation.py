@@ -109,6 +109,7 @@ def test_options_are_read_together() -> None:
     assert any("--lora-r" in notice and "without an adapter" in notice for notice in done.notices)
     done = of_words(f"trl dpo {NEEDED} --bf16 false --dtype float32 --use_peft")
     assert (at(done, "dtype"), at(done, "lora_r"), at(done, "lora_alpha")) == ("float32", 16, 32.0)
+    assert any("--lora-target" in notice for notice in done.notices)
 
 
 def test_launchers_become_options(tmp_path: Path) -> None:

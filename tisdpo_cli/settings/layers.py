@@ -9,7 +9,7 @@ from typing import Any
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.fields import group_of
-from tisdpo_cli.settings.foreign.rules import Outcome
+from tisdpo_cli.settings.foreign.rules import Outcome, plain
 from tisdpo_cli.settings.foreign.table import foreign, foreign_options, foreign_value
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.run import STAGES, Run
@@ -153,6 +153,15 @@ def _is_foreign(command: type[Command], name: str) -> bool:
     return locate(command, name) is None and _stage_of(command, name)[1] in foreign_options()
 
 
+def _positive(command: type[Command], name: str, value: Any) -> tuple[str, Any]:
+    """`no_x` as x with the other truth: so transformers spells what is on by default."""
+    other = name.removeprefix("no_")
+    truth = plain(value)
+    if other == name or locate(command, name) is not None or not isinstance(truth, bool):
+        return name, value
+    return (other, not truth) if locate(command, other) or _is_foreign(command, other) else (name, value)
+
+
 def flatten(
     command: type[Command], pairs: Iterable[tuple[str, Any]], source: Source, found: Findings
 ) -> dict[str, Any]:
@@ -165,7 +174,8 @@ def flatten(
         found: gets unknown, refused and repeated names, and what the user should know.
     """
     layer = _LayerOfSource(command, source, found)
-    for name, value in pairs:
+    for typed, given in pairs:
+        name, value = _positive(command, typed, given)
         path = locate(command, name)
         stage, bare = _stage_of(command, name)
         if name in STAGES:
