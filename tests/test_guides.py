@@ -341,6 +341,7 @@ ABOUT_OTHERS = ("coming-from-trl.md", "coming-from-the-authors-code.md", "own-tr
 def known_options() -> set[str]:
     """Every option of every command."""
     names = {"config", "set", "print-config", "json", "debug", "help", "version", "schema"}
+    names |= {"install-completion", "show-completion"}
     spelled: set[str] = set()
     for spec in COMMANDS.values():
         names |= set(second_names(spec.settings))

@@ -204,6 +204,7 @@ def test_a_value_may_look_like_an_option(option: str, value: str) -> None:
         (["train-dpo", "--set", "--a_b", "--dry_run", "--max_steps", "3"], "--a_b|--dry-run|--max-steps|3"),
         (["inspect-weights", "--", "--my_scores"], "--|--my_scores"),
         (["--print_config", "--set_x"], "--print-config|--set-x"),
+        (["translate", "--yaml", "trl", "dpo", "--max_length", "3"], "--yaml|--|trl|dpo|--max_length|3"),
     ],
 )
 def test_only_names_of_options_are_normalized(typed: list[str], normalized: str) -> None:

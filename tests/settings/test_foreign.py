@@ -139,8 +139,9 @@ def test_what_is_not_done_is_refused_with_what_to_use(loads, source: str, name: 
     [
         ("logging_steps", "10"), ("padding_free", "true"), ("disable_dropout", "true"),
         ("precompute_ref_log_probs", "true"), ("attn_implementation", "flash_attention_2"),
-        ("dataloader_num_workers", "4"), ("report_to", "none"), ("fp16", "false"), ("f_divergence_type", "reverse_kl"),
-        ("template", "qwen3"), ("sample_packing", "false"), ("gradient_checkpointing_kwargs", "{use_reentrant: true}"),
+        ("dataloader_num_workers", "4"), ("torch_compile", "none"), ("fp16", "false"),
+        ("f_divergence_type", "reverse_kl"), ("template", "qwen3"), ("sample_packing", "false"),
+        ("gradient_checkpointing_kwargs", "{use_reentrant: true}"),
     ],
 )  # fmt: skip
 def test_what_changes_nothing_is_taken_in_one_line(loads, source: str, name: str, value: str) -> None:
@@ -158,6 +159,17 @@ def test_an_option_of_a_stage_stays_in_its_stage(loads) -> None:
     assert (at(done, "train_dpo.memory.dtype"), at(done, "train.memory.dtype")) == ("bf16", "float32")
 
 
+def test_bf16_of_a_pipeline_is_that_of_its_trainings() -> None:
+    done = load(COMMANDS["run"].settings, NEEDED, further=[("bf16", "True"), ("learning_rate", "1e-4")])
+    assert (at(done, "train_dpo.memory.dtype"), at(done, "train.memory.dtype")) == ("bf16", "bf16")
+    assert at(done, "estimate.dtype") == "auto"
+    assert at(done, "train_dpo.optim.learning_rate") == 1e-4
+    needed = {"forward": "f", "reverse": "r", "dataset": "d", "output_dir": "o"}
+    assert at(load(COMMANDS["estimate"].settings, needed, sets=["bf16=true"]), "dtype") == "bf16"
+    # A variable is for all commands.
+    assert at(load(COMMANDS["estimate"].settings, needed, environ={"TISDPO_BF16": "1"}), "dtype") == "auto"
+
+
 def test_an_option_that_another_command_lacks_is_refused_but_left_alone_in_the_environment() -> None:
     needed = {"scored": "s"}
     with pytest.raises(UsageError, match="inspect-weights has no --warmup-steps"):
@@ -170,6 +182,24 @@ def test_a_setting_and_its_translation_must_not_differ(loads) -> None:
         loads("file", {"dtype": "float32", "bf16": True})
 
 
+def test_what_is_on_by_default_elsewhere_is_switched_off_as_there(loads) -> None:
+    read = read_arguments(["train-dpo", "--no_gradient_checkpointing", "--no_remove_unused_columns"], COMMANDS)
+    done = load(COMMANDS["train-dpo"].settings, NEEDED, further=read.further, config=None)
+    assert done.origins["memory.gradient_checkpointing"] == "flag"
+    assert at(done, "memory.gradient_checkpointing") is False
+    read = read_arguments(["train-dpo", "--no_disable_dropout", "--no_bata", "--no-ref-cache"], COMMANDS)
+    with pytest.raises(UsageError, match=r"--disable-dropout: dropout is always off; .*No such option: --no-bata"):
+        load(COMMANDS["train-dpo"].settings, NEEDED, further=read.further)
+    assert read.words == ["train-dpo", "--no-ref-cache"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_steps_are_no_share(loads, source: str) -> None:
+    with pytest.raises(UsageError, match=r"(?i)eval.(steps|every): must be a number of steps, not a share"):
+        loads(source, {"eval_steps": "0.1"})
+    assert at(loads("file", {"save_total_limit": None}), "checkpoints.keep_checkpoints") == 2
+
+
 def test_lists_and_mappings_of_yaml_are_taken(loads) -> None:
     datasets = [{"path": "a", "split": "train", "type": "chatml.ultra"}, {"path": "b", "split": "test", "name": "c"}]
     done = loads("file", {"datasets": datasets}, needed={"model": "m", "output_dir": "o"})
@@ -177,6 +207,11 @@ def test_lists_and_mappings_of_yaml_are_taken(loads) -> None:
     one = {"path": "a", "type": {"field_chosen": "good"}}
     done = loads("file", {"datasets": [one]}, needed={"model": "m", "output_dir": "o"})
     assert (at(done, "dataset"), at(done, "data.chosen_column")) == ("a", "good")
+    turns = {"field_messages": "talk", "roles": {"user": ["user"]}, "message_property_mappings": {"role": "role"}}
+    done = loads("file", {"datasets": [{"path": "a", **turns}]}, needed={"model": "m", "output_dir": "o"})
+    assert at(done, "data.prompt_column") == "talk"
+    with pytest.raises(UsageError, match="data_files, roles: no such setting"):
+        loads("file", {"datasets": [{"path": "a", "data_files": "x", "roles": {"user": ["human"]}}]}, needed={})
     done = loads("file", {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "trl": {"beta": 0.4}})
     assert (at(done, "adapter.lora_target"), at(done, "method.beta")) == ("q_proj,v_proj", 0.4)
     done = loads("file", {"fsdp_version": 2, "fsdp_config": {"offload_params": True, "reshard_after_forward": True}})
@@ -193,14 +228,14 @@ def test_all_faults_of_all_sources_are_one_message(tmp_path: Path) -> None:
             COMMANDS["train-dpo"].settings,
             {"beta": "0"},
             config=config,
-            sets=["report_to=wandb", "foo=1"],
+            sets=["neftune_noise_alpha=5", "foo=1"],
             environ={"TISDPO_LOAD_IN_8BIT": "1", "TISDPO_BETTA": "1"},
             further=read.further,
             faults=read.faults,
         )
     said = "\n".join(caught.value.details)
     for name in (
-        "--deepspeed", "--bata", "--sync-ref-model", "--max-steps needs a value", "report_to", "foo",
+        "--deepspeed", "--bata", "--sync-ref-model", "--max-steps needs a value", "neftune_noise_alpha", "foo",
         "TISDPO_LOAD_IN_8BIT", "TISDPO_BETTA", "c.yaml: fp16", "lerning_rate", "--beta (method.beta)",
         "--model is required",
     ):  # fmt: skip
@@ -308,3 +343,13 @@ def test_trl_commands_with_every_option_have_no_unknown_one(loads) -> None:
     assert [fault for fault in faults if "No such option" in fault] == []
     # Options of adapters without an adapter, which TRL ignores.
     assert all("lora" in fault for fault in faults), faults
+
+
+def test_the_options_that_the_guide_names_are_known() -> None:
+    guide = Path(__file__).parents[2] / "examples" / "guides" / "coming-from-trl.md"
+    if not guide.is_file():
+        pytest.skip("not in a checkout")
+    own = {name for spec in COMMANDS.values() for name in names(spec.settings)} | {"config", "set"}
+    launchers = {"num_processes", "revision", "config_file", "loss_weights"}
+    spoken = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", guide.read_text("utf-8"))}
+    assert spoken - own - set(foreign_options()) - launchers == set()

@@ -109,6 +109,7 @@ def test_options_are_read_together() -> None:
     assert any("--lora-r" in notice and "without an adapter" in notice for notice in done.notices)
     done = of_words(f"trl dpo {NEEDED} --bf16 false --dtype float32 --use_peft")
     assert (at(done, "dtype"), at(done, "lora_r"), at(done, "lora_alpha")) == ("float32", 16, 32.0)
+    assert any("--lora-target" in notice for notice in done.notices)
 
 
 def test_launchers_become_options(tmp_path: Path) -> None:
@@ -121,6 +122,20 @@ def test_launchers_become_options(tmp_path: Path) -> None:
     )
     done = of_words(f"accelerate launch --config_file {config} -m trl.scripts.dpo {NEEDED}")
     assert [at(done, name) for name in ("num_processes", "shard", "cpu_offload", "dtype")] == [8, "full", True, "bf16"]
+
+
+def test_variables_and_empty_options_of_a_file(tmp_path: Path) -> None:
+    options = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "weight_decay": None, "seed": None}
+    done = of_file(tmp_path / "c.yaml", {**options, "env": {"HF_HUB_OFFLINE": 1}})
+    assert done.command_line().startswith("HF_HUB_OFFLINE=1 tisdpo train-dpo ")
+    assert (at(done, "weight_decay"), at(done, "seed")) == (None, 42)
+
+
+def test_a_command_line_may_be_one_word() -> None:
+    whole = of_words(f"trl dpo {NEEDED} --beta 0.2")
+    assert translate(Translate(words=[f"trl dpo \\\n {NEEDED} --beta 0.2"])) == whole
+    with pytest.raises(UsageError, match="cannot be read"):
+        translate(Translate(words=["trl 'dpo"]))
 
 
 def test_the_options_of_a_command_win_over_its_file(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ class _Reader:
             for name, path in second_names(spec.settings).items()
         }
         positional = spec.positional
-        self._places = 0 if positional is None else len(typed) if meta(paths[positional])["many"] else 1
+        self._takes_rest = positional is not None and meta(paths[positional])["many"]
+        self._places = 0 if positional is None else len(typed) if self._takes_rest else 1
         self._takes_words = positional is not None
         self._rest = list(typed[1:])
         self._result = Arguments([typed[0]])
@@ -85,6 +86,10 @@ class _Reader:
                 self._option(_dashed(word))
             elif word.startswith("-") and word != "-" and number_of(word) is None:
                 self._short(word)
+            elif self._takes_rest:
+                # A whole command line, whose options are not ours.
+                self._result.words += ["--", word, *self._rest]
+                break
             else:
                 self._places_taken([word], [word])
         return self._result

@@ -57,15 +57,15 @@ def _width() -> int:
 
 def _command_help(spec: CommandSpec) -> list[Text]:
     name = spec.settings.command
+    paths = leaf_paths(spec.settings)
     positional = f" [{spec.positional.upper()}]" if spec.positional else ""
-    if spec.positional and meta(spec.settings.model_fields[spec.positional])["many"]:
-        positional += "..."
+    positional += "..." if spec.positional and meta(paths[spec.positional])["many"] else ""
     lines = [_usage(f"tisdpo {name} [OPTIONS]{positional}"), Text()]
     lines += _paragraphs(spec.settings.__doc__ or "")
     panels: dict[str, list[Row]] = {panel: [] for panel in (*PANELS, _CONFIGURATION)}
-    for path, info in leaf_paths(spec.settings).items():
+    for path, info in paths.items():
         panels[meta(info)["panel"]].append((_option(path, info, spec.positional), _description(info)))
-    common = common_names(bool(leaf_paths(spec.settings)))
+    common = common_names(bool(paths))
     panels[_CONFIGURATION] = [*(COMMON_HELP[name] for name in common), _HELP_OPTION]
     lines += _panels(panels)
     return [*lines, Text(), Text.assemble(("Example: ", "bold"), spec.example)]

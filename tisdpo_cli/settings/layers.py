@@ -9,7 +9,7 @@ from typing import Any
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.commands import COMMANDS
 from tisdpo_cli.settings.fields import group_of
-from tisdpo_cli.settings.foreign.rules import Outcome
+from tisdpo_cli.settings.foreign.rules import Outcome, plain
 from tisdpo_cli.settings.foreign.table import foreign, foreign_options, foreign_value
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.run import STAGES, Run
@@ -72,12 +72,11 @@ def option(name: str) -> str:
 
 FLAGS = Source("", option, _unknown_option)
 _SETS = Source("--set ", lambda name: f"--set {name}", _unknown_setting)
-_ENVIRONMENT = Source(
-    "environment: ",
-    lambda name: f"{ENV_PREFIX}{name.upper().replace('.', '__')}",
-    _unknown_setting,
-    shared=True,
-)
+
+
+def variable_of(name: str) -> str:
+    """The variable of a bare or dotted name."""
+    return f"{ENV_PREFIX}{name.upper().replace('.', '__')}"
 
 
 def file_source(path: Any) -> Source:
@@ -100,6 +99,7 @@ def from_sets(command: type[Command], sets: Sequence[str], found: Findings) -> d
 def from_environment(command: type[Command], environ: Mapping[str, str], found: Findings) -> dict[str, Any]:
     """The values of `TISDPO_*` variables that this command has; unknown to all commands is a fault."""
     values: list[tuple[str, Any]] = []
+    spelled: dict[str, str] = {}
     for variable, text in sorted(environ.items()):
         if not variable.startswith(ENV_PREFIX):
             continue
@@ -107,10 +107,12 @@ def from_environment(command: type[Command], environ: Mapping[str, str], found: 
         mine = case(command, name)
         if mine is not None or _is_foreign(command, name):
             values.append((mine or name, _scalar(text)))
+            spelled[mine or name] = variable
         elif not is_variable(name):
-            variables = {_ENVIRONMENT.spell(n) for spec in COMMANDS.values() for n in names(spec.settings)}
+            variables = {variable_of(n) for spec in COMMANDS.values() for n in names(spec.settings)}
             found.faults.append(f"unknown environment variable {variable}{did_you_mean(variable, variables)}")
-    return flatten(command, values, _ENVIRONMENT, found)
+    source = Source("environment: ", lambda name: spelled[name], _unknown_setting, shared=True)
+    return flatten(command, values, source, found)
 
 
 def is_variable(name: str) -> bool:
@@ -151,6 +153,15 @@ def _is_foreign(command: type[Command], name: str) -> bool:
     return locate(command, name) is None and _stage_of(command, name)[1] in foreign_options()
 
 
+def _positive(command: type[Command], name: str, value: Any) -> tuple[str, Any]:
+    """`no_x` as x with the other truth: so transformers spells what is on by default."""
+    other = name.removeprefix("no_")
+    truth = plain(value)
+    if other == name or locate(command, name) is not None or not isinstance(truth, bool):
+        return name, value
+    return (other, not truth) if locate(command, other) or _is_foreign(command, other) else (name, value)
+
+
 def flatten(
     command: type[Command], pairs: Iterable[tuple[str, Any]], source: Source, found: Findings
 ) -> dict[str, Any]:
@@ -163,7 +174,8 @@ def flatten(
         found: gets unknown, refused and repeated names, and what the user should know.
     """
     layer = _LayerOfSource(command, source, found)
-    for name, value in pairs:
+    for typed, given in pairs:
+        name, value = _positive(command, typed, given)
         path = locate(command, name)
         stage, bare = _stage_of(command, name)
         if name in STAGES:
@@ -208,7 +220,7 @@ class _LayerOfSource:
             return
         if not (outcome.values or outcome.soft or outcome.notice):
             self._found.off.append(spelled)
-        paths = {setting: locate(self._command, stage + setting) for setting in (*outcome.values, *outcome.soft)}
+        paths = {setting: self._path_of(stage, setting) for setting in (*outcome.values, *outcome.soft)}
         missing = [setting for setting in outcome.values if paths[setting] is None]
         if missing and not self._source.shared:
             self._found.faults.append(f"{spelled}: {self._command.command} has no {option(missing[0])}")
@@ -219,6 +231,12 @@ class _LayerOfSource:
             if (path := paths[setting]) is not None:
                 self.put(path, value, name, translated=True)
         self._soft |= {path: value for setting, value in outcome.soft.items() if (path := paths[setting]) is not None}
+
+    def _path_of(self, stage: str, setting: str) -> str | None:
+        path = locate(self._command, stage + setting)
+        # A variable is for all commands: it means those with such a group.
+        elsewhere = not self._source.shared
+        return path or (locate(self._command, stage + setting.rpartition(".")[2]) if elsewhere else None)
 
     def finished(self) -> dict[str, Any]:
         """All values."""

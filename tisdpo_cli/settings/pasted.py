@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +69,20 @@ def read_words(words: Sequence[str], dialect: Dialect | None = None) -> Pasted:
         UsageError: there is no command of a known trainer in it.
     """
     # One word is a command line in quotes.
-    rest = list(words) if len(words) > 1 else words[0].split()
+    rest = list(words) if len(words) > 1 else _split(words[0])
     pasted = Pasted()
     while rest and _VARIABLE.fullmatch(rest[0]):
         pasted.variables.append(rest.pop(0))
     _launcher(rest, pasted)
     _program(rest, pasted, dialect)
     return _of_options(pasted)
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return shlex.split(line.replace("\\\n", " "))
+    except ValueError as fault:
+        raise UsageError(f"the command line cannot be read: {fault}", where="translate") from fault
 
 
 def _dialect_of(options: Mapping[str, Any]) -> Dialect:
@@ -84,7 +92,11 @@ def _dialect_of(options: Mapping[str, Any]) -> Dialect:
 
 
 def _of_options(pasted: Pasted) -> Pasted:
-    """What is trained is an option of some trainers."""
+    """What is trained is an option of some trainers, and variables are one of TRL's; nothing is not an option."""
+    variables = pasted.options.pop("env", None)
+    if isinstance(variables, Mapping):
+        pasted.variables += [f"{name}={value}" for name, value in variables.items()]
+    pasted.options = {name: value for name, value in pasted.options.items() if value is not None}
     if pasted.dialect == "llama-factory":
         pasted.kind = str(pasted.options.pop("stage", "sft"))
     elif pasted.dialect == "axolotl":

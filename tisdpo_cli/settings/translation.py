@@ -123,11 +123,7 @@ def _prepared(pasted: Pasted, found: Findings) -> dict[str, Any]:
         if pasted.dialect == "trl" and name in options and precision is not False:
             found.notices.append(f"{option(name)}: weights are trained in float32; --dtype says what computes")
             del options[name]
-    if not _has_adapter(pasted):
-        without = [name for name in options if name.startswith(_OF_ADAPTERS)]
-        if without:
-            found.notices.append(f"without an adapter these have no effect: {', '.join(map(option, without))}")
-        options = {name: value for name, value in options.items() if name not in without}
+    options = _of_adapter(options, pasted, found)
     if pasted.dialect == "llama-factory":
         options.setdefault("finetuning_type", "lora")
         if isinstance(options.get("dataset"), str) and "," in options["dataset"]:
@@ -139,6 +135,18 @@ def _prepared(pasted: Pasted, found: Findings) -> dict[str, Any]:
         found.notices.append("chat_template: the tokenizer's is used; see --chat-template")
         del options["chat_template"]
     return options
+
+
+def _of_adapter(options: dict[str, Any], pasted: Pasted, found: Findings) -> dict[str, Any]:
+    """The options without those of an adapter where there is none."""
+    if _has_adapter(pasted):
+        if pasted.dialect == "trl" and "lora_target_modules" not in options:
+            found.notices.append("all linear layers are adapted; peft adapts some for TRL, see --lora-target")
+        return options
+    without = [name for name in options if name.startswith(_OF_ADAPTERS)]
+    if without:
+        found.notices.append(f"without an adapter these have no effect: {', '.join(map(option, without))}")
+    return {name: value for name, value in options.items() if name not in without}
 
 
 def _has_adapter(pasted: Pasted) -> bool:

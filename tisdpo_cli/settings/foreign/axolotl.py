@@ -21,9 +21,15 @@ _LAYOUT = "attention is chosen by --layout"
 _PACKED = "rows are packed where that changes nothing; see --layout"
 _SCHEDULES = "see --lr-scheduler"
 _PARALLEL = "there is no tensor or context parallelism; see --shard"
-# Where the columns of a preference dataset are named by its type.
-_COLUMNS = {"field_prompt": "prompt_column", "field_chosen": "chosen_column", "field_rejected": "rejected_column"}
-_OWN = {"path": "path", "split": "split", "name": None, "type": None, "ds_type": None, "trust_remote_code": None}
+# Where the columns of a preference dataset are named, beside the dataset or in its type.
+_COLUMNS = {
+    "field_prompt": "prompt_column",
+    "field_messages": "prompt_column",
+    "field_chosen": "chosen_column",
+    "field_rejected": "rejected_column",
+}
+# What says how rows become text, which the columns and the chat template do here, and TRL's list of columns to keep.
+_SAID_BY_ROWS = {"type", "ds_type", "trust_remote_code", "columns"}
 
 
 def datasets(value: Any) -> Outcome:
@@ -33,6 +39,9 @@ def datasets(value: Any) -> Outcome:
         return Outcome()
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry.get("path") for entry in entries):
         return Outcome(fault="must be a list of datasets, each with a path")
+    unknown = {str(name) for entry in entries for name, inner in entry.items() if not _is_known(str(name), inner)}
+    if unknown:
+        return Outcome(fault=f"{', '.join(sorted(unknown))}: no such setting of a dataset here")
     parts = [_part(entry) for entry in entries]
     notice = "taken as --dataset; rows must be prompt, chosen, rejected, or see --data-format"
     if len(parts) > 1:
@@ -41,11 +50,18 @@ def datasets(value: Any) -> Outcome:
     return Outcome({"dataset": own.pop("path"), **own}, notice=notice)
 
 
+def _is_known(name: str, value: Any) -> bool:
+    if name in ("roles", "message_property_mappings") and isinstance(value, dict):
+        # Names that stay as they are.
+        return all(inner in (key, [key]) for key, inner in value.items())
+    return name in {"path", "name", "split", *_COLUMNS, *_SAID_BY_ROWS} or is_off(value)
+
+
 def _part(entry: dict[str, Any]) -> dict[str, Any]:
     path = f"{entry['path']}:{entry['name']}" if entry.get("name") else entry["path"]
     kind = entry["type"] if isinstance(entry.get("type"), dict) else {}
     columns = {own: name for field, own in _COLUMNS.items() if (name := entry.get(field) or kind.get(field))}
-    # Axolotl's names are the defaults here.
+    # Those are the defaults here.
     columns = {own: name for own, name in columns.items() if f"{name}_column" != own}
     split = {"split": entry["split"]} if entry.get("split", "train") != "train" else {}
     return {"path": path, **split, **columns}

@@ -12,7 +12,7 @@ class Outcome:
     """What a foreign option with a value stands for; one without values, notice and fault is off here too.
 
     Attributes:
-        values: settings to set, by bare name.
+        values: settings to set, by bare name, or by dotted name for commands with such a group alone.
         soft: settings to set unless the same source sets them.
         notice: what a user should know.
         fault: why it is refused, with what to use instead.

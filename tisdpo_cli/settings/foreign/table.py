@@ -89,7 +89,22 @@ def _eval_size(value: Any) -> Outcome | None:
     return Outcome({"eval_size": None}) if is_off(plain(value)) and value is not None else None
 
 
+def _steps(value: Any) -> Outcome | None:
+    number = number_of(value)
+    if number is not None and 0 < number < 1:
+        return Outcome(fault="must be a number of steps, not a share of them")
+    return None
+
+
+def _keep_checkpoints(value: Any) -> Outcome | None:
+    # transformers' default, which keeps all.
+    return Outcome(notice="two are kept; give a number to keep more") if value is None else None
+
+
 _OWN: dict[str, Any] = {
+    "eval_every": _steps,
+    "save_every": _steps,
+    "keep_checkpoints": _keep_checkpoints,
     "dtype": _dtype,
     "loss": _loss,
     "max_steps": _max_steps,

@@ -25,10 +25,11 @@ _DTYPE = "use --dtype bf16"
 
 
 def _bf16(value: Any) -> Outcome:
+    # In `run` it speaks of the trainings: scores in bf16 would be lost.
     if value is True or value == "full":
-        return Outcome({"dtype": "bf16"})
+        return Outcome({"memory.dtype": "bf16"})
     # Where the type of the weights is given too, it decides.
-    return Outcome() if value is None else Outcome(soft={"dtype": "auto" if value == "auto" else "float32"})
+    return Outcome() if value is None else Outcome(soft={"memory.dtype": "auto" if value == "auto" else "float32"})
 
 
 def warmup_ratio(value: Any) -> Outcome:
