@@ -6,12 +6,13 @@ import json
 from datetime import date
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from tisdpo_cli.formats import DataFormat
 from tisdpo_cli.settings.base import resume_setting
 from tisdpo_cli.settings.fields import (
     Group,
+    JsonObject,
     NonNegativeFloat,
     NonNegativeInt,
     PathText,
@@ -59,7 +60,7 @@ class ColumnOptions(Group):
         shapes_result=False,
         metavar="FILE",
     )
-    chat_template_kwargs: PathText | None = setting(
+    chat_template_kwargs: JsonObject | None = setting(
         None, "variables of the chat template, as a JSON object", "Data", metavar="JSON"
     )
     chat_date: str | None = setting(
@@ -174,54 +175,6 @@ class SftData(TrainingData):
         if self.instruction_template.count("{instruction}") != 1:
             raise ValueError("instruction_template must contain {instruction} exactly once")
         return self
-
-
-# The batch size if neither it nor its factors are given.
-DEFAULT_BATCH_SIZE = 32
-
-
-# Names of optimizers in transformers.
-_OTHER_NAMES = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
-    "paged_adamw_8bit": "paged_adamw8bit",
-}
-Optimizer = Annotated[
-    Literal["rmsprop", "adamw", "adam", "sgd", "adamw8bit", "paged_adamw8bit"],
-    BeforeValidator(lambda given: _OTHER_NAMES.get(given, given) if isinstance(given, str) else given),
-]
-
-
-class Optim(Group):
-    """The optimizer, its schedule, and the length of the training."""
-
-    optimizer: Optimizer = setting("rmsprop", "optimizer", "Optimization", "--optim")
-    learning_rate: PositiveFloat = setting(5e-7, "peak learning rate", "Optimization", "--lr")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "learning-rate schedule after warm-up", "Optimization", "--lr-scheduler-type"
-    )
-    warmup_steps: NonNegativeInt = setting(150, "number of linear warm-up steps", "Optimization")
-    weight_decay: NonNegativeFloat = setting(0.0, "weight decay", "Optimization")
-    max_grad_norm: PositiveFloat = setting(10.0, "clip the gradient norm to this value", "Optimization")
-    epochs: PositiveFloat = setting(1.0, "passes over the data", "Optimization", "--num-train-epochs")
-    max_steps: PositiveInt | None = setting(
-        None, "number of optimizer steps; overrides --epochs and repeats the data if needed", "Optimization"
-    )
-    batch_size: PositiveInt | None = setting(
-        None, f"pairs per optimizer step, over all processes (default: {DEFAULT_BATCH_SIZE})", "Optimization"
-    )
-
-
-class SftOptim(Optim):
-    """The optimizer of train-sft. The default learning rate depends on whether the model is new."""
-
-    optimizer: Optimizer = setting("adamw", "optimizer", "Optimization", "--optim")
-    learning_rate: PositiveFloat | None = setting(  # type: ignore[assignment]
-        None, "peak learning rate (default: 2e-5; 3e-3 with --init)", "Optimization", "--lr"
-    )
-    batch_size: PositiveInt | None = setting(
-        None, f"examples per optimizer step, over all processes (default: {DEFAULT_BATCH_SIZE})", "Optimization"
-    )
 
 
 class Memory(Group):

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.settings.base import Command, leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS
-from tisdpo_cli.settings.fields import group_of
+from tisdpo_cli.settings.fields import group_of, meta
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
 from tisdpo_cli.settings.run import STAGES, Run, Stages
 from tisdpo_cli.settings.wiring import Layer, planned, stage_layer, wiring
@@ -143,13 +143,20 @@ def _once(command: type[Command], path: str) -> str:
 def _walk(command: type[Command], values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
     for key, value in values.items():
         name = f"{prefix}{str(key).replace('-', '_')}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and name.rpartition(".")[2] not in _json_settings(command):
             yield from _walk(command, value, f"{name}.")
         elif value not in (None, {}) or not _is_section(command, name):
             yield name, value
         elif name in STAGES:
             # An empty section still enables the stage.
             yield f"{name}.", None
+
+
+def _json_settings(command: type[Command]) -> set[str]:
+    """Bare names of settings whose value may be a mapping."""
+    commands = [command, *STAGES.values()] if issubclass(command, Run) else [command]
+    paths = ((path, info) for c in commands for path, info in leaf_paths(c).items())
+    return {path.rpartition(".")[2] for path, info in paths if meta(info).get("metavar") == "JSON"}
 
 
 def _is_section(command: type[Command], name: str) -> bool:

@@ -22,8 +22,9 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, Optim, TrainingData
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
+from tisdpo_cli.settings.optimization import Optim
 
 
 class TrainPairs(Command):

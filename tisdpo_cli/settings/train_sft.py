@@ -22,7 +22,8 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData, SftOptim
+from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData
+from tisdpo_cli.settings.optimization import SftOptim
 
 
 class TrainSft(Command):
@@ -76,6 +77,11 @@ class TrainSft(Command):
             raise ValueError("lora_r needs a trained model, not --init")
         elif self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 2 · heads ({self.heads})")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits_the_rate(self) -> TrainSft:
+        self.optim.schedule_params(self.learning_rate())
         return self
 
     def learning_rate(self) -> float:

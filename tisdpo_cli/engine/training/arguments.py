@@ -21,7 +21,7 @@ from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import Sharding, requested_sharding
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.adapter import Adapter
-from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
+from tisdpo_cli.settings.optimization import DEFAULT_BATCH_SIZE
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -99,6 +99,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
             optim.warmup_steps,
             optim.weight_decay,
             optim.max_grad_norm,
+            optim.schedule_params(resolved["optim.learning_rate"]),
         ),
         precision=resolved["memory.dtype"],
         layout=settings.memory.layout,

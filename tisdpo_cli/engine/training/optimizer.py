@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from tisdpo_cli.method.params import Value
+from tisdpo_cli.method.schedules import learning_rate
 from tisdpo_cli.model.quantization import bitsandbytes
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -29,10 +30,17 @@ class Schedule:
 
     optimizer: str
     learning_rate: float
-    lr_scheduler: Literal["constant", "linear", "cosine"]
+    lr_scheduler: str
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
+    lr_scheduler_params: Mapping[str, Value] = field(default_factory=dict)
+
+    def rate(self, step: int, updates: int) -> float:
+        """The learning rate of an update (0 is the first) of so many."""
+        return learning_rate(
+            step, self.learning_rate, self.warmup_steps, updates, self.lr_scheduler, self.lr_scheduler_params
+        )
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:

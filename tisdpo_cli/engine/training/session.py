@@ -145,6 +145,12 @@ def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int],
             f"the run ({plan.updates} steps) is not longer than its warm-up ({warmup} steps): the learning rate only "
             f"reaches {plan.updates / (warmup + 1):.0%}; lower --warmup-steps"
         )
+    decay = config.schedule.lr_scheduler_params.get("num_decay_steps", 0)
+    if plan.updates > warmup > plan.updates - float(decay):
+        runtime.reporter.warn(
+            f"the decay ({decay:g} steps) begins before the warm-up ({warmup} steps) ends, in a run of {plan.updates} "
+            "steps; lower num_decay_steps"
+        )
     return plan
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.ahead import Ahead
-from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate
+from tisdpo_cli.engine.training.batching import Microbatching, Plan
 from tisdpo_cli.engine.training.optimizer import Schedule, make_optimizer
 from tisdpo_cli.engine.training.profiling import profiled
 from tisdpo_cli.engine.training.state import all_finite, restore_state, save_state
@@ -160,7 +160,7 @@ class Trainer:
         sums, before = self._ahead or (self._backward(batch), 0.0)
         self._ahead = None
         norm = self._clip(batch)
-        rate = self._learning_rate()
+        rate = self.schedule.rate(self.step, self.plan.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -177,10 +177,6 @@ class Trainer:
             "tokens_per_second": round(sum(self.task.costs[i] for i in batch) / seconds, 1),
             f"{self.task.unit}_per_second": round(len(batch) / seconds, 2),
         }
-
-    def _learning_rate(self) -> float:
-        s = self.schedule
-        return learning_rate(self.step, s.learning_rate, s.warmup_steps, self.plan.updates, s.lr_scheduler)
 
     def _backward(self, batch: Sequence[int]) -> Tensor:
         """Compute the gradients of a batch, every example counting once; returns the metrics summed over all ranks."""
