@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tisdpo_cli.method.schedules import SCHEDULES, resolve_schedule
 from tisdpo_cli.settings.fields import (
@@ -27,10 +27,24 @@ _OTHER_NAMES = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
     "paged_adamw_8bit": "paged_adamw8bit",
 }
+_Optimizers = Literal[
+    "rmsprop", "adamw", "adam", "sgd", "adafactor", "adagrad", "adamax", "nadam", "radam", "adamw8bit",
+    "paged_adamw8bit",
+]  # fmt: skip
 Optimizer = Annotated[
-    Literal["rmsprop", "adamw", "adam", "sgd", "adamw8bit", "paged_adamw8bit"],
+    _Optimizers,
     BeforeValidator(lambda given: _OTHER_NAMES.get(given, given) if isinstance(given, str) else given),
 ]
+_ADAMS = ("adamw", "adam", "adamax", "nadam", "radam", "adamw8bit", "paged_adamw8bit")
+# Parameters of optimizers: their defaults, and the optimizers that have them.
+_OPTIMIZER_PARAMS = {
+    "adam_beta1": (0.9, _ADAMS),
+    "adam_beta2": (0.999, _ADAMS),
+    "adam_epsilon": (1e-8, _ADAMS),
+    "momentum": (0.0, ("sgd", "rmsprop")),
+}
+_WITHOUT_DECAY = ("norm", "bias")
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _schedule_name(given: Any) -> Any:
@@ -58,7 +72,18 @@ class Optim(Group):
     )
     lr_scheduler_kwargs: JsonObject | None = setting(None, _schedule_help(), "Optimization", metavar="JSON")
     warmup_steps: NonNegativeInt = setting(150, "number of linear warm-up steps", "Optimization")
+    adam_beta1: Decay | None = setting(None, "decay of the mean of gradients in Adam (default: 0.9)", "Optimization")
+    adam_beta2: Decay | None = setting(
+        None, "decay of the mean of squared gradients in Adam (default: 0.999)", "Optimization"
+    )
+    adam_epsilon: PositiveFloat | None = setting(
+        None, "term that keeps the divisor in Adam above zero (default: 1e-8)", "Optimization"
+    )
+    momentum: Decay | None = setting(None, "momentum of sgd and rmsprop (default: 0)", "Optimization")
     weight_decay: NonNegativeFloat = setting(0.0, "weight decay", "Optimization")
+    no_decay: str | None = setting(
+        None, "parameters without weight decay: norm, bias, or both with a comma", "Optimization", metavar="NAMES"
+    )
     max_grad_norm: PositiveFloat = setting(10.0, "clip the gradient norm to this value", "Optimization")
     epochs: PositiveFloat = setting(1.0, "passes over the data", "Optimization", "--num-train-epochs")
     max_steps: PositiveInt | None = setting(
@@ -76,12 +101,39 @@ class Optim(Group):
         """
         return resolve_schedule(self.lr_scheduler, _json_object(self.lr_scheduler_kwargs), peak)
 
+    def optimizer_params(self) -> dict[str, float]:
+        """The given parameters of the optimizer."""
+        return {name: value for name in _OPTIMIZER_PARAMS if (value := getattr(self, name)) is not None}
+
+    def without_decay(self) -> tuple[str, ...]:
+        """Kinds of parameters without weight decay, in order."""
+        return tuple(sorted(set((self.no_decay or "").replace(",", " ").split())))
+
     def in_force(self) -> dict[str, Any]:
-        """The settings with the parameters of the schedule that are not its defaults."""
+        """The settings, with parameters of schedule and optimizer only where they are not the defaults."""
         defaults = SCHEDULES[self.lr_scheduler].params
         params = self.schedule_params(None)
         changed = {name: value for name, value in params.items() if value != defaults[name].default}
-        return {**super().in_force(), "lr_scheduler_kwargs": changed or None}
+        given = self.optimizer_params()
+        own = {
+            name: given[name] if given.get(name, default) != default else None
+            for name, (default, _) in _OPTIMIZER_PARAMS.items()
+        }
+        no_decay = ",".join(self.without_decay()) or None
+        return {**super().in_force(), **own, "no_decay": no_decay, "lr_scheduler_kwargs": changed or None}
+
+    @model_validator(mode="after")
+    def _optimizer_takes_the_parameters(self) -> Optim:
+        for name in self.optimizer_params():
+            _, users = _OPTIMIZER_PARAMS[name]
+            if self.optimizer not in users:
+                raise ValueError(f"optimizer {self.optimizer} has no {name} ({', '.join(users)} have it)")
+        unknown = [name for name in self.without_decay() if name not in _WITHOUT_DECAY]
+        if unknown:
+            raise ValueError(f"no_decay: unknown {unknown[0]!r}; use {' or '.join(_WITHOUT_DECAY)}")
+        if self.without_decay() and not self.weight_decay:
+            raise ValueError("no_decay has no effect without weight_decay")
+        return self
 
     @model_validator(mode="after")
     def _makes_a_schedule(self) -> Optim:

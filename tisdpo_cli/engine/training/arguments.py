@@ -21,7 +21,7 @@ from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import Sharding, requested_sharding
 from tisdpo_cli.runs.stage import claim_output
 from tisdpo_cli.settings.adapter import Adapter
-from tisdpo_cli.settings.optimization import DEFAULT_BATCH_SIZE
+from tisdpo_cli.settings.optimization import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
@@ -92,15 +92,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         microbatching=split,
         epochs=optim.epochs,
         max_steps=optim.max_steps,
-        schedule=Schedule(
-            optim.optimizer,
-            resolved["optim.learning_rate"],
-            optim.lr_scheduler,
-            optim.warmup_steps,
-            optim.weight_decay,
-            optim.max_grad_norm,
-            optim.schedule_params(resolved["optim.learning_rate"]),
-        ),
+        schedule=_schedule(optim, resolved["optim.learning_rate"]),
         precision=resolved["memory.dtype"],
         layout=settings.memory.layout,
         gradient_checkpointing=settings.memory.gradient_checkpointing
@@ -113,6 +105,20 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
+    )
+
+
+def _schedule(optim: Optim, rate: float) -> Schedule:
+    return Schedule(
+        optim.optimizer,
+        rate,
+        optim.lr_scheduler,
+        optim.warmup_steps,
+        optim.weight_decay,
+        optim.max_grad_norm,
+        optim.schedule_params(rate),
+        optim.optimizer_params(),
+        optim.without_decay(),
     )
 
 
@@ -133,7 +139,7 @@ def _checked_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> Shar
             runtime.reporter.note("--shard full has no effect on a single process")
     elif settings.adapter.load_in_4bit:
         raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
-    elif optimizer.endswith("8bit"):
+    elif optimizer.endswith("8bit") or optimizer == "adafactor":
         raise UsageError("its state cannot be sharded", where=f"--optimizer {optimizer}", fix="use adamw")
     return sharding
 

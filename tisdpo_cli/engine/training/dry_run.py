@@ -143,6 +143,7 @@ def predict_training(
         offload=asked.sharding is not None and asked.sharding.offload,
         precision=session.precision,
         optimizer=session.schedule.optimizer,
+        momentum=session.schedule.has_momentum,
         gradient_checkpointing=session.gradient_checkpointing,
         quantized=session.quantized,
     )
@@ -229,5 +230,10 @@ def _disk(shape: ModelShape, session: SessionConfig, plan: Plan, trained: Traine
     saved = plan.updates // session.save_every if session.save_every else 0
     cached = work["reference"].scored if trained.reference is not None and trained.reference.cached else 0.0
     return planning.predict_disk(
-        shape, session.schedule.optimizer, shape.frozen > 0, min(saved, session.keep_checkpoints + 1), cached
+        shape,
+        session.schedule.optimizer,
+        shape.frozen > 0,
+        min(saved, session.keep_checkpoints + 1),
+        cached,
+        session.schedule.has_momentum,
     )
