@@ -25,6 +25,7 @@ PANELS = (
     "View",
     "Checks",
     "Output",
+    "Tracking",
     "Run",
 )
 

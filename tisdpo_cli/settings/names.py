@@ -18,8 +18,6 @@ _FOREIGN_OPTIONS = {
     "loss-type": "use --loss; sigmoid is called dpo",
     "warmup-ratio": "use --warmup-steps, a number of steps",
     "logging-steps": "every step is in metrics.jsonl in the output directory",
-    "report-to": "there are no trackers; every step is in metrics.jsonl in the output directory",
-    "run-name": "there are no trackers; every step is in metrics.jsonl in the output directory",
     "push-to-hub": "use hf upload",
     "hub-model-id": "use hf upload",
     "save-strategy": "use --save-every, a number of steps",

@@ -25,6 +25,7 @@ from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
 from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
 from tisdpo_cli.settings.optimization import Optim
+from tisdpo_cli.settings.watching import Tracking
 
 
 class TrainPairs(Command):
@@ -45,6 +46,7 @@ class TrainPairs(Command):
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
+    tracking: Tracking = Tracking()
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     cache_dir: PathText | None = setting(

@@ -24,6 +24,7 @@ from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
 from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData
 from tisdpo_cli.settings.optimization import SftOptim
+from tisdpo_cli.settings.watching import Tracking
 
 
 class TrainSft(Command):
@@ -53,6 +54,7 @@ class TrainSft(Command):
     output_dir: PathText = output_setting()
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
+    tracking: Tracking = Tracking()
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     profile: PathText | None = profile_setting()

@@ -16,10 +16,11 @@ from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import CONFIG_FILE
 from tisdpo_cli.model.adapters import LoraShape
 from tisdpo_cli.model.loading import shape_of
-from tisdpo_cli.runs.outputs import Output
+from tisdpo_cli.runs.outputs import TRACKERS_DIRECTORY, Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import Sharding, requested_sharding
 from tisdpo_cli.runs.stage import claim_output
+from tisdpo_cli.runs.trackers import TrackerConfig, check_trackers
 from tisdpo_cli.settings.adapter import Adapter
 from tisdpo_cli.settings.optimization import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
@@ -103,6 +104,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         eval_every=evaluation.eval_every,
         eval_batch_size=evaluation.eval_batch_size,
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
+        trackers=_trackers(settings),
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
     )
@@ -119,6 +121,28 @@ def _schedule(optim: Optim, rate: float) -> Schedule:
         optim.schedule_params(rate),
         optim.optimizer_params(),
         optim.without_decay(),
+    )
+
+
+def _trackers(settings: TrainPairs | TrainSft) -> TrackerConfig | None:
+    """The trackers that a training reports to, or None.
+
+    Raises:
+        UsageError: one cannot run here.
+    """
+    tracking, output = settings.tracking, Path(settings.output_dir)
+    if not tracking.names():
+        return None
+    check_trackers(tracking.names())
+    values = {
+        name: value if isinstance(value, bool | int | float) else str(value) for name, _, value in settings.leaves()
+    }
+    return TrackerConfig(
+        tracking.names(),
+        tracking.run_name or output.resolve().name,
+        tracking.tracker_project,
+        output / TRACKERS_DIRECTORY,
+        {"command": settings.command, **values},
     )
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
-from tisdpo_cli.engine.training.state import whole_tensors
+from tisdpo_cli.engine.training.state import CheckpointConfig, whole_tensors
 from tisdpo_cli.engine.training.task import Task
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
+from tisdpo_cli.engine.training.trainer import EvalConfig, Trainer, Watching
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import remove, reporting_write_errors
 from tisdpo_cli.model.adapters import BaseModel, LoraShape
@@ -31,6 +31,7 @@ from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import METRICS_FILE, Output, apply_umask
 from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype, deterministic_training
 from tisdpo_cli.runs.stage import StageResult
+from tisdpo_cli.runs.trackers import TrackerConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class SessionConfig:
         eval_every: updates between evaluations, in addition to those before and after training.
         eval_batch_size: examples per forward pass and process in an evaluation.
         profile: directory for a profile of some updates.
+        trackers: which get the metrics, or None.
         adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
         quantized: whether a new adapter's base model is held in 4 bits.
     """
@@ -71,6 +73,7 @@ class SessionConfig:
     eval_every: int | None
     eval_batch_size: int
     profile: Path | None
+    trackers: TrackerConfig | None = None
     adapter: LoraShape | None = None
     quantized: bool = False
 
@@ -203,7 +206,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             _eval_config(config, setup.eval_task),
             setup.check_start,
             stop,
-            config.profile,
+            Watching(config.profile, config.trackers),
         )
         if config.profile is not None:
             reporter.note(f"profile: {config.profile / TABLE}, and {config.profile / TRACE} for a trace viewer")

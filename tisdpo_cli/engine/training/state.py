@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.sharding import is_sharded, local, rows_of, split_like, whole
-from tisdpo_cli.runs.checkpoints import Checkpoint, Shard, save_checkpoint, save_shards
+from tisdpo_cli.runs.checkpoints import (
+    Checkpoint,
+    Shard,
+    discard_after,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    save_shards,
+)
+from tisdpo_cli.runs.markers import differences
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.saved_tensors import SavedTensors, saved_tensors
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where checkpoints go, how often, and which one to resume from."""
+
+    directory: Path
+    every: int | None
+    keep: int
+    resume: str
+    created_by: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_checkpoint(config: CheckpointConfig, updates: int, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to resume from, if there is one; later ones of the run are removed.
+
+    Args:
+        config: which one.
+        updates: number of updates of the run.
+        warn: called for each checkpoint that cannot be used.
+
+    Raises:
+        UsageError: the one that is named is damaged, or was created with other settings.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(config.directory, warn, updates)
+    checkpoint = open_checkpoint(Path(config.resume).expanduser())
+    changed = differences(checkpoint.state, config.created_by)
+    if changed:
+        raise UsageError(f"created with different settings: {'; '.join(changed)}", where=f"--resume {config.resume}")
+    if checkpoint.path.parent.resolve() == config.directory.resolve():
+        discard_after(config.directory, checkpoint.step)
+    return checkpoint
 
 
 def save_state(

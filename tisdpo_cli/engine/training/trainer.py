@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,16 @@ from tisdpo_cli.engine.training.ahead import Ahead
 from tisdpo_cli.engine.training.batching import Microbatching, Plan
 from tisdpo_cli.engine.training.optimizer import Schedule, make_optimizer
 from tisdpo_cli.engine.training.profiling import profiled
-from tisdpo_cli.engine.training.state import all_finite, restore_state, save_state
+from tisdpo_cli.engine.training.run_log import RunLog
+from tisdpo_cli.engine.training.state import CheckpointConfig, all_finite, find_checkpoint, restore_state, save_state
 from tisdpo_cli.engine.training.task import Task
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.model.sharding import whole
-from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint
-from tisdpo_cli.runs.outputs import MetricsFile, differences, last_metrics
+from tisdpo_cli.runs.outputs import last_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Where checkpoints go, how often, and which one to resume from."""
-
-    directory: Path
-    every: int | None
-    keep: int
-    resume: str
-    created_by: Mapping[str, Any] = field(default_factory=dict)
+from tisdpo_cli.runs.trackers import TrackerConfig
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,22 @@ class EvalConfig:
     task: Task
     every: int | None
     batch_size: int
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What shows a training while it runs, besides its metrics file.
+
+    Attributes:
+        profile: directory for a profile of some updates, or None.
+        trackers: those that get the metrics, or None.
+    """
+
+    profile: Path | None = None
+    trackers: TrackerConfig | None = None
+
+
+_UNWATCHED = Watching()
 
 
 class Trainer:
@@ -86,7 +92,7 @@ class Trainer:
         evaluation: EvalConfig | None,
         check_start: Callable[[Mapping[str, Any]], None],
         stop: StopRequest,
-        profile: Path | None = None,
+        watching: Watching = _UNWATCHED,
     ) -> dict[str, Any]:
         """Train to the end.
 
@@ -96,29 +102,29 @@ class Trainer:
             evaluation: evaluated before, during and after training, or None.
             check_start: called with the metrics before the first update; may stop the run.
             stop: a request to stop, answered after an update.
-            profile: directory for a profile of some updates, or None.
+            watching: what shows it while it runs.
 
         Returns:
             The last line of metrics.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; the model is not updated.
+            TrainingError: a loss or gradient is not finite, and the model is not updated; or a tracker does not start.
             Interrupted: by a signal, after a checkpoint.
         """
         runtime = self.runtime
         resumed = self._resume(checkpoints)
-        resume_step = self.step if resumed else None
-        file = MetricsFile(metrics_file, resume_step, runtime.reporter.warn) if runtime.main else None
+        log = self._open_log(metrics_file, self.step if resumed else None, watching.trackers)
         record: dict[str, Any] = {}
         with (
+            log,
             runtime.reporter.progress("training", self.plan.updates, self.step, "steps") as progress,
-            profiled(profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
+            profiled(watching.profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
             closing(self._batches),
         ):
             if not resumed:
                 record = {**self._before(), **self._evaluate(evaluation)}
                 check_start(record)
-                _write(file, record)
+                log.write(record)
                 progress.advance(0, record)
             while self.step < self.plan.updates:
                 record = self._update()
@@ -126,7 +132,7 @@ class Trainer:
                 last = self.step == self.plan.updates
                 if evaluation is not None and (last or (evaluation.every and self.step % evaluation.every == 0)):
                     record.update(self._evaluate(evaluation))
-                _write(file, record)
+                log.write(record)
                 progress.advance(1, record)
                 self._save_or_stop(checkpoints, stop)
         self._check_weights()
@@ -134,6 +140,13 @@ class Trainer:
             # Resumed after the last update: an earlier run wrote the line, or this is another output.
             record = runtime.on_main(lambda: last_metrics(metrics_file, self.step)) or self._evaluate(evaluation)
         return record
+
+    def _open_log(self, path: Path, resume_step: int | None, trackers: TrackerConfig | None) -> RunLog:
+        """The log of this process; the first one's may fail to open, on all."""
+        logs: list[RunLog] = []
+        reporter = self.runtime.reporter
+        self.runtime.on_main(lambda: logs.append(RunLog(path, resume_step, trackers, reporter)))
+        return logs[0] if logs else RunLog(None, None, None, reporter)
 
     def _before(self) -> dict[str, Any]:
         """Step 0: the objective on the first batch, before any update. The first update reuses its gradients."""
@@ -288,7 +301,8 @@ class Trainer:
 
     def _resume(self, checkpoints: CheckpointConfig) -> bool:
         """Resume from a checkpoint, if there is one and resuming is allowed; returns whether it did."""
-        checkpoint = self.runtime.on_main(lambda: self._find(checkpoints))
+        runtime = self.runtime
+        checkpoint = runtime.on_main(lambda: find_checkpoint(checkpoints, self.plan.updates, runtime.reporter.warn))
         if checkpoint is None:
             return False
         if checkpoint.step > self.plan.updates:
@@ -297,23 +311,3 @@ class Trainer:
         self.step = checkpoint.step
         self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} steps done")
         return True
-
-    def _find(self, checkpoints: CheckpointConfig) -> Checkpoint | None:
-        if checkpoints.resume == "never":
-            return None
-        if checkpoints.resume == "auto":
-            return newest_checkpoint(checkpoints.directory, self.runtime.reporter.warn, self.plan.updates)
-        checkpoint = open_checkpoint(Path(checkpoints.resume).expanduser())
-        changed = differences(checkpoint.state, checkpoints.created_by)
-        if changed:
-            raise UsageError(
-                f"created with different settings: {'; '.join(changed)}", where=f"--resume {checkpoints.resume}"
-            )
-        if checkpoint.path.parent.resolve() == checkpoints.directory.resolve():
-            discard_after(checkpoints.directory, checkpoint.step)
-        return checkpoint
-
-
-def _write(file: MetricsFile | None, record: Mapping[str, Any]) -> None:
-    if file is not None:
-        file.write(record)
