@@ -18,7 +18,8 @@ from transformers.optimization import Adafactor
 
 from tisdpo_cli.engine.training.batching import Microbatching, Plan
 from tisdpo_cli.engine.training.optimizer import OPTIMIZERS, Schedule, make_optimizer
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, Trainer
+from tisdpo_cli.engine.training.state import CheckpointConfig
+from tisdpo_cli.engine.training.trainer import Trainer
 from tisdpo_cli.model.logprobs import TokenScorer
 from tisdpo_cli.reporter import Silent
 from tisdpo_cli.runs.runtime import Runtime, StopRequest

@@ -16,11 +16,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan, microbatching
+from tisdpo_cli.engine.training.best import EvalConfig
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
 from tisdpo_cli.engine.training.sft import EncodedExample, SftTask
+from tisdpo_cli.engine.training.state import CheckpointConfig
 from tisdpo_cli.engine.training.step0 import check_step0
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
+from tisdpo_cli.engine.training.trainer import Trainer
 from tisdpo_cli.errors import TrainingError, UsageError
 from tisdpo_cli.method.objectives import resolve_loss
 from tisdpo_cli.model.logprobs import TokenScorer

@@ -292,6 +292,11 @@ def last_metrics(path: Path, step: int) -> dict[str, Any]:
     return last if last.get("step") == step else {}
 
 
+def metrics_of(path: Path, step: int) -> dict[str, Any]:
+    """The line of a step in a metrics file; empty if there is none."""
+    return next((record for record in read_metrics(path) if record["step"] == step), {})
+
+
 def _lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
     """The lines of a metrics file with their records, and the numbers of those that are damaged.
 

@@ -14,7 +14,6 @@ from tisdpo_cli.settings.fields import (
     Group,
     JsonObject,
     NonNegativeFloat,
-    NonNegativeInt,
     PathText,
     PositiveFloat,
     PositiveInt,
@@ -221,20 +220,6 @@ class Memory(Group):
                 "batch is split"
             )
         return self
-
-
-class Evaluation(Group):
-    """Evaluation on the test split."""
-
-    eval_every: PositiveInt | None = setting(
-        None, "evaluate every N steps, in addition to before and after training", "Evaluation", "--eval-steps"
-    )
-    eval_pairs: NonNegativeInt = setting(
-        256, "number of test pairs to evaluate, from the start of the split (0 disables evaluation)", "Evaluation"
-    )
-    eval_batch_size: PositiveInt = setting(
-        8, "pairs per forward pass on each process", "Evaluation", "--per-device-eval-batch-size"
-    )
 
 
 class Checkpoints(Group):

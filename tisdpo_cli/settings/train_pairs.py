@@ -22,10 +22,10 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, TrainingData
+from tisdpo_cli.settings.groups import Checkpoints, Memory, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
 from tisdpo_cli.settings.optimization import Optim
-from tisdpo_cli.settings.watching import Tracking
+from tisdpo_cli.settings.watching import Evaluation, Tracking
 
 
 class TrainPairs(Command):

@@ -22,9 +22,9 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Memory, SftData
+from tisdpo_cli.settings.groups import Checkpoints, Memory, SftData
 from tisdpo_cli.settings.optimization import SftOptim
-from tisdpo_cli.settings.watching import Tracking
+from tisdpo_cli.settings.watching import Evaluation, Tracking
 
 
 class TrainSft(Command):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.best import BestConfig
 from tisdpo_cli.engine.training.dry_run import AskedLaunch
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.session import SessionConfig
@@ -26,6 +27,7 @@ from tisdpo_cli.settings.optimization import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
+from tisdpo_cli.settings.watching import Evaluation
 from tisdpo_cli.settings.yaml_files import read_yaml
 
 Settings = TypeVar("Settings", TrainPairs, TrainSft)
@@ -105,6 +107,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         eval_batch_size=evaluation.eval_batch_size,
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
         trackers=_trackers(settings),
+        best=_best(evaluation),
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
     )
@@ -121,6 +124,18 @@ def _schedule(optim: Optim, rate: float) -> Schedule:
         optim.schedule_params(rate),
         optim.optimizer_params(),
         optim.without_decay(),
+    )
+
+
+def _best(evaluation: Evaluation) -> BestConfig | None:
+    if not evaluation.watches:
+        return None
+    return BestConfig(
+        evaluation.best_metric(),
+        evaluation.greater(),
+        evaluation.early_stopping_patience,
+        evaluation.early_stopping_threshold or 0.0,
+        evaluation.load_best,
     )
 
 

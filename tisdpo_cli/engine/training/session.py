@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
+from tisdpo_cli.engine.training.best import BestConfig, EvalConfig, check_best
+from tisdpo_cli.engine.training.health import HealthConfig
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
+from tisdpo_cli.engine.training.run_log import Watching
 from tisdpo_cli.engine.training.state import CheckpointConfig, whole_tensors
 from tisdpo_cli.engine.training.task import Task
-from tisdpo_cli.engine.training.trainer import EvalConfig, Trainer, Watching
+from tisdpo_cli.engine.training.trainer import Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import remove, reporting_write_errors
 from tisdpo_cli.model.adapters import BaseModel, LoraShape
@@ -53,6 +56,7 @@ class SessionConfig:
         eval_batch_size: examples per forward pass and process in an evaluation.
         profile: directory for a profile of some updates.
         trackers: which get the metrics, or None.
+        best: what is done about the best evaluation, or None.
         adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
         quantized: whether a new adapter's base model is held in 4 bits.
     """
@@ -74,6 +78,7 @@ class SessionConfig:
     eval_batch_size: int
     profile: Path | None
     trackers: TrackerConfig | None = None
+    best: BestConfig | None = None
     adapter: LoraShape | None = None
     quantized: bool = False
 
@@ -169,6 +174,7 @@ class TrainingSetup:
         tokenizer: saved beside the model.
         check_start: called with the metrics before the first update; may stop the run.
         base: what an adapter is put on; needed where one is trained.
+        beta: of a preference objective, or None.
     """
 
     task: Task
@@ -178,6 +184,7 @@ class TrainingSetup:
     tokenizer: Tokenizer
     check_start: Callable[[Mapping[str, Any]], None]
     base: BaseModel | None = None
+    beta: float | None = None
 
 
 def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup: TrainingSetup) -> StageResult:
@@ -190,6 +197,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
     reporter = runtime.reporter
     if config.eval_every is not None and setup.eval_task is None:
         reporter.warn("--eval-every has no effect: there is no test split to evaluate")
+    check_best(config.best, setup.eval_task)
     started = time.time()
     if runtime.main:
         output.start(config.config_yaml)
@@ -206,17 +214,19 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             _eval_config(config, setup.eval_task),
             setup.check_start,
             stop,
-            Watching(config.profile, config.trackers),
+            Watching(config.profile, config.trackers, _health(setup)),
         )
         if config.profile is not None:
             reporter.note(f"profile: {config.profile / TABLE}, and {config.profile / TRACE} for a trace viewer")
         record = {
             "seed": config.seed,
             "seconds": round(time.time() - started, 1),
-            "updates": setup.plan.updates,
+            "updates": trainer.step,
             "batch_size": setup.plan.batch_size,
             setup.task.unit: setup.plan.examples,
             "final_metrics": metrics,
+            **trainer.best.summary(),
+            **({"warnings": [asdict(finding) for finding in trainer.findings]} if trainer.findings else {}),
         }
         tensors = whole_tensors(runtime, trainer.model)
         runtime.on_main(lambda: _publish(output, setup, record, tensors))
@@ -244,8 +254,14 @@ def _checkpoint_config(config: SessionConfig, output: Output) -> CheckpointConfi
     return CheckpointConfig(output.checkpoints, config.save_every, config.keep_checkpoints, config.resume, created_by)
 
 
+def _health(setup: TrainingSetup) -> HealthConfig | None:
+    if setup.beta is None:
+        return None
+    return HealthConfig(setup.beta, min(setup.plan.batch_size, setup.plan.examples), setup.plan.updates)
+
+
 def _eval_config(config: SessionConfig, task: Task | None) -> EvalConfig | None:
-    return None if task is None else EvalConfig(task, config.eval_every, config.eval_batch_size)
+    return None if task is None else EvalConfig(task, config.eval_every, config.eval_batch_size, config.best)
 
 
 def _try_to_save(runtime: Runtime, output: Output, setup: TrainingSetup) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.engine.training.best import BestEvaluation
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.sharding import is_sharded, local, rows_of, split_like, whole
 from tisdpo_cli.runs.checkpoints import (
@@ -24,6 +25,9 @@ from tisdpo_cli.runs.checkpoints import (
 from tisdpo_cli.runs.markers import differences
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.saved_tensors import SavedTensors, saved_tensors
+
+# Where the manifest of a checkpoint holds the best evaluation.
+EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -63,24 +67,34 @@ def find_checkpoint(config: CheckpointConfig, updates: int, warn: Callable[[str]
 
 def save_state(
     runtime: Runtime,
-    directory: Path,
+    config: CheckpointConfig,
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    created_by: Mapping[str, Any],
-    keep: int,
+    best: BestEvaluation,
 ) -> None:
     """Write a checkpoint; every process must take part.
+
+    Args:
+        runtime: this process.
+        config: where it goes.
+        step: number of updates done.
+        model: to save.
+        optimizer: to save.
+        best: the best evaluation so far, whose checkpoint is kept if it is needed.
 
     Raises:
         TrainingError: it cannot be written.
     """
     tensors = {"model": model_tensors(model), "optimizer": optimizer_tensors(optimizer)}
+    evaluation = best.state()
+    state = {**config.created_by, **({EVALUATION: evaluation} if evaluation else {})}
+    directory, keep, spared = config.directory, config.keep, best.step if best.loads else None
     if runtime.sharding is None:
-        runtime.on_main(lambda: save_checkpoint(directory, step, tensors, created_by, keep))
+        runtime.on_main(lambda: save_checkpoint(directory, step, tensors, state, keep, spared))
         return
     shards = {name: _shard(values, runtime.main) for name, values in tensors.items()}
-    save_shards(runtime, directory, step, shards, created_by, keep)
+    save_shards(runtime, directory, step, shards, state, keep, spared)
 
 
 def _shard(tensors: Mapping[str, Tensor], main: bool) -> Shard:
@@ -89,11 +103,13 @@ def _shard(tensors: Mapping[str, Tensor], main: bool) -> Shard:
     return Shard({name: local(tensor.detach()) for name, tensor in tensors.items() if main or name in shapes}, shapes)
 
 
-def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint, of a run on any number of processes, sharded or not."""
+def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Load a checkpoint, of a run on any number of processes, sharded or not; without an optimizer the model alone."""
     with saved_tensors(checkpoint, "model") as saved:
         for name, tensor in model_tensors(model).items():
             local(tensor.detach()).copy_(_rows(saved, name, tensor))
+    if optimizer is None:
+        return
     with saved_tensors(checkpoint, "optimizer") as saved:
         _restore_optimizer(optimizer, saved)
 

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +17,27 @@ from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.ahead import Ahead
 from tisdpo_cli.engine.training.batching import Microbatching, Plan
+from tisdpo_cli.engine.training.best import BestEvaluation, EvalConfig
+from tisdpo_cli.engine.training.health import Finding
 from tisdpo_cli.engine.training.optimizer import Schedule, make_optimizer
 from tisdpo_cli.engine.training.profiling import profiled
-from tisdpo_cli.engine.training.run_log import RunLog
-from tisdpo_cli.engine.training.state import CheckpointConfig, all_finite, find_checkpoint, restore_state, save_state
+from tisdpo_cli.engine.training.run_log import RunLog, Watching
+from tisdpo_cli.engine.training.state import (
+    EVALUATION,
+    CheckpointConfig,
+    all_finite,
+    find_checkpoint,
+    restore_state,
+    save_state,
+)
 from tisdpo_cli.engine.training.task import Task
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.model.sharding import whole
-from tisdpo_cli.runs.outputs import last_metrics
+from tisdpo_cli.runs.checkpoints import checkpoint_of, open_checkpoint
+from tisdpo_cli.runs.outputs import last_metrics, metrics_of
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
-from tisdpo_cli.runs.trackers import TrackerConfig
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is evaluated, and how often."""
-
-    task: Task
-    every: int | None
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Watching:
-    """What shows a training while it runs, besides its metrics file.
-
-    Attributes:
-        profile: directory for a profile of some updates, or None.
-        trackers: those that get the metrics, or None.
-    """
-
-    profile: Path | None = None
-    trackers: TrackerConfig | None = None
-
 
 _UNWATCHED = Watching()
 
@@ -81,6 +66,9 @@ class Trainer:
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
         self.optimizer = make_optimizer(self.scorer, schedule)
         self.step = 0
+        self.best = BestEvaluation(None)
+        self.findings: list[Finding] = []
+        self._resumed_in: Path | None = None
         # Metrics of the first update, whose backward pass gives the loss of step 0 too; and the seconds it took.
         self._ahead: tuple[Tensor, float] | None = None
         self._batches = Ahead(self._prepare, plan.updates)
@@ -112,8 +100,9 @@ class Trainer:
             Interrupted: by a signal, after a checkpoint.
         """
         runtime = self.runtime
+        self.best = BestEvaluation(evaluation.best if evaluation is not None else None)
         resumed = self._resume(checkpoints)
-        log = self._open_log(metrics_file, self.step if resumed else None, watching.trackers)
+        log = self._open_log(metrics_file, self.step if resumed else None, watching)
         record: dict[str, Any] = {}
         with (
             log,
@@ -126,27 +115,48 @@ class Trainer:
                 check_start(record)
                 log.write(record)
                 progress.advance(0, record)
-            while self.step < self.plan.updates:
+            while not self._done:
                 record = self._update()
                 profiled_update()
-                last = self.step == self.plan.updates
+                last, improved = self.step == self.plan.updates, False
                 if evaluation is not None and (last or (evaluation.every and self.step % evaluation.every == 0)):
                     record.update(self._evaluate(evaluation))
+                    improved = self.best.observe(self.step, record)
                 log.write(record)
                 progress.advance(1, record)
-                self._save_or_stop(checkpoints, stop)
+                self._save_or_stop(checkpoints, stop, improved and self.best.loads and not last)
+        self.findings = log.findings
         self._check_weights()
         if not record:
             # Resumed after the last update: an earlier run wrote the line, or this is another output.
             record = runtime.on_main(lambda: last_metrics(metrics_file, self.step)) or self._evaluate(evaluation)
-        return record
+        return self._load_best(checkpoints, metrics_file, record)
 
-    def _open_log(self, path: Path, resume_step: int | None, trackers: TrackerConfig | None) -> RunLog:
+    @property
+    def _done(self) -> bool:
+        return self.step >= self.plan.updates or self.best.stops
+
+    def _load_best(self, config: CheckpointConfig, metrics_file: Path, record: dict[str, Any]) -> dict[str, Any]:
+        """Take up the model of the best evaluation, if it is to be the result; returns the metrics of the result."""
+        runtime, step = self.runtime, self.best.step
+        if self.best.stops and self.step < self.plan.updates:
+            runtime.reporter.note(
+                f"stopped after step {self.step} of {self.plan.updates}: the evaluations no longer improve"
+            )
+        if not self.best.loads or step is None or step == self.step:
+            return record
+        places = (config.directory, self._resumed_in)
+        checkpoint = runtime.on_main(lambda: open_checkpoint(checkpoint_of(places, step) or config.directory))
+        restore_state(checkpoint, self.model, None)
+        runtime.reporter.note(f"the result is the model of step {step}, the best of all evaluations")
+        return runtime.on_main(lambda: metrics_of(metrics_file, step)) or record
+
+    def _open_log(self, path: Path, resume_step: int | None, watching: Watching) -> RunLog:
         """The log of this process; the first one's may fail to open, on all."""
         logs: list[RunLog] = []
         reporter = self.runtime.reporter
-        self.runtime.on_main(lambda: logs.append(RunLog(path, resume_step, trackers, reporter)))
-        return logs[0] if logs else RunLog(None, None, None, reporter)
+        self.runtime.on_main(lambda: logs.append(RunLog(path, resume_step, watching, reporter)))
+        return logs[0] if logs else RunLog(None, None, watching, reporter)
 
     def _before(self) -> dict[str, Any]:
         """Step 0: the objective on the first batch, before any update. The first update reuses its gradients."""
@@ -275,15 +285,12 @@ class Trainer:
 
     # Checkpoints ------------------------------------------------------------------------------------------
 
-    def _save_or_stop(self, checkpoints: CheckpointConfig, stop: StopRequest) -> None:
+    def _save_or_stop(self, checkpoints: CheckpointConfig, stop: StopRequest, needed: bool) -> None:
         signalled = stop.agreed(self.runtime)
-        due = checkpoints.every is not None and self.step % checkpoints.every == 0
+        due = needed or (checkpoints.every is not None and self.step % checkpoints.every == 0)
         if due or signalled:
             self._check_weights()
-            save_state(
-                self.runtime, checkpoints.directory, self.step, self.model, self.optimizer,
-                checkpoints.created_by, checkpoints.keep,
-            )  # fmt: skip
+            save_state(self.runtime, checkpoints, self.step, self.model, self.optimizer, self.best)
         if signalled:
             raise Interrupted(
                 signalled,
@@ -309,5 +316,14 @@ class Trainer:
             raise UsageError(f"beyond the {self.plan.updates} steps of this run", where=str(checkpoint.path))
         restore_state(checkpoint, self.model, self.optimizer)
         self.step = checkpoint.step
+        self.best.restore(checkpoint.state.get(EVALUATION, {}))
+        self._resumed_in, best = checkpoint.path.parent, self.best.step
+        if best is not None and self.best.loads:
+            places = (checkpoints.directory, self._resumed_in)
+            if runtime.on_main(lambda: checkpoint_of(places, best)) is None:
+                runtime.reporter.warn(
+                    f"the checkpoint of step {best}, the best so far, is gone; looking for a new best"
+                )
+                self.best.forget()
         self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} steps done")
         return True
