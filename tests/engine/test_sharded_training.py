@@ -213,6 +213,7 @@ def test_accelerates_configuration_shards_too(ragged: Path, trained: Path, tmp_p
     [
         ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit: its state cannot be sharded; use adamw"),
         ({"optimizer": "adafactor"}, "--optimizer adafactor: its state cannot be sharded; use adamw"),
+        ({"sample_every": 2}, "--sample-every: a sharded model cannot be sampled; use --shard none"),
         ({"lora_r": 4, "load_in_4bit": True}, "--load-in-4bit: weights in 4 bits cannot be sharded; use --shard none"),
     ],
     ids=str,

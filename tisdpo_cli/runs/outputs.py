@@ -36,9 +36,10 @@ STARTED_FILE = ".started.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 PARTS = ".parts"
+SAMPLES_FILE = "samples.jsonl"
 TRACKERS_DIRECTORY = "trackers"
 LOCK_FILE = ".lock"
-_WORKING = (RUN_FILE, STARTED_FILE, METRICS_FILE, CHECKPOINTS, PARTS, CONFIG_FILE, TRACKERS_DIRECTORY)
+_WORKING = (RUN_FILE, STARTED_FILE, METRICS_FILE, CHECKPOINTS, PARTS, CONFIG_FILE, SAMPLES_FILE, TRACKERS_DIRECTORY)
 
 State = Literal["fresh", "started", "finished"]
 
@@ -163,7 +164,7 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
         output.release()
         raise
     if output.state == "started" and restart:
-        output.state, output._stale = "fresh", (CHECKPOINTS, PARTS, METRICS_FILE, TRACKERS_DIRECTORY)
+        output.state, output._stale = "fresh", (CHECKPOINTS, PARTS, METRICS_FILE, SAMPLES_FILE, TRACKERS_DIRECTORY)
     return output
 
 

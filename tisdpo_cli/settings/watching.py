@@ -57,6 +57,18 @@ class Evaluation(Group):
         "--load-best-model-at-end",
     )
 
+    sample_every: PositiveInt | None = setting(
+        None,
+        "write the model's responses to some evaluation prompts to samples.jsonl, every N steps",
+        "Samples",
+        shapes_result=False,
+    )
+    sample_prompts: PositiveInt = setting(4, "number of prompts to respond to", "Samples", shapes_result=False)
+    sample_tokens: PositiveInt = setting(128, "maximum tokens of such a response", "Samples", shapes_result=False)
+    sample_temperature: NonNegativeFloat = setting(
+        0.0, "sampling temperature of such a response (0 = greedy)", "Samples", shapes_result=False
+    )
+
     def best_metric(self) -> str:
         """The metric that decides which step is best."""
         return self.metric_for_best or "loss"

@@ -12,6 +12,7 @@ from tisdpo_cli.engine.training.batching import Microbatching, microbatching
 from tisdpo_cli.engine.training.best import BestConfig
 from tisdpo_cli.engine.training.dry_run import AskedLaunch
 from tisdpo_cli.engine.training.optimizer import Schedule
+from tisdpo_cli.engine.training.samples import SampleOptions
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import CONFIG_FILE
@@ -108,6 +109,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
         trackers=_trackers(settings),
         best=_best(evaluation),
+        samples=_samples(settings),
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
     )
@@ -124,6 +126,20 @@ def _schedule(optim: Optim, rate: float) -> Schedule:
         optim.schedule_params(rate),
         optim.optimizer_params(),
         optim.without_decay(),
+    )
+
+
+def _samples(settings: TrainPairs | TrainSft) -> SampleOptions | None:
+    evaluation = settings.evaluation
+    if evaluation.sample_every is None:
+        return None
+    return SampleOptions(
+        evaluation.sample_every,
+        evaluation.sample_prompts,
+        evaluation.sample_tokens,
+        evaluation.sample_temperature,
+        settings.seed,
+        evaluation.eval_batch_size,
     )
 
 
@@ -176,6 +192,8 @@ def _checked_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> Shar
     if sharding is None:
         if settings.memory.shard == "full":
             runtime.reporter.note("--shard full has no effect on a single process")
+    elif settings.evaluation.sample_every is not None:
+        raise UsageError("a sharded model cannot be sampled", where="--sample-every", fix="use --shard none")
     elif settings.adapter.load_in_4bit:
         raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
     elif optimizer.endswith("8bit") or optimizer == "adafactor":

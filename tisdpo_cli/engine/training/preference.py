@@ -240,6 +240,7 @@ def _set_up(
             policy.model, training.models.policy_path, training.models.policy, output.made_from["content of model"]
         ),
         training.loss.beta,
+        _same_start(output),
     )
 
 

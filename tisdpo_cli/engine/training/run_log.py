@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from tisdpo_cli.engine.training.health import Finding, Health, HealthConfig
+from tisdpo_cli.engine.training.samples import SampleConfig, SampleLog
 from tisdpo_cli.reporter import Reporter
 from tisdpo_cli.runs.outputs import MetricsFile, read_metrics
 from tisdpo_cli.runs.trackers import TrackerConfig, Trackers, start_trackers
@@ -25,11 +26,13 @@ class Watching:
         profile: directory for a profile of some updates, or None.
         trackers: those that get the metrics, or None.
         health: of a preference training, what its metrics are judged by, or None.
+        samples: what is sampled, or None.
     """
 
     profile: Path | None = None
     trackers: TrackerConfig | None = None
     health: HealthConfig | None = None
+    samples: SampleConfig | None = None
 
 
 class RunLog:
@@ -49,6 +52,7 @@ class RunLog:
         """
         self._file: MetricsFile | None = None
         self._trackers: Trackers | None = None
+        self._samples: SampleLog | None = None
         self._reporter = reporter
         self._health = Health(watching.health) if watching.health is not None else None
         if path is None:
@@ -59,6 +63,8 @@ class RunLog:
         if self._health is not None:
             for record in kept:
                 self._health.observe(record)
+        if watching.samples is not None:
+            self._samples = SampleLog(watching.samples, resume_step, reporter.warn)
         if watching.trackers is not None:
             self._trackers = start_trackers(watching.trackers, resume_step, logged, reporter.warn)
 
@@ -76,6 +82,11 @@ class RunLog:
         if self._file is not None and self._health is not None:
             for finding in self._health.observe(record):
                 self._reporter.warn(finding.text)
+
+    def sample(self, step: int) -> None:
+        """Write samples of the policy after a step."""
+        if self._samples is not None:
+            self._samples.write(step)
 
     def __enter__(self) -> RunLog:
         return self

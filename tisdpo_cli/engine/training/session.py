@@ -19,6 +19,7 @@ from tisdpo_cli.engine.training.health import HealthConfig
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
 from tisdpo_cli.engine.training.run_log import Watching
+from tisdpo_cli.engine.training.samples import SampleConfig, SampleOptions, sample_config
 from tisdpo_cli.engine.training.state import CheckpointConfig, whole_tensors
 from tisdpo_cli.engine.training.task import Task
 from tisdpo_cli.engine.training.trainer import Trainer
@@ -31,7 +32,7 @@ from tisdpo_cli.model.loading import save_model
 from tisdpo_cli.model.logprobs import ScorerTraits, TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Reporter
-from tisdpo_cli.runs.outputs import METRICS_FILE, Output, apply_umask
+from tisdpo_cli.runs.outputs import METRICS_FILE, SAMPLES_FILE, Output, apply_umask
 from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype, deterministic_training
 from tisdpo_cli.runs.stage import StageResult
 from tisdpo_cli.runs.trackers import TrackerConfig
@@ -57,6 +58,7 @@ class SessionConfig:
         profile: directory for a profile of some updates.
         trackers: which get the metrics, or None.
         best: what is done about the best evaluation, or None.
+        samples: how the policy is sampled while it is trained, or None.
         adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
         quantized: whether a new adapter's base model is held in 4 bits.
     """
@@ -79,6 +81,7 @@ class SessionConfig:
     profile: Path | None
     trackers: TrackerConfig | None = None
     best: BestConfig | None = None
+    samples: SampleOptions | None = None
     adapter: LoraShape | None = None
     quantized: bool = False
 
@@ -175,6 +178,7 @@ class TrainingSetup:
         check_start: called with the metrics before the first update; may stop the run.
         base: what an adapter is put on; needed where one is trained.
         beta: of a preference objective, or None.
+        starts_as_reference: whether the policy is its reference before the first update.
     """
 
     task: Task
@@ -185,6 +189,7 @@ class TrainingSetup:
     check_start: Callable[[Mapping[str, Any]], None]
     base: BaseModel | None = None
     beta: float | None = None
+    starts_as_reference: bool = False
 
 
 def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup: TrainingSetup) -> StageResult:
@@ -214,7 +219,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             _eval_config(config, setup.eval_task),
             setup.check_start,
             stop,
-            Watching(config.profile, config.trackers, _health(setup)),
+            Watching(config.profile, config.trackers, _health(setup), _samples(config, setup, output.path)),
         )
         if config.profile is not None:
             reporter.note(f"profile: {config.profile / TABLE}, and {config.profile / TRACE} for a trace viewer")
@@ -252,6 +257,26 @@ def _report_separate_passes(reporter: Reporter, config: SessionConfig, setup: Tr
 def _checkpoint_config(config: SessionConfig, output: Output) -> CheckpointConfig:
     created_by = {"command": output.command, "made_from": output.made_from}
     return CheckpointConfig(output.checkpoints, config.save_every, config.keep_checkpoints, config.resume, created_by)
+
+
+def _samples(config: SessionConfig, setup: TrainingSetup, output: Path) -> SampleConfig | None:
+    """The prompts to sample: the first distinct ones that are evaluated, or else trained."""
+    if config.samples is None:
+        return None
+    task = setup.task if setup.eval_task is None else setup.eval_task
+    prompts: dict[tuple[int, ...], str] = {}
+    for example in range(len(task.costs)):
+        if len(prompts) < config.samples.prompts and task.prompt(example):
+            prompts.setdefault(tuple(task.prompt(example)), task.where(example))
+    return sample_config(
+        config.samples,
+        output / SAMPLES_FILE,
+        [(where, ids) for ids, where in prompts.items()],
+        setup.scorer,
+        setup.tokenizer,
+        autocast_dtype(config.precision),
+        setup.starts_as_reference,
+    )
 
 
 def _health(setup: TrainingSetup) -> HealthConfig | None:

@@ -114,6 +114,7 @@ class Trainer:
                 record = {**self._before(), **self._evaluate(evaluation)}
                 check_start(record)
                 log.write(record)
+                self._sample(log, watching)
                 progress.advance(0, record)
             while not self._done:
                 record = self._update()
@@ -123,6 +124,7 @@ class Trainer:
                     record.update(self._evaluate(evaluation))
                     improved = self.best.observe(self.step, record)
                 log.write(record)
+                self._sample(log, watching)
                 progress.advance(1, record)
                 self._save_or_stop(checkpoints, stop, improved and self.best.loads and not last)
         self.findings = log.findings
@@ -282,6 +284,12 @@ class Trainer:
                 fix="lower --learning-rate or use --dtype float32; earlier checkpoints are kept",
             )
         return {f"eval/{name}": value for name, value in self._averages(evaluation.task, sums, examples).items()}
+
+    @naming_out_of_memory("evaluating")
+    def _sample(self, log: RunLog, watching: Watching) -> None:
+        """Samples of the first process, for which the others wait."""
+        if watching.samples is not None and (self._done or watching.samples.due(self.step)):
+            self.runtime.on_main(lambda: log.sample(self.step))
 
     # Checkpoints ------------------------------------------------------------------------------------------
 
