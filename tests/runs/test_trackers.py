@@ -216,6 +216,15 @@ def test_the_same_run_goes_on(tmp_path: Path, fake: type[Fake]) -> None:
     assert new.arguments["name"] != again.arguments["name"]
 
 
+def test_a_run_that_is_killed_again_before_it_has_caught_up(tmp_path: Path, fake: type[Fake]) -> None:
+    config = TrackerConfig(["wandb"], "name", "project", tmp_path / "trackers")
+    for resume_step, before, now in ((None, (), range(6)), (2, range(6), (3,)), (2, range(4), range(3, 8))):
+        running = start_trackers(config, resume_step, rows(*before), pytest.fail)
+        for row in rows(*now):
+            running.log(row)
+    assert [step for made in fake.made for step, _ in made.logged] == list(range(8))
+
+
 # ---------------------------------------------------------------- what cannot run
 
 

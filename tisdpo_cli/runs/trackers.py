@@ -84,7 +84,6 @@ def _wandb_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
     return "wandb has no API key", "set WANDB_MODE=offline, set WANDB_API_KEY, or run `wandb login`"
 
 
-# The first one can be read back exactly; a step that the others have got is not sent to them again.
 TRACKERS: Mapping[str, TrackerKind] = {
     "tensorboard": TrackerKind(
         "'tisdpo[tensorboard]'",
@@ -225,15 +224,14 @@ def start_trackers(
         known = state.runs.setdefault(name, {"id": secrets.token_hex(4), "name": config.run_name})
         first = resume_step + 1 if resumed and resume_step is not None else 0
         identity = RunIdentity(known["name"], config.project, known["id"], config.directory, first)
+        # A run that repeats steps may be killed before it has come as far as the one before.
+        known["logged"] = max([known.get("logged", -1), *(record["step"] for record in logged)]) if resumed else -1
         # Written before: a run that is killed while it starts keeps its name.
         state.write()
         tracker = _started(name, identity, known.get("own_id"), {} if resumed else config.settings)
         known["own_id"] = TRACKERS[name].own_id(tracker)
         state.write()
-        after = -1 if not resumed else first - 1
-        if resumed and not TRACKERS[name].forgets:
-            after = max((record["step"] for record in logged), default=-1)
-        trackers.add(name, tracker, after)
+        trackers.add(name, tracker, first - 1 if TRACKERS[name].forgets else known["logged"])
         if not resumed:
             for record in kept:
                 trackers.log(record)
