@@ -129,6 +129,7 @@ REGISTRIES = {
     *(f"{PACKAGE}.method.prompt_templates.{name}" for name in ("TEMPLATES", "template_text")),
     f"{PACKAGE}.method.transforms.TRANSFORMS",
     f"{PACKAGE}.method.steps.STEPS",
+    *(f"{PACKAGE}.method.schedules.{name}" for name in ("SCHEDULES", "resolve_schedule")),
     f"{PACKAGE}.method.params.Param",
 }
 

@@ -7,7 +7,6 @@ import copy
 import math
 import random
 from collections import Counter
-from itertools import pairwise
 
 import oracle
 import pytest
@@ -17,12 +16,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tisdpo_cli.data.stored_examples import EncodedExample
 from tisdpo_cli.data.tokens import EncodedPair, Limits, cut
-from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate, make_plan, microbatching
+from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan, microbatching
+from tisdpo_cli.engine.training.best import EvalConfig
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
 from tisdpo_cli.engine.training.sft_task import SftTask
+from tisdpo_cli.engine.training.state import CheckpointConfig
 from tisdpo_cli.engine.training.step0 import check_step0
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
+from tisdpo_cli.engine.training.trainer import Trainer
 from tisdpo_cli.errors import TrainingError, UsageError
 from tisdpo_cli.method.objectives import resolve_loss
 from tisdpo_cli.model.logprobs import TokenScorer
@@ -411,23 +412,6 @@ def test_in_bf16_rounding_is_no_fault_and_more_than_rounding_is():
 )
 def test_a_share_of_warm_up_steps_is_rounded_up_exactly(given: float, updates: int, steps: int) -> None:
     assert Schedule("sgd", 1.0, "constant", given, 0.0, 1.0).warmup(updates) == steps
-
-
-def test_warm_up_then_constant():
-    """Over 3 updates: 1/4, 2/4, 3/4, then all of it."""
-    rates = [learning_rate(step, 8.0, 3, 10, "constant") for step in range(6)]
-    assert rates == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
-    assert learning_rate(0, 8.0, 0, 10, "constant") == 8.0
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_decay_begins_after_the_warm_up_and_ends_at_0(schedule):
-    rates = [learning_rate(step, 8.0, 2, 10, schedule) for step in range(11)]
-    assert rates[:3] == pytest.approx([8 / 3, 16 / 3, 8.0])
-    assert rates[6] == pytest.approx(4.0)
-    assert rates[10] == pytest.approx(0.0, abs=1e-12)
-    assert all(a > b for a, b in pairwise(rates[2:]))
-    assert rates[4] == pytest.approx({"linear": 6.0, "cosine": 4 * (1 + math.cos(math.pi / 4))}[schedule])
 
 
 def test_the_schedule_moves_the_weights(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ from tisdpo_cli.engine.training.planning import (
     predict_disk,
     predict_memory,
     seconds_of,
+    state_bytes,
     training_flops,
 )
+from tisdpo_cli.engine.training.state import optimizer_tensors
 from tisdpo_cli.model.shapes import ModelShape, measure
 
 # About Qwen2.5-3B.
@@ -56,11 +59,28 @@ def test_a_whole_model_has_weights_gradients_and_states_in_float32() -> None:
     assert parts["weights"] == parts["gradients"] == parts["optimizer"] == 4 * SHAPE.total
     assert memory(optimizer="adamw")["optimizer"] == 8 * SHAPE.total
     assert "optimizer" not in memory(optimizer="sgd")
+    assert memory(optimizer="sgd", momentum=True)["optimizer"] == 4 * SHAPE.total
+    assert memory(momentum=True)["optimizer"] == 8 * SHAPE.total
     assert memory(processes=2)["communication"] == 4 * SHAPE.total
 
 
 def test_every_optimizer_is_known() -> None:
     assert set(STATE_BYTES) == set(OPTIMIZERS)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_states_are_as_large_as_those_of_the_optimizers() -> None:
+    """Steps and tables apart; of a weight that is large enough for states in 8 bits."""
+    for name, make in OPTIMIZERS.items():
+        if name.endswith("8bit") and find_spec("bitsandbytes") is None:
+            continue
+        for momentum in (0.0, 0.9) if name in ("sgd", "rmsprop") else (0.0,):
+            weight = torch.nn.Parameter(torch.randn(512, 1024))
+            optimizer = make([weight], lr=1e-3, **({"momentum": momentum} if momentum else {}))
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            held = sum(tensor.numel() * tensor.element_size() for tensor in optimizer_tensors(optimizer).values())
+            assert held / weight.numel() == pytest.approx(state_bytes(name, momentum > 0), rel=0.02, abs=0.01), name
 
 
 def test_an_adapter_holds_its_base_in_the_precision_of_the_computation() -> None:

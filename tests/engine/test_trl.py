@@ -22,7 +22,8 @@ from tisdpo_cli.engine.chat import vocabulary_of
 from tisdpo_cli.engine.training.batching import Microbatching, Plan
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.pair_task import PairTask, WeightedPair
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, Trainer
+from tisdpo_cli.engine.training.state import CheckpointConfig
+from tisdpo_cli.engine.training.trainer import Trainer
 from tisdpo_cli.method.objectives import resolve_loss
 from tisdpo_cli.model.loading import make_model
 from tisdpo_cli.model.logprobs import TokenScorer

@@ -182,6 +182,41 @@ def test_other_variables_of_the_environment_are_left_alone(loads) -> None:
     assert at(loads("train-dpo", environ=environ), "method.beta") == 0.1
 
 
+@pytest.mark.parametrize("source", ["file", "file, as text", "--set", "environment", "flag"])
+def test_a_json_object_may_come_from_every_source(loads, source: str) -> None:
+    text = '{"min_lr_rate": 0.1}'
+    loaded = loads(
+        "train",
+        {
+            "file": "lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+            "file, as text": f"optim: {{lr_scheduler_kwargs: '{text}'}}",
+        }.get(source, ""),
+        flags={**needed("train"), **({"lr_scheduler_kwargs": text} if source == "flag" else {})},
+        sets=["lr_scheduler=cosine_with_min_lr", *([f"lr_scheduler_kwargs={text}"] if source == "--set" else [])],
+        environ={"TISDPO_LR_SCHEDULER_KWARGS": text} if source == "environment" else {},
+    )
+    assert loaded.settings.fingerprint()["optim.lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
+    assert loaded.settings.optim.schedule_params(1.0) == {"min_lr_rate": 0.1, "num_cycles": 0.5}
+
+
+def test_defaults_of_a_schedule_count_the_same_given_or_left_out(loads) -> None:
+    given, left_out = (
+        loads("train", sets=["lr_scheduler=cosine", *more])
+        for more in (['lr_scheduler_kwargs={"num_cycles": 0.5}'], [])
+    )
+    assert given.settings.fingerprint() == left_out.settings.fingerprint()
+
+
+def test_the_parameters_of_a_schedule_are_checked(loads, refused) -> None:
+    assert "needs min_lr or min_lr_rate" in refused("train", "lr_scheduler: cosine_with_min_lr\n")
+    assert "must be a JSON object" in refused("train", "lr_scheduler_kwargs: '[1]'\n")
+    # Where the rate depends on whether the model is new.
+    end = ["lr_scheduler=polynomial", 'lr_scheduler_kwargs={"lr_end": 1e-4}']
+    assert "below the learning rate, 2e-05" in refused("train-sft", sets=end)
+    new = {"dataset": "d", "output_dir": "o", "init": True}
+    assert loads("train-sft", flags=new, sets=end).settings.learning_rate() == 3e-3
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -1,4 +1,4 @@
-"""Checks before anything heavy is imported: do the models, datasets and checkpoints exist?"""
+"""Checks before anything heavy is imported: do the models, datasets and checkpoints exist, can the trackers run?"""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from tisdpo_cli.cli.sharing import check_sharing
 from tisdpo_cli.data.locate import find_splits, training_splits
 from tisdpo_cli.model.directory import locate_model
 from tisdpo_cli.runs.checkpoints import open_checkpoint
+from tisdpo_cli.runs.trackers import check_trackers
 from tisdpo_cli.settings.base import Command
 from tisdpo_cli.settings.datasets import DatasetPart, parts_of
 from tisdpo_cli.settings.evaluate import Evaluate
 from tisdpo_cli.settings.fields import meta
 from tisdpo_cli.settings.groups import TrainingData
 from tisdpo_cli.settings.run import Run
+from tisdpo_cli.settings.train_pairs import TrainPairs
+from tisdpo_cli.settings.train_sft import TrainSft
 
 
 def check(settings: Command) -> None:
@@ -44,6 +47,8 @@ def check(settings: Command) -> None:
     checkpoints = getattr(settings, "checkpoints", None)
     if checkpoints is not None and checkpoints.resume not in ("auto", "never"):
         open_checkpoint(Path(checkpoints.resume).expanduser())
+    for stage in settings.stages().values() if isinstance(settings, Run) else [settings]:
+        check_trackers(stage.tracking.names() if isinstance(stage, TrainPairs | TrainSft) else ())
     for name, model in models:
         locate_model(model, f"--{name.replace('_', '-')}", trust and name != "reward_model")
     check_sharing(settings)

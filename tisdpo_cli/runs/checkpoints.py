@@ -65,7 +65,12 @@ class Shard:
 
 
 def save_checkpoint(
-    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    spared: int | None = None,
 ) -> Path:
     """Write a checkpoint and remove older ones.
 
@@ -75,6 +80,7 @@ def save_checkpoint(
         tensors: file name to tensors by name.
         state: JSON-able values.
         keep: number of checkpoints to keep, this one included.
+        spared: step of a checkpoint that is kept besides.
 
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -88,12 +94,18 @@ def save_checkpoint(
     except BaseException:
         _discard(partial)
         raise
-    _prune(directory, step, keep)
+    _prune(directory, step, keep, spared)
     return directory / _name(step)
 
 
 def save_shards(
-    runtime: Runtime, directory: Path, step: int, shards: Mapping[str, Shard], state: Mapping[str, Any], keep: int
+    runtime: Runtime,
+    directory: Path,
+    step: int,
+    shards: Mapping[str, Shard],
+    state: Mapping[str, Any],
+    keep: int,
+    spared: int | None = None,
 ) -> None:
     """Write a checkpoint with one file from each process for every group of tensors.
 
@@ -124,7 +136,7 @@ def save_shards(
         if runtime.main:
             _discard(partial)
         raise
-    runtime.on_main(lambda: _prune(directory, step, keep))
+    runtime.on_main(lambda: _prune(directory, step, keep, spared))
 
 
 def _partial(directory: Path, step: int) -> Path:
@@ -152,10 +164,17 @@ def _finish(partial: Path, directory: Path, step: int, manifest: str) -> None:
     sync([directory])
 
 
-def _prune(directory: Path, step: int, keep: int) -> None:
+def _prune(directory: Path, step: int, keep: int, spared: int | None) -> None:
     discard_after(directory, step)
     for old in _by_age(directory)[:-keep]:
-        _discard(old)
+        if spared is None or old.name != _name(spared):
+            _discard(old)
+
+
+def checkpoint_of(directories: Sequence[Path | None], step: int) -> Path | None:
+    """The checkpoint of a step in the first of some directories that has one; None if there is none."""
+    places = [directory / _name(step) for directory in directories if directory is not None]
+    return next((place for place in places if place.is_dir()), None)
 
 
 def _file(name: str, rank: int, world: int) -> str:

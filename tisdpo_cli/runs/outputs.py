@@ -42,7 +42,9 @@ from tisdpo_cli.runs.markers import (
 )
 
 METRICS_FILE = "metrics.jsonl"
-_WORKING = (RUN_FILE, STARTED_FILE, METRICS_FILE, CHECKPOINTS, PARTS, CONFIG_FILE)
+SAMPLES_FILE = "samples.jsonl"
+TRACKERS_DIRECTORY = "trackers"
+_WORKING = (RUN_FILE, STARTED_FILE, METRICS_FILE, CHECKPOINTS, PARTS, CONFIG_FILE, SAMPLES_FILE, TRACKERS_DIRECTORY)
 
 State = Literal["fresh", "started", "finished"]
 
@@ -169,7 +171,7 @@ def claim(path: Path, command: str, made_from: Mapping[str, Any], *, overwrite: 
         output.release()
         raise
     if output.state == "started" and restart:
-        output.state, output._stale = "fresh", (CHECKPOINTS, PARTS, METRICS_FILE)
+        output.state, output._stale = "fresh", (CHECKPOINTS, PARTS, METRICS_FILE, SAMPLES_FILE, TRACKERS_DIRECTORY)
     return output
 
 
@@ -271,6 +273,11 @@ def last_metrics(path: Path, step: int) -> dict[str, Any]:
     """The line of a step in a metrics file, if it is the last one; otherwise empty."""
     last = (read_metrics(path) or [{}])[-1]
     return last if last.get("step") == step else {}
+
+
+def metrics_of(path: Path, step: int) -> dict[str, Any]:
+    """The line of a step in a metrics file; empty if there is none."""
+    return next((record for record in read_metrics(path) if record["step"] == step), {})
 
 
 def _lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:

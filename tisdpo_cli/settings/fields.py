@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.fields import FieldInfo
 
 # The groups of options in help, in the order a user thinks: what, how, how much, where to.
@@ -25,6 +26,7 @@ PANELS = (
     "Checks",
     "Output",
     "Sharing",
+    "Tracking",
     "Run",
 )
 
@@ -43,6 +45,13 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Seed = Annotated[int, Field(ge=0, lt=2**63), _Number]
 PathText = Annotated[str, Field(min_length=1)]
+# In a file also a mapping.
+JsonObject = Annotated[
+    str,
+    Field(min_length=1),
+    BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False), _Number]
 
 

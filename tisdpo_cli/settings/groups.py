@@ -7,14 +7,14 @@ import re
 from datetime import date
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from tisdpo_cli.formats import DataFormat
 from tisdpo_cli.settings.base import resume_setting
 from tisdpo_cli.settings.fields import (
     Group,
+    JsonObject,
     NonNegativeFloat,
-    NonNegativeInt,
     PathText,
     PositiveFloat,
     PositiveInt,
@@ -62,7 +62,7 @@ class ColumnOptions(Group):
         shapes_result=False,
         metavar="FILE",
     )
-    chat_template_kwargs: PathText | None = setting(
+    chat_template_kwargs: JsonObject | None = setting(
         None, "variables of the chat template, as a JSON object", "Data", metavar="JSON"
     )
     chat_date: str | None = setting(
@@ -179,63 +179,6 @@ class SftData(TrainingData):
         return self
 
 
-def _steps_or_share(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise ValueError("must be a number of steps, or a share below 1")
-    return int(value) if value >= 1 or value == 0 else value
-
-
-# The batch size if neither it nor its factors are given.
-DEFAULT_BATCH_SIZE = 32
-
-
-# Names of optimizers in transformers.
-_OTHER_NAMES = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
-    "paged_adamw_8bit": "paged_adamw8bit",
-}
-Optimizer = Annotated[
-    Literal["rmsprop", "adamw", "adam", "sgd", "adamw8bit", "paged_adamw8bit"],
-    BeforeValidator(lambda given: _OTHER_NAMES.get(given, given) if isinstance(given, str) else given),
-]
-
-
-class Optim(Group):
-    """The optimizer, its schedule, and the length of the training."""
-
-    optimizer: Optimizer = setting("rmsprop", "optimizer", "Optimization", "--optim")
-    learning_rate: PositiveFloat = setting(5e-7, "peak learning rate", "Optimization", "--lr")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "learning-rate schedule after warm-up", "Optimization", "--lr-scheduler-type"
-    )
-    warmup_steps: Annotated[NonNegativeFloat, AfterValidator(_steps_or_share)] = setting(
-        150, "number of linear warm-up steps, or a share of all steps (below 1, rounded up)", "Optimization",
-        metavar="N|SHARE",
-    )  # fmt: skip
-    weight_decay: NonNegativeFloat = setting(0.0, "weight decay", "Optimization")
-    max_grad_norm: PositiveFloat = setting(10.0, "clip the gradient norm to this value", "Optimization")
-    epochs: PositiveFloat = setting(1.0, "passes over the data", "Optimization", "--num-train-epochs")
-    max_steps: PositiveInt | None = setting(
-        None, "number of optimizer steps; overrides --epochs and repeats the data if needed", "Optimization"
-    )
-    batch_size: PositiveInt | None = setting(
-        None, f"pairs per optimizer step, over all processes (default: {DEFAULT_BATCH_SIZE})", "Optimization"
-    )
-
-
-class SftOptim(Optim):
-    """The optimizer of train-sft. The default learning rate depends on whether the model is new."""
-
-    optimizer: Optimizer = setting("adamw", "optimizer", "Optimization", "--optim")
-    learning_rate: PositiveFloat | None = setting(  # type: ignore[assignment]
-        None, "peak learning rate (default: 2e-5; 3e-3 with --init)", "Optimization", "--lr"
-    )
-    batch_size: PositiveInt | None = setting(
-        None, f"examples per optimizer step, over all processes (default: {DEFAULT_BATCH_SIZE})", "Optimization"
-    )
-
-
 class Memory(Group):
     """What decides the size of a forward pass; changes nothing but rounding."""
 
@@ -286,20 +229,6 @@ class Memory(Group):
                 "batch is split"
             )
         return self
-
-
-class Evaluation(Group):
-    """Evaluation on the test split."""
-
-    eval_every: PositiveInt | None = setting(
-        None, "evaluate every N steps, in addition to before and after training", "Evaluation", "--eval-steps"
-    )
-    eval_pairs: NonNegativeInt = setting(
-        256, "number of test pairs to evaluate, from the start of the split (0 disables evaluation)", "Evaluation"
-    )
-    eval_batch_size: PositiveInt = setting(
-        8, "pairs per forward pass on each process", "Evaluation", "--per-device-eval-batch-size"
-    )
 
 
 class Checkpoints(Group):

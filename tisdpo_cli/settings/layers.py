@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tisdpo_cli.settings.base import Command
+from tisdpo_cli.settings.base import Command, leaf_paths
 from tisdpo_cli.settings.commands import COMMANDS
-from tisdpo_cli.settings.fields import group_of
+from tisdpo_cli.settings.fields import group_of, meta
 from tisdpo_cli.settings.foreign.rules import Outcome, plain
 from tisdpo_cli.settings.foreign.table import foreign, foreign_options, foreign_value
 from tisdpo_cli.settings.names import case, did_you_mean, locate, names
@@ -128,13 +128,23 @@ def walk(command: type[Command], values: Mapping[str, Any], prefix: str = "") ->
     """Nested values by dotted name."""
     for key, value in values.items():
         name = f"{prefix}{str(key).replace('-', '_')}"
-        if isinstance(value, Mapping) and value and (_is_section(command, name) or not _is_foreign(command, name)):
+        whole = name.rpartition(".")[2] in _json_settings(command) or (
+            _is_foreign(command, name) and not _is_section(command, name)
+        )
+        if isinstance(value, Mapping) and value and not whole:
             yield from walk(command, value, f"{name}.")
         elif value not in (None, {}) or not _is_section(command, name):
             yield name, value
         elif name in STAGES:
             # An empty section still enables the stage.
             yield f"{name}.", None
+
+
+def _json_settings(command: type[Command]) -> set[str]:
+    """Bare names of settings whose value may be a mapping."""
+    commands = [command, *STAGES.values()] if issubclass(command, Run) else [command]
+    paths = ((path, info) for c in commands for path, info in leaf_paths(c).items())
+    return {path.rpartition(".")[2] for path, info in paths if meta(info).get("metavar") == "JSON"}
 
 
 def _is_section(command: type[Command], name: str) -> bool:

@@ -22,8 +22,10 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Hub, Memory, Optim, TrainingData
+from tisdpo_cli.settings.groups import Checkpoints, Hub, Memory, TrainingData
 from tisdpo_cli.settings.method_groups import Method, Weights
+from tisdpo_cli.settings.optimization import Optim
+from tisdpo_cli.settings.watching import Evaluation, Tracking
 
 
 class TrainPairs(Command):
@@ -45,6 +47,7 @@ class TrainPairs(Command):
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
     hub: Hub = Hub()
+    tracking: Tracking = Tracking()
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     cache_dir: PathText | None = setting(

@@ -22,7 +22,9 @@ from tisdpo_cli.settings.base import (
 )
 from tisdpo_cli.settings.datasets import DatasetValue
 from tisdpo_cli.settings.fields import PathText, PositiveInt, Seed, setting
-from tisdpo_cli.settings.groups import Checkpoints, Evaluation, Hub, Memory, SftData, SftOptim
+from tisdpo_cli.settings.groups import Checkpoints, Hub, Memory, SftData
+from tisdpo_cli.settings.optimization import SftOptim
+from tisdpo_cli.settings.watching import Evaluation, Tracking
 
 
 class TrainSft(Command):
@@ -53,6 +55,7 @@ class TrainSft(Command):
     overwrite: bool = overwrite_setting()
     checkpoints: Checkpoints = Checkpoints()
     hub: Hub = Hub()
+    tracking: Tracking = Tracking()
     seed: Seed = seed_setting()
     num_processes: PositiveInt = num_processes_setting()
     profile: PathText | None = profile_setting()
@@ -77,6 +80,11 @@ class TrainSft(Command):
             raise ValueError("lora_r needs a trained model, not --init")
         elif self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 2 · heads ({self.heads})")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits_the_rate(self) -> TrainSft:
+        self.optim.schedule_params(self.learning_rate())
         return self
 
     def learning_rate(self) -> float:

@@ -9,24 +9,28 @@ from typing import Any, TypeVar
 from tisdpo_cli.data.dataset import DatasetSplit
 from tisdpo_cli.engine.arguments import output_request
 from tisdpo_cli.engine.training.batching import Microbatching, microbatching
+from tisdpo_cli.engine.training.best import BestConfig
 from tisdpo_cli.engine.training.card import card_facts
 from tisdpo_cli.engine.training.dry_run import AskedLaunch
 from tisdpo_cli.engine.training.optimizer import Schedule
+from tisdpo_cli.engine.training.samples import SampleOptions
 from tisdpo_cli.engine.training.session import SessionConfig
 from tisdpo_cli.errors import UsageError
 from tisdpo_cli.files import CONFIG_FILE
 from tisdpo_cli.model.adapters import LoraShape
 from tisdpo_cli.model.fused_kernels import require_liger
 from tisdpo_cli.model.loading import shape_of
-from tisdpo_cli.runs.outputs import Output
+from tisdpo_cli.runs.outputs import TRACKERS_DIRECTORY, Output
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.sharding import Sharding, requested_sharding
 from tisdpo_cli.runs.stage import OutputRequest, claim_output
+from tisdpo_cli.runs.trackers import TrackerConfig, check_trackers
 from tisdpo_cli.settings.adapter import Adapter
-from tisdpo_cli.settings.groups import DEFAULT_BATCH_SIZE
+from tisdpo_cli.settings.optimization import DEFAULT_BATCH_SIZE, Optim
 from tisdpo_cli.settings.sources import to_yaml
 from tisdpo_cli.settings.train_pairs import TrainPairs
 from tisdpo_cli.settings.train_sft import TrainSft
+from tisdpo_cli.settings.watching import Evaluation
 from tisdpo_cli.settings.yaml_files import read_yaml
 
 Settings = TypeVar("Settings", TrainPairs, TrainSft)
@@ -108,14 +112,7 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         microbatching=split,
         epochs=optim.epochs,
         max_steps=optim.max_steps,
-        schedule=Schedule(
-            optim.optimizer,
-            resolved["optim.learning_rate"],
-            optim.lr_scheduler,
-            optim.warmup_steps,
-            optim.weight_decay,
-            optim.max_grad_norm,
-        ),
+        schedule=_schedule(optim, resolved["optim.learning_rate"]),
         precision=resolved["memory.dtype"],
         layout=settings.memory.layout,
         gradient_checkpointing=settings.memory.gradient_checkpointing
@@ -126,9 +123,74 @@ def session_config(runtime: Runtime, settings: TrainPairs | TrainSft) -> Session
         eval_every=evaluation.eval_every,
         eval_batch_size=evaluation.eval_batch_size,
         profile=Path(settings.profile).expanduser() if settings.profile is not None else None,
+        trackers=_trackers(settings),
+        best=_best(evaluation),
+        samples=_samples(settings),
         adapter=_lora_shape(settings.adapter),
         quantized=settings.adapter.load_in_4bit,
         liger_kernel=settings.memory.liger_kernel,
+    )
+
+
+def _schedule(optim: Optim, rate: float) -> Schedule:
+    return Schedule(
+        optim.optimizer,
+        rate,
+        optim.lr_scheduler,
+        optim.warmup_steps,
+        optim.weight_decay,
+        optim.max_grad_norm,
+        optim.schedule_params(rate),
+        optim.optimizer_params(),
+        optim.without_decay(),
+    )
+
+
+def _samples(settings: TrainPairs | TrainSft) -> SampleOptions | None:
+    evaluation = settings.evaluation
+    if evaluation.sample_every is None:
+        return None
+    return SampleOptions(
+        evaluation.sample_every,
+        evaluation.sample_prompts,
+        evaluation.sample_tokens,
+        evaluation.sample_temperature,
+        settings.seed,
+        evaluation.eval_batch_size,
+    )
+
+
+def _best(evaluation: Evaluation) -> BestConfig | None:
+    if not evaluation.watches:
+        return None
+    return BestConfig(
+        evaluation.best_metric(),
+        evaluation.greater(),
+        evaluation.early_stopping_patience,
+        evaluation.early_stopping_threshold or 0.0,
+        evaluation.load_best,
+    )
+
+
+def _trackers(settings: TrainPairs | TrainSft) -> TrackerConfig | None:
+    """The trackers that a training reports to, or None.
+
+    Raises:
+        UsageError: one cannot run here.
+    """
+    tracking, output = settings.tracking, Path(settings.output_dir)
+    if not tracking.names():
+        return None
+    check_trackers(tracking.names())
+    values = {
+        name: value if isinstance(value, bool | int | float) else str(value) for name, _, value in settings.leaves()
+    }
+    return TrackerConfig(
+        tracking.names(),
+        tracking.run_name or output.resolve().name,
+        tracking.tracker_project,
+        output / TRACKERS_DIRECTORY,
+        {"command": settings.command, **values},
     )
 
 
@@ -147,9 +209,11 @@ def _checked_sharding(runtime: Runtime, settings: TrainPairs | TrainSft) -> Shar
     if sharding is None:
         if settings.memory.shard == "full":
             runtime.reporter.note("--shard full has no effect on a single process")
+    elif settings.evaluation.sample_every is not None:
+        raise UsageError("a sharded model cannot be sampled", where="--sample-every", fix="use --shard none")
     elif settings.adapter.load_in_4bit:
         raise UsageError("weights in 4 bits cannot be sharded", where="--load-in-4bit", fix="use --shard none")
-    elif optimizer.endswith("8bit"):
+    elif optimizer.endswith("8bit") or optimizer == "adafactor":
         raise UsageError("its state cannot be sharded", where=f"--optimizer {optimizer}", fix="use adamw")
     return sharding
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import torch
@@ -225,18 +224,3 @@ def microbatching(
     if accumulation is not None:
         return size, Microbatching(passes=accumulation)
     return size, Microbatching(micro=micro) if micro is not None else Microbatching(tokens=tokens)
-
-
-def learning_rate(
-    step: int, base: float, warmup: int, updates: int, schedule: Literal["constant", "linear", "cosine"]
-) -> float:
-    """The learning rate of an update (0 is the first).
-
-    The warm-up is linear and starts above zero: `(step + 1) / (warmup + 1)`, as in the authors' code.
-    """
-    if step < warmup:
-        return base * (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return base
-    done = (step - warmup) / max(1, updates - warmup)
-    return base * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

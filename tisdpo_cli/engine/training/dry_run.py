@@ -149,6 +149,7 @@ def predict_training(
         offload=asked.sharding is not None and asked.sharding.offload,
         precision=session.precision,
         optimizer=session.schedule.optimizer,
+        momentum=session.schedule.has_momentum,
         gradient_checkpointing=session.gradient_checkpointing,
         quantized=session.quantized,
     )
@@ -260,7 +261,13 @@ def _flops(shape: ModelShape, session: SessionConfig, trained: Trained, work: _S
 def _disk(shape: ModelShape, session: SessionConfig, plan: Plan, trained: Trained, work: _Stages) -> dict[str, int]:
     # The oldest one is removed when the newest is whole.
     saved = plan.updates // session.save_every if session.save_every else 0
+    best = int(session.best is not None and session.best.load)
     cached = work["reference"].scored if trained.reference is not None and trained.reference.cached else 0.0
     return planning.predict_disk(
-        shape, session.schedule.optimizer, shape.frozen > 0, min(saved, session.keep_checkpoints + 1), cached
+        shape,
+        session.schedule.optimizer,
+        shape.frozen > 0,
+        min(saved, session.keep_checkpoints + 1) + best,
+        cached,
+        session.schedule.has_momentum,
     )

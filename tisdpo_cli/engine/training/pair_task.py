@@ -75,6 +75,10 @@ class PairTask:
         """FILE:LINE of a pair."""
         return self.pairs[example].tokens.where
 
+    def prompt(self, example: int) -> Sequence[int]:
+        """Token ids of the prompt of a pair."""
+        return self.pairs[example].tokens.prompt
+
     def normaliser(self, examples: Sequence[int]) -> float:
         """The number of pairs: every pair counts once."""
         return float(len(examples))

@@ -13,10 +13,17 @@ from typing import Any
 from tisdpo_cli.model.head import head_bytes
 from tisdpo_cli.model.shapes import ModelShape
 
-# Bytes of state for each trained parameter.
-STATE_BYTES = {"rmsprop": 4.0, "adamw": 8.0, "adam": 8.0, "sgd": 0.0, "adamw8bit": 2.06, "paged_adamw8bit": 2.06}
-# Optimizers that need a copy of what they update on GPUs, where they update all tensors at once; others are fused.
-_COPIES_ON_GPU = ("rmsprop",)
+# Bytes of state for each trained parameter. Adafactor keeps a row and a column of each matrix.
+STATE_BYTES = {
+    **{"sgd": 0.0, "adafactor": 0.01},
+    **dict.fromkeys(("rmsprop", "adagrad"), 4.0),
+    **dict.fromkeys(("adamw", "adam", "adamax", "nadam", "radam"), 8.0),
+    **dict.fromkeys(("adamw8bit", "paged_adamw8bit"), 2.06),
+}
+_MOMENTUM_BYTES = 4.0
+# Optimizers that need a copy of what they update on GPUs, where they update all tensors at once. Others are fused, or
+# update one tensor after the other.
+_COPIES_ON_GPU = ("rmsprop", "adagrad", "adamax", "nadam", "radam")
 # A weight in 4 bits with its share of the scales, which are quantized too.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Values that the backward pass of a layer keeps for each token: this often its width, and that of its feed-forward.
@@ -45,6 +52,7 @@ class Launch:
         optimizer: its name.
         gradient_checkpointing: whether activations are recomputed.
         quantized: whether frozen linear layers are in 4 bits.
+        momentum: whether the optimizer has momentum that can be switched off.
     """
 
     processes: int
@@ -55,6 +63,7 @@ class Launch:
     optimizer: str
     gradient_checkpointing: bool
     quantized: bool
+    momentum: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def predict_memory(
     weights, trained = weight_bytes(shape, launch), 4 * shape.trained
     # On a GPU shards that are not in use are in the memory of its machine.
     held = 0.0 if launch.sharded and launch.offload and launch.on_gpu else 1 / split
-    states = STATE_BYTES[launch.optimizer] * shape.trained
+    states = state_bytes(launch.optimizer, launch.momentum) * shape.trained
     parts: dict[str, float] = {
         "program": program,
         "weights": weights * held,
@@ -217,6 +226,11 @@ def predict_memory(
     if sum(loading.values()) > sum(training.values()):
         return Memory(loading, "loading")
     return Memory(training, "training")
+
+
+def state_bytes(optimizer: str, momentum: bool) -> float:
+    """Bytes of state for each trained parameter, with momentum that can be switched off or without."""
+    return STATE_BYTES[optimizer] + (_MOMENTUM_BYTES if momentum else 0.0)
 
 
 def weight_bytes(shape: ModelShape, launch: Launch) -> float:
@@ -272,7 +286,7 @@ def _loading(program: int, weights: float, file: int, launch: Launch, reference:
 
 
 def predict_disk(
-    shape: ModelShape, optimizer: str, adapter: bool, checkpoints: int, cached_tokens: float
+    shape: ModelShape, optimizer: str, adapter: bool, checkpoints: int, cached_tokens: float, momentum: bool = False
 ) -> dict[str, int]:
     """What is written, in bytes by part.
 
@@ -282,9 +296,10 @@ def predict_disk(
         adapter: whether an adapter is saved rather than the whole model.
         checkpoints: number of them that are on disk at once.
         cached_tokens: tokens whose reference log-probs are cached.
+        momentum: whether the optimizer has momentum that can be switched off.
     """
     saved = 4 * (shape.trained if adapter else shape.total)
-    state = saved + STATE_BYTES[optimizer] * shape.trained
+    state = saved + state_bytes(optimizer, momentum) * shape.trained
     parts = {"checkpoints": checkpoints * state, "model": saved, "reference cache": 4 * cached_tokens}
     return {name: round(size) for name, size in parts.items() if size}
 

@@ -237,6 +237,8 @@ def _set_up(
         base_model(
             policy.model, training.models.policy_path, training.models.policy, output.made_from["content of model"]
         ),
+        training.loss.beta,
+        _same_start(output),
     )
 
 

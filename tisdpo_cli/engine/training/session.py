@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from tisdpo_cli.engine.model_card import CARD_FILE, CardFacts, model_card
 from tisdpo_cli.engine.training.batching import Microbatching, Plan, make_plan
+from tisdpo_cli.engine.training.best import BestConfig, EvalConfig, check_best
+from tisdpo_cli.engine.training.health import HealthConfig
 from tisdpo_cli.engine.training.optimizer import Schedule
 from tisdpo_cli.engine.training.profiling import TABLE, TRACE
-from tisdpo_cli.engine.training.state import whole_tensors
+from tisdpo_cli.engine.training.run_log import Watching
+from tisdpo_cli.engine.training.samples import SampleConfig, SampleOptions, sample_config
+from tisdpo_cli.engine.training.state import CheckpointConfig, whole_tensors
 from tisdpo_cli.engine.training.task import Task
-from tisdpo_cli.engine.training.trainer import CheckpointConfig, EvalConfig, Trainer
+from tisdpo_cli.engine.training.trainer import Trainer
 from tisdpo_cli.errors import Interrupted
 from tisdpo_cli.files import remove, reporting_write_errors, write_text
 from tisdpo_cli.model.adapters import BaseModel, LoraShape, adapters_of
@@ -30,9 +34,10 @@ from tisdpo_cli.model.loading import save_model
 from tisdpo_cli.model.logprobs import ScorerTraits, TokenScorer
 from tisdpo_cli.model.tokenizer import Tokenizer
 from tisdpo_cli.reporter import Reporter
-from tisdpo_cli.runs.outputs import METRICS_FILE, Output, apply_umask
+from tisdpo_cli.runs.outputs import METRICS_FILE, SAMPLES_FILE, Output, apply_umask
 from tisdpo_cli.runs.runtime import Runtime, StopRequest, autocast_dtype, deterministic_training
 from tisdpo_cli.runs.stage import StageResult
+from tisdpo_cli.runs.trackers import TrackerConfig
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class SessionConfig:
         eval_every: updates between evaluations, in addition to those before and after training.
         eval_batch_size: examples per forward pass and process in an evaluation.
         profile: directory for a profile of some updates.
+        trackers: which get the metrics, or None.
+        best: what is done about the best evaluation, or None.
+        samples: how the policy is sampled while it is trained, or None.
         adapter: shape of the adapter to train, or None to train the whole model (or the adapter that it is).
         quantized: whether a new adapter's base model is held in 4 bits.
         liger_kernel: whether Liger's kernels compute elementwise operations.
@@ -76,6 +84,9 @@ class SessionConfig:
     eval_every: int | None
     eval_batch_size: int
     profile: Path | None
+    trackers: TrackerConfig | None = None
+    best: BestConfig | None = None
+    samples: SampleOptions | None = None
     adapter: LoraShape | None = None
     quantized: bool = False
     liger_kernel: bool = False
@@ -155,6 +166,12 @@ def plan_training(runtime: Runtime, config: SessionConfig, costs: Sequence[int],
             f"the run ({plan.updates} steps) is not longer than its warm-up ({warmup} steps): the learning rate only "
             f"reaches {plan.updates / (warmup + 1):.0%}; lower --warmup-steps"
         )
+    decay = config.schedule.lr_scheduler_params.get("num_decay_steps", 0)
+    if plan.updates > warmup > plan.updates - float(decay):
+        runtime.reporter.warn(
+            f"the decay ({decay:g} steps) begins before the warm-up ({warmup} steps) ends, in a run of {plan.updates} "
+            "steps; lower num_decay_steps"
+        )
     return plan
 
 
@@ -170,6 +187,8 @@ class TrainingSetup:
         tokenizer: saved beside the model.
         check_start: called with the metrics before the first update; may stop the run.
         base: what an adapter is put on; needed where one is trained.
+        beta: of a preference objective, or None.
+        starts_as_reference: whether the policy is its reference before the first update.
     """
 
     task: Task
@@ -179,6 +198,8 @@ class TrainingSetup:
     tokenizer: Tokenizer
     check_start: Callable[[Mapping[str, Any]], None]
     base: BaseModel | None = None
+    beta: float | None = None
+    starts_as_reference: bool = False
 
 
 def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup: TrainingSetup) -> StageResult:
@@ -191,6 +212,7 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
     reporter = runtime.reporter
     if config.eval_every is not None and setup.eval_task is None:
         reporter.warn("--eval-every has no effect: there is no test split to evaluate")
+    check_best(config.best, setup.eval_task)
     started = time.time()
     if runtime.main:
         output.start(config.config_yaml)
@@ -207,17 +229,19 @@ def run_training(runtime: Runtime, config: SessionConfig, output: Output, setup:
             _eval_config(config, setup.eval_task),
             setup.check_start,
             stop,
-            config.profile,
+            Watching(config.profile, config.trackers, _health(setup), _samples(config, setup, output.path)),
         )
         if config.profile is not None:
             reporter.note(f"profile: {config.profile / TABLE}, and {config.profile / TRACE} for a trace viewer")
         record = {
             "seed": config.seed,
             "seconds": round(time.time() - started, 1),
-            "updates": setup.plan.updates,
+            "updates": trainer.step,
             "batch_size": setup.plan.batch_size,
             setup.task.unit: setup.plan.examples,
             "final_metrics": metrics,
+            **trainer.best.summary(),
+            **({"warnings": [asdict(finding) for finding in trainer.findings]} if trainer.findings else {}),
         }
         tensors = whole_tensors(runtime, trainer.model)
         runtime.on_main(lambda: _publish(output, config.card, setup, record, tensors))
@@ -245,8 +269,34 @@ def _checkpoint_config(config: SessionConfig, output: Output) -> CheckpointConfi
     return CheckpointConfig(output.checkpoints, config.save_every, config.keep_checkpoints, config.resume, created_by)
 
 
+def _samples(config: SessionConfig, setup: TrainingSetup, output: Path) -> SampleConfig | None:
+    """The prompts to sample: the first distinct ones that are evaluated, or else trained."""
+    if config.samples is None:
+        return None
+    task = setup.task if setup.eval_task is None else setup.eval_task
+    prompts: dict[tuple[int, ...], str] = {}
+    for example in range(len(task.costs)):
+        if len(prompts) < config.samples.prompts and task.prompt(example):
+            prompts.setdefault(tuple(task.prompt(example)), task.where(example))
+    return sample_config(
+        config.samples,
+        output / SAMPLES_FILE,
+        [(where, ids) for ids, where in prompts.items()],
+        setup.scorer,
+        setup.tokenizer,
+        autocast_dtype(config.precision),
+        setup.starts_as_reference,
+    )
+
+
+def _health(setup: TrainingSetup) -> HealthConfig | None:
+    if setup.beta is None:
+        return None
+    return HealthConfig(setup.beta, min(setup.plan.batch_size, setup.plan.examples), setup.plan.updates)
+
+
 def _eval_config(config: SessionConfig, task: Task | None) -> EvalConfig | None:
-    return None if task is None else EvalConfig(task, config.eval_every, config.eval_batch_size)
+    return None if task is None else EvalConfig(task, config.eval_every, config.eval_batch_size, config.best)
 
 
 def _try_to_save(runtime: Runtime, output: Output, setup: TrainingSetup) -> None:

@@ -62,6 +62,10 @@ class SftTask:
         """FILE:LINE of an example."""
         return self.examples[example].where
 
+    def prompt(self, example: int) -> Sequence[int]:
+        """Token ids of the prompt of an example, as far as it is not learned."""
+        return self.examples[example].given
+
     def normaliser(self, examples: Sequence[int]) -> float:
         """The number of learned tokens."""
         return float(self._lengths[list(examples), 1].sum())

@@ -2,39 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tisdpo_cli.engine.training.best import BestEvaluation
+from tisdpo_cli.errors import UsageError
 from tisdpo_cli.model.sharding import is_sharded, local, rows_of, split_like, whole
-from tisdpo_cli.runs.checkpoints import Checkpoint, Shard, save_checkpoint, save_shards
+from tisdpo_cli.runs.checkpoints import (
+    Checkpoint,
+    Shard,
+    discard_after,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    save_shards,
+)
+from tisdpo_cli.runs.markers import differences
 from tisdpo_cli.runs.runtime import Runtime
 from tisdpo_cli.runs.saved_tensors import SavedTensors, saved_tensors
+
+# Where the manifest of a checkpoint holds the best evaluation.
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where checkpoints go, how often, and which one to resume from."""
+
+    directory: Path
+    every: int | None
+    keep: int
+    resume: str
+    created_by: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_checkpoint(config: CheckpointConfig, updates: int, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to resume from, if there is one; later ones of the run are removed.
+
+    Args:
+        config: which one.
+        updates: number of updates of the run.
+        warn: called for each checkpoint that cannot be used.
+
+    Raises:
+        UsageError: the one that is named is damaged, or was created with other settings.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(config.directory, warn, updates)
+    checkpoint = open_checkpoint(Path(config.resume).expanduser())
+    changed = differences(checkpoint.state, config.created_by)
+    if changed:
+        raise UsageError(f"created with different settings: {'; '.join(changed)}", where=f"--resume {config.resume}")
+    if checkpoint.path.parent.resolve() == config.directory.resolve():
+        discard_after(config.directory, checkpoint.step)
+    return checkpoint
 
 
 def save_state(
     runtime: Runtime,
-    directory: Path,
+    config: CheckpointConfig,
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    created_by: Mapping[str, Any],
-    keep: int,
+    best: BestEvaluation,
 ) -> None:
     """Write a checkpoint; every process must take part.
+
+    Args:
+        runtime: this process.
+        config: where it goes.
+        step: number of updates done.
+        model: to save.
+        optimizer: to save.
+        best: the best evaluation so far, whose checkpoint is kept if it is needed.
 
     Raises:
         TrainingError: it cannot be written.
     """
     tensors = {"model": model_tensors(model), "optimizer": optimizer_tensors(optimizer)}
+    evaluation = best.state()
+    state = {**config.created_by, **({EVALUATION: evaluation} if evaluation else {})}
+    directory, keep, spared = config.directory, config.keep, best.step if best.loads else None
     if runtime.sharding is None:
-        runtime.on_main(lambda: save_checkpoint(directory, step, tensors, created_by, keep))
+        runtime.on_main(lambda: save_checkpoint(directory, step, tensors, state, keep, spared))
         return
     shards = {name: _shard(values, runtime.main) for name, values in tensors.items()}
-    save_shards(runtime, directory, step, shards, created_by, keep)
+    save_shards(runtime, directory, step, shards, state, keep, spared)
 
 
 def _shard(tensors: Mapping[str, Tensor], main: bool) -> Shard:
@@ -43,11 +103,13 @@ def _shard(tensors: Mapping[str, Tensor], main: bool) -> Shard:
     return Shard({name: local(tensor.detach()) for name, tensor in tensors.items() if main or name in shapes}, shapes)
 
 
-def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint, of a run on any number of processes, sharded or not."""
+def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Load a checkpoint, of a run on any number of processes, sharded or not; without an optimizer the model alone."""
     with saved_tensors(checkpoint, "model") as saved:
         for name, tensor in model_tensors(model).items():
             local(tensor.detach()).copy_(_rows(saved, name, tensor))
+    if optimizer is None:
+        return
     with saved_tensors(checkpoint, "optimizer") as saved:
         _restore_optimizer(optimizer, saved)
 

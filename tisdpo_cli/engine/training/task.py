@@ -27,6 +27,9 @@ class Task(Protocol):
     def padded_costs(self) -> Sequence[int]:
         """Tokens of each example in separate rows."""
 
+    def prompt(self, example: int) -> Sequence[int]:
+        """Token ids of the prompt of an example."""
+
     def normaliser(self, examples: Sequence[int]) -> float:
         """The divisor that turns sums over these examples into the loss and the metrics."""
 

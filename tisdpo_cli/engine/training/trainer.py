@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from tisdpo_cli.engine.training.ahead import Ahead
-from tisdpo_cli.engine.training.batching import Microbatching, Plan, learning_rate
+from tisdpo_cli.engine.training.batching import Microbatching, Plan
+from tisdpo_cli.engine.training.best import BestEvaluation, EvalConfig
+from tisdpo_cli.engine.training.health import Finding
 from tisdpo_cli.engine.training.optimizer import Schedule, make_optimizer
 from tisdpo_cli.engine.training.profiling import profiled
-from tisdpo_cli.engine.training.state import all_finite, restore_state, save_state
+from tisdpo_cli.engine.training.run_log import RunLog, Watching
+from tisdpo_cli.engine.training.state import (
+    EVALUATION,
+    CheckpointConfig,
+    all_finite,
+    find_checkpoint,
+    restore_state,
+    save_state,
+)
 from tisdpo_cli.engine.training.task import Task
 from tisdpo_cli.errors import Interrupted, TrainingError, UsageError, naming_out_of_memory
 from tisdpo_cli.model.adapters import adapter_dropout
 from tisdpo_cli.model.quantization import is_quantized
 from tisdpo_cli.model.sharding import whole
-from tisdpo_cli.runs.checkpoints import Checkpoint, discard_after, newest_checkpoint, open_checkpoint
-from tisdpo_cli.runs.markers import differences
-from tisdpo_cli.runs.outputs import MetricsFile, last_metrics, read_metrics
+from tisdpo_cli.runs.checkpoints import checkpoint_of, open_checkpoint
+from tisdpo_cli.runs.outputs import last_metrics, metrics_of, read_metrics
 from tisdpo_cli.runs.runtime import Runtime, StopRequest
 
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Where checkpoints go, how often, and which one to resume from."""
-
-    directory: Path
-    every: int | None
-    keep: int
-    resume: str
-    created_by: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is evaluated, and how often."""
-
-    task: Task
-    every: int | None
-    batch_size: int
+_UNWATCHED = Watching()
 
 
 class Trainer:
@@ -76,6 +66,9 @@ class Trainer:
         self.model: nn.Module = runtime.accelerator.unwrap_model(self.scorer).model
         self.optimizer = make_optimizer(self.scorer, schedule)
         self.step = 0
+        self.best = BestEvaluation(None)
+        self.findings: list[Finding] = []
+        self._resumed_in: Path | None = None
         # Metrics of the first update, whose backward pass gives the loss of step 0 too; and the seconds it took.
         self._ahead: tuple[Tensor, float] | None = None
         self._batches = Ahead(self._prepare, plan.updates)
@@ -87,7 +80,7 @@ class Trainer:
         evaluation: EvalConfig | None,
         check_start: Callable[[Mapping[str, Any]], None],
         stop: StopRequest,
-        profile: Path | None = None,
+        watching: Watching = _UNWATCHED,
     ) -> dict[str, Any]:
         """Train to the end.
 
@@ -97,47 +90,78 @@ class Trainer:
             evaluation: evaluated before, during and after training, or None.
             check_start: called with the metrics before the first update; may stop the run.
             stop: a request to stop, answered after an update.
-            profile: directory for a profile of some updates, or None.
+            watching: what shows it while it runs.
 
         Returns:
             The last line of metrics.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; the model is not updated.
+            TrainingError: a loss or gradient is not finite, and the model is not updated; or a tracker does not start.
             Interrupted: by a signal, after a checkpoint.
         """
         runtime = self.runtime
+        self.best = BestEvaluation(evaluation.best if evaluation is not None else None)
         resumed = self._resume(checkpoints)
-        resume_step = self.step if resumed else None
-        file = MetricsFile(metrics_file, resume_step, runtime.reporter.warn) if runtime.main else None
+        log = self._open_log(metrics_file, self.step if resumed else None, watching)
         record: dict[str, Any] = {}
         with (
+            log,
             runtime.reporter.progress("training", self.plan.updates, self.step, "steps") as progress,
-            profiled(profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
+            profiled(watching.profile if runtime.main else None, self.plan.updates - self.step) as profiled_update,
             closing(self._batches),
         ):
             if not resumed:
                 record = {**self._before(), **self._evaluate(evaluation)}
                 check_start(record)
-                _write(file, record)
+                log.write(record)
+                self._sample(log, watching)
                 progress.advance(0, record)
             elif runtime.main:
                 for earlier in read_metrics(metrics_file):
                     progress.advance(0, earlier)
-            while self.step < self.plan.updates:
+            while not self._done:
                 record = self._update()
                 profiled_update()
-                last = self.step == self.plan.updates
+                last, improved = self.step == self.plan.updates, False
                 if evaluation is not None and (last or (evaluation.every and self.step % evaluation.every == 0)):
                     record.update(self._evaluate(evaluation))
-                _write(file, record)
+                    improved = self.best.observe(self.step, record)
+                log.write(record)
+                self._sample(log, watching)
                 progress.advance(1, record)
-                self._save_or_stop(checkpoints, stop)
+                self._save_or_stop(checkpoints, stop, improved and self.best.loads and not last)
+        self.findings = log.findings
         self._check_weights()
         if not record:
             # Resumed after the last update: an earlier run wrote the line, or this is another output.
             record = runtime.on_main(lambda: last_metrics(metrics_file, self.step)) or self._evaluate(evaluation)
-        return record
+        return self._load_best(checkpoints, metrics_file, record)
+
+    @property
+    def _done(self) -> bool:
+        return self.step >= self.plan.updates or self.best.stops
+
+    def _load_best(self, config: CheckpointConfig, metrics_file: Path, record: dict[str, Any]) -> dict[str, Any]:
+        """Take up the model of the best evaluation, if it is to be the result; returns the metrics of the result."""
+        runtime, step = self.runtime, self.best.step
+        if self.best.stops and self.step < self.plan.updates:
+            runtime.reporter.note(
+                f"stopped after step {self.step} of {self.plan.updates}: the evaluations no longer improve"
+            )
+        if not self.best.loads or step is None or step == self.step:
+            return record
+        places = (config.directory, self._resumed_in)
+        checkpoint = runtime.on_main(lambda: open_checkpoint(checkpoint_of(places, step) or config.directory))
+        restore_state(checkpoint, self.model, None)
+        runtime.reporter.note(f"the result is the model of step {step}, the best of all evaluations")
+        return runtime.on_main(lambda: metrics_of(metrics_file, step)) or record
+
+    def _open_log(self, path: Path, resume_step: int | None, watching: Watching) -> RunLog:
+        """The log of this process; the first one's may fail to open, on all."""
+        logs: list[RunLog] = []
+        reporter = self.runtime.reporter
+        self.runtime.on_main(lambda: logs.append(RunLog(path, resume_step, watching, reporter)))
+        return logs[0] if logs else RunLog(None, None, watching, reporter)
 
     def _before(self) -> dict[str, Any]:
         """Step 0: the objective on the first batch, before any update. The first update reuses its gradients."""
@@ -164,7 +188,7 @@ class Trainer:
         sums, before = self._ahead or (self._backward(batch), 0.0)
         self._ahead = None
         norm = self._clip(batch)
-        rate = self._learning_rate()
+        rate = self.schedule.rate(self.step, self.plan.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -181,11 +205,6 @@ class Trainer:
             "tokens_per_second": round(sum(self.task.costs[i] for i in batch) / seconds, 1),
             f"{self.task.unit}_per_second": round(len(batch) / seconds, 2),
         }
-
-    def _learning_rate(self) -> float:
-        s = self.schedule
-        updates = self.plan.updates
-        return learning_rate(self.step, s.learning_rate, s.warmup(updates), updates, s.lr_scheduler)
 
     def _backward(self, batch: Sequence[int]) -> Tensor:
         """Compute the gradients of a batch, every example counting once; returns the metrics summed over all ranks."""
@@ -269,17 +288,20 @@ class Trainer:
             )
         return {f"eval/{name}": value for name, value in self._averages(evaluation.task, sums, examples).items()}
 
+    @naming_out_of_memory("evaluating")
+    def _sample(self, log: RunLog, watching: Watching) -> None:
+        """Samples of the first process, for which the others wait."""
+        if watching.samples is not None and (self._done or watching.samples.due(self.step)):
+            self.runtime.on_main(lambda: log.sample(self.step))
+
     # Checkpoints ------------------------------------------------------------------------------------------
 
-    def _save_or_stop(self, checkpoints: CheckpointConfig, stop: StopRequest) -> None:
+    def _save_or_stop(self, checkpoints: CheckpointConfig, stop: StopRequest, needed: bool) -> None:
         signalled = stop.agreed(self.runtime)
-        due = checkpoints.every is not None and self.step % checkpoints.every == 0
+        due = needed or (checkpoints.every is not None and self.step % checkpoints.every == 0)
         if due or signalled:
             self._check_weights()
-            save_state(
-                self.runtime, checkpoints.directory, self.step, self.model, self.optimizer,
-                checkpoints.created_by, checkpoints.keep,
-            )  # fmt: skip
+            save_state(self.runtime, checkpoints, self.step, self.model, self.optimizer, self.best)
         if signalled:
             raise Interrupted(
                 signalled,
@@ -297,32 +319,22 @@ class Trainer:
 
     def _resume(self, checkpoints: CheckpointConfig) -> bool:
         """Resume from a checkpoint, if there is one and resuming is allowed; returns whether it did."""
-        checkpoint = self.runtime.on_main(lambda: self._find(checkpoints))
+        runtime = self.runtime
+        checkpoint = runtime.on_main(lambda: find_checkpoint(checkpoints, self.plan.updates, runtime.reporter.warn))
         if checkpoint is None:
             return False
         if checkpoint.step > self.plan.updates:
             raise UsageError(f"beyond the {self.plan.updates} steps of this run", where=str(checkpoint.path))
         restore_state(checkpoint, self.model, self.optimizer)
         self.step = checkpoint.step
+        self.best.restore(checkpoint.state.get(EVALUATION, {}))
+        self._resumed_in, best = checkpoint.path.parent, self.best.step
+        if best is not None and self.best.loads:
+            places = (checkpoints.directory, self._resumed_in)
+            if runtime.on_main(lambda: checkpoint_of(places, best)) is None:
+                runtime.reporter.warn(
+                    f"the checkpoint of step {best}, the best so far, is gone; looking for a new best"
+                )
+                self.best.forget()
         self.runtime.reporter.note(f"resuming from {checkpoint.path}: {self.step} of {self.plan.updates} steps done")
         return True
-
-    def _find(self, checkpoints: CheckpointConfig) -> Checkpoint | None:
-        if checkpoints.resume == "never":
-            return None
-        if checkpoints.resume == "auto":
-            return newest_checkpoint(checkpoints.directory, self.runtime.reporter.warn, self.plan.updates)
-        checkpoint = open_checkpoint(Path(checkpoints.resume).expanduser())
-        changed = differences(checkpoint.state, checkpoints.created_by)
-        if changed:
-            raise UsageError(
-                f"created with different settings: {'; '.join(changed)}", where=f"--resume {checkpoints.resume}"
-            )
-        if checkpoint.path.parent.resolve() == checkpoints.directory.resolve():
-            discard_after(checkpoints.directory, checkpoint.step)
-        return checkpoint
-
-
-def _write(file: MetricsFile | None, record: Mapping[str, Any]) -> None:
-    if file is not None:
-        file.write(record)
