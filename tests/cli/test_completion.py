@@ -49,7 +49,7 @@ def completed(line: str, shell: str = "bash") -> list[str]:
         ("tisdpo train --preset ag", ["aggressive"]),
         ("tisdpo train-dpo --loss t", ["tdpo1", "tdpo2"]),
         ("tisdpo estimate --dtype ", ["auto", "float32", "bf16"]),
-        ("tisdpo train-dpo --optimizer ada", ["adamw", "adam", "adamw8bit"]),
+        ("tisdpo train-dpo --optimizer adamw", ["adamw", "adamw8bit"]),
         ("tisdpo train --layout sh", ["shared-prefix"]),
         ("tisdpo train --lora-d", ["--lora-dropout"]),
         ("tisdpo train-", ["train-dpo", "train-reverse", "train-sft"]),

@@ -252,7 +252,7 @@ def test_all_faults_of_all_sources_are_one_message(tmp_path: Path) -> None:
         ("--gradient_checkpointing True --lr 1", "--gradient-checkpointing|True", None),
         ("--gradient-checkpointing", "", []),
         ("--lora_target_modules q_proj v_proj --lr 1", "--lora-target|q_proj,v_proj|--learning-rate|1", []),
-        ("--lr_scheduler_kwargs {} --local_rank -1", "", [("lr_scheduler_kwargs", "{}"), ("local_rank", "-1")]),
+        ("--fsdp_config {} --local_rank -1", "", [("fsdp_config", "{}"), ("local_rank", "-1")]),
         ("--loss_weights 1 2 --bf16", "", [("loss_weights", ["1", "2"]), ("bf16", True)]),
         ("--overwrite=false", "", [("overwrite", "false")]),
     ],
@@ -350,6 +350,6 @@ def test_the_options_that_the_guide_names_are_known() -> None:
     if not guide.is_file():
         pytest.skip("not in a checkout")
     own = {name for spec in COMMANDS.values() for name in names(spec.settings)} | {"config", "set"}
-    launchers = {"num_processes", "revision", "config_file", "loss_weights"}
+    launchers = {"num_processes", "revision", "config_file", "loss_weights", "no_hub_private"}
     spoken = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", guide.read_text("utf-8"))}
     assert spoken - own - set(foreign_options()) - launchers == set()

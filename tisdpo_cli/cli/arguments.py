@@ -69,8 +69,8 @@ class _Reader:
             for name, path in second_names(spec.settings).items()
         }
         positional = spec.positional
-        self._takes_rest = positional is not None and meta(paths[positional])["many"]
-        self._places = 0 if positional is None else len(typed) if self._takes_rest else 1
+        self._takes_rest = spec.takes_rest
+        self._places = 0 if positional is None else len(typed) if meta(paths[positional])["many"] else 1
         self._takes_words = positional is not None
         self._rest = list(typed[1:])
         self._result = Arguments([typed[0]])

@@ -34,6 +34,7 @@ class CommandSpec:
         next: the command that usually follows, a template with the fields of `cli/next_command.py`.
         shows: what it prints: the path of its output, or a view of its result.
         positional: the setting that may also be given without its flag.
+        takes_rest: whether everything from its first word on belongs to it, options too.
     """
 
     settings: type[Command]
@@ -43,6 +44,7 @@ class CommandSpec:
     next: str | None = None
     shows: Literal["path", "inspection", "evaluation", "pipeline", "curves", "translation", "environment"] = "path"
     positional: str | None = None
+    takes_rest: bool = False
 
 
 COMMANDS: dict[str, CommandSpec] = {
@@ -135,6 +137,7 @@ COMMANDS: dict[str, CommandSpec] = {
             example="tisdpo translate -- trl dpo --model_name_or_path MODEL --dataset_name DATA --output_dir out/dpo",
             shows="translation",
             positional="words",
+            takes_rest=True,
         ),
         CommandSpec(Env, run="runs.env:environment", panel=TOOLS, example="tisdpo env --json", shows="environment"),
     )

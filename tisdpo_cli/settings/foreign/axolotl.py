@@ -15,7 +15,7 @@ from tisdpo_cli.settings.foreign.rules import (
     where_given,
 )
 
-_TRACKERS = "settings of trackers are not taken; every step is in metrics.jsonl in the output directory"
+_TRACKERS = "use --report-to, and the environment variables of the tracker"
 _AUTO = "models and tokenizers are loaded by transformers' auto classes"
 _LAYOUT = "attention is chosen by --layout"
 _PACKED = "rows are packed where that changes nothing; see --layout"
@@ -198,7 +198,6 @@ AXOLOTL: dict[str, Rule] = {
     "embedding_lr_scale": refused("every parameter has the same learning rate"),
     "loss_watchdog_threshold": idle("a loss that is not finite ends the run"),
     "loss_watchdog_patience": idle("a loss that is not finite ends the run"),
-    "early_stopping_patience": refused("see --max-steps"),
     "layer_offloading": refused("use --shard full --cpu-offload"),
     "selective_checkpointing": _checkpointing,
     # Evaluation and checkpoints

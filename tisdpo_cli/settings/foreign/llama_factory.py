@@ -7,7 +7,7 @@ from typing import Any
 from tisdpo_cli.settings.foreign.rules import Outcome, Rule, idle, is_off, mapped, refused, taken, where_given
 from tisdpo_cli.settings.foreign.trl import LOSSES
 
-_TRACKERS = "settings of trackers are not taken; every step is in metrics.jsonl in the output directory"
+_TRACKERS = "use --report-to with another tracker"
 _OPTIMIZERS = "see --optimizer"
 _IMAGES = "images, video and audio are not supported"
 
@@ -59,7 +59,7 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "pure_bf16": refused("weights stay in float32; use --dtype bf16"),
     "disable_gradient_checkpointing": _no_checkpointing,
     "use_reentrant_gc": idle("checkpoints are not reentrant"),
-    "enable_liger_kernel": idle("the head is computed in chunks anyway"),
+    "enable_liger_kernel": taken("liger_kernel"),
     "flash_attn": idle("attention is chosen by --layout"),
     "upcast_layernorm": idle("norms are computed in float32 anyway"),
     "upcast_lmhead_output": idle("log-probs are computed in float32 anyway"),
@@ -124,7 +124,7 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "compute_accuracy": idle("rewards/accuracies is in metrics.jsonl"),
     "include_effective_tokens_per_second": idle("tokens_per_second is in metrics.jsonl"),
     "print_param_status": idle("see `tisdpo train-dpo --dry-run`"),
-    "early_stopping_steps": refused("see --max-steps"),
+    "early_stopping_steps": where_given("early_stopping_patience"),
     "disable_shuffling": refused("pairs come in random order; see --seed"),
     "use_swanlab": refused(_TRACKERS),
     "swanlab_project": idle(_TRACKERS),

@@ -101,7 +101,20 @@ def _keep_checkpoints(value: Any) -> Outcome | None:
     return Outcome(notice="two are kept; give a number to keep more") if value is None else None
 
 
+def _push_to_hub(value: Any) -> Outcome | None:
+    if plain(value) is True:
+        return Outcome(fault="takes the name of the repository: --push-to-hub OWNER/NAME")
+    return Outcome({"push_to_hub": None}) if is_off(plain(value)) else None
+
+
+def _report_to(value: Any) -> Outcome | None:
+    # transformers' default of before.
+    return Outcome({"report_to": "none"}) if is_off(plain(value)) or value == "all" else None
+
+
 _OWN: dict[str, Any] = {
+    "push_to_hub": _push_to_hub,
+    "report_to": _report_to,
     "eval_every": _steps,
     "save_every": _steps,
     "keep_checkpoints": _keep_checkpoints,

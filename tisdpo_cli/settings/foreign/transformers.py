@@ -15,11 +15,13 @@ from tisdpo_cli.settings.foreign.rules import (
     refused,
     renamed,
     taken,
+    where_given,
 )
 
 _EVERY_STEP = "every step is in metrics.jsonl in the output directory"
-_TRACKERS = f"there are no trackers; {_EVERY_STEP}"
-_HUB = "nothing is uploaded; use hf upload"
+_TRACKERS = "set by the environment variables of the tracker; see --report-to"
+_HUB = "a finished model is uploaded once; see --push-to-hub"
+_HUB_TOKEN = "log in with hf auth login; a token is no option"
 _FSDP = "use --shard full, which is FSDP2"
 _DTYPE = "use --dtype bf16"
 
@@ -111,8 +113,7 @@ TRANSFORMERS: dict[str, Rule] = {
     "activation_checkpointing": taken("gradient_checkpointing"),
     "activation_checkpointing_kwargs": idle("checkpoints are not reentrant"),
     "gradient_checkpointing_kwargs": idle("checkpoints are not reentrant"),
-    "use_liger_kernel": idle("the head is computed in chunks anyway"),
-    "liger_kernel_config": idle("the head is computed in chunks anyway"),
+    "liger_kernel_config": refused("which kernels are used is fixed; see --liger-kernel"),
     "use_cache": idle("training uses no key-value cache"),
     "torch_empty_cache_steps": idle("a token budget bounds memory; see --tokens-per-microbatch"),
     "auto_find_batch_size": idle("a token budget bounds memory; see --tokens-per-microbatch"),
@@ -120,10 +121,6 @@ TRANSFORMERS: dict[str, Rule] = {
     "no_cuda": refused("set the variable ACCELERATE_USE_CPU=1"),
     # Optimization
     "warmup_ratio": warmup_ratio,
-    "adam_beta1": refused("β1 of Adam is 0.9, and no setting", 0.9),
-    "adam_beta2": refused("β2 of Adam is 0.999, and no setting", 0.999),
-    "adam_epsilon": refused("ε of Adam is 1e-8, and no setting", 1e-8),
-    "lr_scheduler_kwargs": refused("schedules have no parameters; see --lr-scheduler"),
     "optim_args": refused("optimizers have no further parameters; see --optimizer"),
     "optim_target_modules": refused("every trained parameter has the same optimizer"),
     "average_tokens_across_devices": idle("a batch is averaged over all processes anyway"),
@@ -144,18 +141,14 @@ TRANSFORMERS: dict[str, Rule] = {
     "include_num_input_tokens_seen": idle("tokens_per_second is in metrics.jsonl"),
     "include_tokens_per_second": idle("tokens_per_second is in metrics.jsonl"),
     "skip_memory_metrics": idle("--dry-run predicts memory"),
-    "report_to": refused(_TRACKERS, "all"),
-    "run_name": refused(_TRACKERS),
-    "project": refused(_TRACKERS, "huggingface"),
     "trackio_space_id": refused(_TRACKERS, "trackio"),
     "trackio_bucket_id": refused(_TRACKERS),
     "trackio_static_space_id": refused(_TRACKERS),
-    "push_to_hub": refused(_HUB),
-    "push_to_hub_model_id": refused(_HUB),
-    "push_to_hub_token": refused(_HUB),
-    "hub_model_id": refused(_HUB),
-    "hub_token": refused(f"{_HUB}, which reads the token of hf auth login"),
-    "hub_private_repo": refused(_HUB),
+    "push_to_hub_model_id": where_given("push_to_hub"),
+    "push_to_hub_token": refused(_HUB_TOKEN),
+    "hub_model_id": where_given("push_to_hub"),
+    "hub_token": refused(_HUB_TOKEN),
+    "hub_private_repo": renamed("hub_private"),
     "hub_strategy": idle(_HUB),
     "hub_always_push": refused(_HUB),
     "hub_revision": refused(_HUB),
@@ -173,9 +166,6 @@ TRANSFORMERS: dict[str, Rule] = {
     "do_train": idle("a training trains"),
     "do_eval": idle("a split to evaluate is evaluated if there is one; see --eval-pairs"),
     "do_predict": refused("use `tisdpo evaluate`"),
-    "load_best_model_at_end": refused("the last model is kept; compare checkpoints with `tisdpo evaluate`"),
-    "metric_for_best_model": refused("the last model is kept; compare checkpoints with `tisdpo evaluate`"),
-    "greater_is_better": refused("the last model is kept; compare checkpoints with `tisdpo evaluate`"),
     # Checkpoints
     "save_strategy": _SAVE,
     "save_only_model": idle("checkpoints hold what an exact resume needs"),
