@@ -75,7 +75,7 @@ def test_pairs_that_are_told_apart_early() -> None:
         ({"rewards__rejected": lambda s: -0.3 * s}, "log-ratios of rejected responses are -1"),
         ({"rewards__chosen": lambda s: 0.3 * s}, "log-ratios of chosen responses are +1"),
     ],
-    ids=str,
+    ids=["kl of chosen", "kl of rejected", "rejected", "chosen"],
 )
 def test_a_policy_far_from_its_reference(curves: dict[str, Curve], words: str) -> None:
     found = observed(**curves)
