@@ -48,7 +48,7 @@ def test_the_first_table_says_what_the_program_does_and_does_not_do() -> None:
     cells = [line.strip("| ").split(" | ") for line in head.splitlines() if line.startswith("|")][2:]
     assert all(1 <= len(row) <= 2 for row in cells)
     missing = " ".join(row[1] for row in cells if len(row) == 2)
-    for limit in ("DeepSpeed", "GPUs", "Trackers", "Several machines"):
+    for limit in ("DeepSpeed", "GPUs", "Several machines", "Windows"):
         assert limit in missing
     commands = re.search(r"commands `([\w-]+)` .*?`([\w-]+)`", missing)
     assert commands is None or not set(commands.groups()) & set(COMMANDS), "this command is there now"

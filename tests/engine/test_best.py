@@ -106,6 +106,11 @@ def stopped(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def without_card(out: Path) -> dict[str, bytes]:
+    """The files of a model but its card, which tells the settings and evaluations of its own run."""
+    return {name: content for name, content in result(out).items() if name != "README.md"}
+
+
 def test_a_run_stops_and_saves_its_best_model(world: Path, stopped: Path, tmp_path: Path) -> None:
     losses = eval_losses(stopped)
     best = min((step for step in losses if step), key=losses.__getitem__)
@@ -115,7 +120,7 @@ def test_a_run_stops_and_saves_its_best_model(world: Path, stopped: Path, tmp_pa
     assert (record["updates"], record["final_metrics"]["step"]) == (best + 2, best)
     # The weights are those of a run that ends there.
     train(world, tmp_path / "short", **{**HIGH, "max_steps": best})
-    assert result(stopped) == result(tmp_path / "short")
+    assert without_card(stopped) == without_card(tmp_path / "short")
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
@@ -138,7 +143,7 @@ def test_the_best_checkpoint_is_kept_and_used_from_another_output(world: Path, s
     train(world, tmp_path / "other", resume=newest, **settings)
     whole = {**settings, "resume": "auto"}
     train(world, tmp_path / "whole", **whole)
-    assert result(tmp_path / "other") == result(tmp_path / "whole")
+    assert without_card(tmp_path / "other") == without_card(tmp_path / "whole")
     # Without it the search begins again, and says so.
     for path in checkpoints(tmp_path / "out")[:1]:
         path.rename(tmp_path / "gone")

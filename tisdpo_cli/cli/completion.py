@@ -137,7 +137,7 @@ def table() -> dict[str, Any]:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, f"{os.getpid()}-") as partial:
-            partial.write_text(json.dumps({"key": key, "commands": commands}), encoding="utf-8")
+            partial.write_text(json.dumps({"key": key, "commands": commands}), encoding="utf-8", newline="\n")
     return commands
 
 

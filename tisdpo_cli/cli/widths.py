@@ -34,4 +34,7 @@ def print_whole(console: Console, view: RenderableType) -> None:
 
 def _is_terminal(console: Console) -> bool:
     # Not `is_terminal`, which FORCE_COLOR sets too.
-    return bool(console.file.isatty())
+    try:
+        return bool(console.file.isatty())
+    except ValueError:  # closed
+        return False

@@ -104,7 +104,8 @@ def _keep_checkpoints(value: Any) -> Outcome | None:
 def _push_to_hub(value: Any) -> Outcome | None:
     if plain(value) is True:
         return Outcome(fault="takes the name of the repository: --push-to-hub OWNER/NAME")
-    return Outcome({"push_to_hub": None}) if is_off(plain(value)) else None
+    # An empty name is a mistake.
+    return Outcome({"push_to_hub": None}) if value != "" and is_off(plain(value)) else None
 
 
 def _report_to(value: Any) -> Outcome | None:
