@@ -24,7 +24,9 @@ def card_facts(settings: TrainPairs | TrainSft, resolved: Mapping[str, Any]) -> 
     """
     optim, base = settings.optim, settings.model
     title, summary, tags, rows = _sft_facts(settings) if isinstance(settings, TrainSft) else _pair_facts(settings)
-    warmup = f", {optim.warmup_steps} warm-up steps, then {optim.lr_scheduler}"
+    share = 0 < optim.warmup_steps < 1
+    steps = f"{optim.warmup_steps:.3g} of the steps for" if share else f"{optim.warmup_steps} steps for"
+    warmup = f", {steps} warm-up, then {optim.lr_scheduler}"
     rank, alpha = settings.adapter.lora_r, settings.adapter.alpha()
     kind = "DoRA" if settings.adapter.dora else "LoRA"
     adapter = {} if rank is None else {"adapter": f"{kind}, r {rank}, alpha {alpha:g}"}
