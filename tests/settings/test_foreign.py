@@ -349,7 +349,7 @@ def test_the_options_that_the_guide_names_are_known() -> None:
     guide = Path(__file__).parents[2] / "examples" / "guides" / "coming-from-trl.md"
     if not guide.is_file():
         pytest.skip("not in a checkout")
-    own = {name for spec in COMMANDS.values() for name in names(spec.settings)} | {"config", "set"}
+    own = {name for spec in COMMANDS.values() for name in names(spec.settings)} | {"config", "set", "help"}
     launchers = {"num_processes", "revision", "config_file", "loss_weights", "no_hub_private"}
     spoken = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", guide.read_text("utf-8"))}
     assert spoken - own - set(foreign_options()) - launchers == set()
