@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from tisdpo_cli.engine.curves.charts import MOST_POINTS, Charts
 from tisdpo_cli.engine.curves.results import RunComparison, RunCurves
+from tisdpo_cli.engine.offline_page import asset, source_hash, template_environment
 from tisdpo_cli.text import visible
 
 _PACKAGE = "tisdpo_cli.engine.curves"
@@ -30,8 +28,7 @@ def page(comparison: RunComparison) -> str:
         for metric, title in comparison.drawn().items()
     ]
     samples = [charts.sample(number) for number in range(1, len(comparison.runs) + 1)]
-    style = files(_PACKAGE).joinpath("page.css").read_text(encoding="utf-8") + charts.css()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    style = asset(_PACKAGE, "page.css") + charts.css()
     return (
         _environment()
         .get_template("page.html")
@@ -40,7 +37,7 @@ def page(comparison: RunComparison) -> str:
             charts=drawn,
             samples=samples,
             style=Markup(style),
-            policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            policy=f"default-src 'none'; style-src '{source_hash(style)}'; base-uri 'none'; form-action 'none'",
             settings={name: list(map(_shown, values)) for name, values in comparison.settings().items()},
             final=comparison.final(),
             most=MOST_POINTS,
@@ -50,13 +47,7 @@ def page(comparison: RunComparison) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(_PACKAGE, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(_PACKAGE)
     environment.filters |= {"visible": visible, "figure": _figure}
     return environment
 

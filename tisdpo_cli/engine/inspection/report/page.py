@@ -6,20 +6,18 @@ do not execute, which the script of the page shows as text. A content security p
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from tisdpo_cli.engine.inspection.report.charts import curves_chart, histogram_chart, roc_chart
 from tisdpo_cli.engine.inspection.results import VALUE_NAMES, Inspection, PairView, ResponseFacts, Token
+from tisdpo_cli.engine.offline_page import asset, source_hash, template_environment
 from tisdpo_cli.text import glyphs, visible
 
 _PACKAGE = "tisdpo_cli.engine.inspection.report"
@@ -41,9 +39,9 @@ def page(inspection: Inspection, stages: Sequence[Mapping[str, str]] = ()) -> st
         inspection: results, with the pairs to show.
         stages: of a pipeline, column to text, for a table at the top.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = asset(_PACKAGE, "page.css"), asset(_PACKAGE, "page.js")
     policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
+        f"default-src 'none'; script-src '{source_hash(script)}'; style-src '{source_hash(style)}'; base-uri 'none'; "
         "form-action 'none'"
     )
     return (
@@ -65,13 +63,7 @@ def page(inspection: Inspection, stages: Sequence[Mapping[str, str]] = ()) -> st
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(_PACKAGE, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(_PACKAGE)
     environment.filters |= {
         "visible": visible,
         "lines": _lines,
@@ -87,14 +79,6 @@ def _environment() -> Environment:
         "isnone": lambda value: value is None,
     }
     return environment
-
-
-def _asset(name: str) -> str:
-    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _json(value: Any) -> str:
